@@ -1,0 +1,1 @@
+"""Measurements of the engine; run as scripts or by `engine bench`."""

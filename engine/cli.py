@@ -1,0 +1,316 @@
+"""The command `engine`: parse, one call, render. Answers go to stdout; progress, notes and errors to stderr.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted. Nothing heavy is imported before a command runs.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from index.errors import InputError, TmmEngineError
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.query import Query
+    from index.classifier import Classifier
+    from index.sources import ImageSource
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MODES = ("tmm", "l2", "cosine")
+
+
+class _Group(click.Group):
+    """Turns the project's errors, and Ctrl-C, into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TmmEngineError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def _modes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    from index.errors import nearest
+
+    modes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for mode in modes:
+        if mode not in MODES:
+            raise click.BadParameter(f"unknown mode {mode!r}{nearest(mode, MODES)}; known: {', '.join(MODES)}")
+    return modes
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        height, width = (int(side) for side in (text.split("x") if "x" in text else (text, text)))
+    except ValueError:
+        raise click.BadParameter(f"expected a side or HEIGHTxWIDTH, got {text!r}") from None
+    if min(height, width) < 1:
+        raise click.BadParameter(f"expected sides of at least 1, got {text!r}")
+    return height, width
+
+
+source_options = _options(
+    click.option("--split", help="Split of a data set: train, test, … Default: train."),
+    click.option("--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."),
+    click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
+)
+model_option = click.option("--model", metavar="NAME", help="torchvision architecture, vit_tiny_32, or package.module:factory.")
+device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="tmm-engine", message="%(package)s %(version)s")
+def main() -> None:
+    """Robust image retrieval: which known images does my classifier see as like this one?
+
+    \b
+    Examples:
+      engine demo
+      engine build-index photos/ photos.idx --model resnet18 --weights resnet18.safetensors
+      engine search photos.idx query.png --mode tmm,l2,cosine --html answer.html
+    """
+
+
+@main.command("build-index")
+@click.argument("source")
+@click.argument("index", type=click.Path(path_type=Path))
+@model_option
+@click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint: safetensors, or torch.load(weights_only=True).")
+@source_options
+@click.option("--num-classes", type=click.IntRange(min=2), help="Classes of the head. Default: as the checkpoint says.")
+@click.option("--small-stem/--standard-stem", default=None, help="First convolution 3x3, stride 1. Default: as the checkpoint says.")
+@click.option("--image-size", callback=_size, metavar="N|HxW", help="Default: the first image's, at most 224.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as the first image.")
+@click.option("--mean", callback=_numbers, metavar="R,G,B", help="Normalisation mean of pixels in [0, 1]. Default: 0.")
+@click.option("--std", callback=_numbers, metavar="R,G,B", help="Normalisation standard deviation. Default: 1.")
+@click.option("--head", metavar="NAME", help="The final linear layer, where it is not found by itself.")
+@click.option("--neighbours", default="Flat", show_default=True, metavar="FACTORY", help="FAISS factory string; Flat is exact.")
+@click.option("--overwrite", is_flag=True, help="Replace an index that is there; it stays usable until the new one is whole.")
+@click.option("--strict", is_flag=True, help="Fail at an unreadable image instead of skipping it.")
+@device_option
+def build_index_command(source: str, index: Path, **options: Any) -> None:
+    """Build INDEX from the images in SOURCE and a classifier.
+
+    SOURCE is a folder of class folders, a flat folder (labels are then the model's predictions), a Parquet file or folder of
+    shards in the Hugging Face image layout, or mnist, cifar10, svhn, gtsrb with --root.
+
+    \b
+    Examples:
+      engine build-index photos/ photos.idx --model resnet18 --weights resnet18.safetensors --image-size 224
+      engine build-index cifar10/ cifar.idx --split train --model resnet18 --small-stem --weights cifar.pt \\
+          --mean .4914,.4822,.4465 --std .2470,.2435,.2616
+      engine build-index mnist mnist.idx --root data --model mypackage.models:make_net --overwrite
+    """
+    from engine.display import progress_bar
+    from engine.engine import choose_device
+    from index.builder import build_index
+    from index.sources import open_source
+    from index.target import check_target
+
+    check_target(index, overwrite=options["overwrite"])
+    device = choose_device(options["device"])
+    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    classifier = _classifier(images, options).to(device)
+    with progress_bar() as progress:
+        report = build_index(
+            images,
+            index,
+            classifier,
+            overwrite=options["overwrite"],
+            neighbours=options["neighbours"],
+            strict=options["strict"],
+            progress=progress,
+        )
+    for image in report.skipped:
+        click.echo(f"skipped {image.id}: {image.reason}", err=True)
+    if report.skipped_count:
+        click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+    labels = "labels predicted by the model" if report.labels_predicted else "labels given"
+    click.echo(f"{index}: {report.exemplars:,} exemplars of {images.name}, {labels}")
+
+
+@main.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, metavar="[IMAGE]...", type=click.Path(path_type=Path))
+@click.option("--id", "ids", multiple=True, help="An exemplar of the index as the query; repeatable.")
+@click.option("--source", help="Queries from a data set, as build-index takes it.")
+@source_options
+@click.option("--mode", "modes", default="tmm", show_default=True, callback=_modes, help="tmm, l2, cosine, or several: tmm,l2,cosine.")
+@click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many exemplars to return.")
+@click.option("--candidates", type=click.IntRange(min=1), help="tmm: score only so many, chosen by --prefilter. Default: all.")
+@click.option("--prefilter", default="union", show_default=True, help="l2, cosine, or union of both.")
+@click.option("--preset", default="robust", show_default=True, help="tmm: paper or robust.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="tmm: change a setting, e.g. blend=added; repeatable.")
+@click.option("--seed", type=click.IntRange(min=0), help="tmm: seed of trigger and tuning. Default: the preset's, 0.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
+@click.option("--png", type=click.Path(path_type=Path), help="Write a picture of queries and neighbours.")
+@model_option
+@device_option
+def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
+    """Find the exemplars of INDEX that the model sees as most like each IMAGE (files or folders).
+
+    \b
+    Examples:
+      engine search photos.idx query.png -k 5
+      engine search photos.idx queries/ --mode tmm,l2,cosine --html answer.html --png answer.png
+      engine search photos.idx --id cat/001.png --candidates 2000 --json
+      engine search mnist.idx --source mnist --root data --split test --limit 3 --set blend=added
+    """
+    from engine.display import print_result, progress_bar
+    from engine.engine import Engine
+    from engine.report import write_html, write_png
+    from rerank.config import preset
+
+    if not (images or options["ids"] or options["source"]):
+        raise click.UsageError("no query: give image files or folders, --id, or --source")
+    seed = [] if options["seed"] is None else [f"seed={options['seed']}"]
+    config = preset(options["preset"]).with_settings([*options["settings"], *seed])
+    with Engine.open(index, model=options["model"], device=options["device"]) as engine:
+        queries = _queries(engine, images, options)
+        results = []
+        with progress_bar() as progress:
+            for query in queries:
+                for mode in options["modes"]:
+                    if len(queries) * len(options["modes"]) > 1:
+                        progress("searching", len(results), len(queries) * len(options["modes"]))
+                    result = engine.search(
+                        query,
+                        k=options["k"],
+                        mode=mode,
+                        candidates=options["candidates"],
+                        prefilter=options["prefilter"],
+                        config=config,
+                        progress=progress,
+                    )
+                    results.append(result)
+    for result in results:
+        if options["as_json"]:
+            click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        else:
+            print_result(result)
+    for path, write in ((options["html"], write_html), (options["png"], write_png)):
+        if path is not None:
+            write(results, path)
+            click.echo(f"wrote {path}", err=True)
+
+
+@main.command()
+@click.argument("index", type=click.Path(path_type=Path), required=False)
+@click.option("--system", is_flag=True, help="Versions and devices of this machine.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def info(index: Path | None, *, system: bool, as_json: bool) -> None:
+    """Say what INDEX holds, or what this machine offers.
+
+    \b
+    Examples:
+      engine info photos.idx
+      engine info --system --json
+    """
+    from engine.display import print_fields
+    from engine.info import describe_index, describe_system
+
+    if index is None and not system:
+        raise click.UsageError("give an INDEX, or --system")
+    fields = (describe_index(index) if index else {}) | (describe_system() if system else {})
+    if as_json:
+        click.echo(json.dumps(fields, ensure_ascii=False))
+    else:
+        print_fields(fields)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("engine-demo"), show_default=True, help="Folder for what it makes.")
+@click.option("--queries", type=click.IntRange(1, 100), default=8, show_default=True, help="How many queries are shown.")
+def demo(out: Path, queries: int) -> None:
+    """Train a small model on handwritten digits, index them, and compare tmm, l2 and cosine, clean and darkened.
+
+    Offline: the digits come with scikit-learn. Takes about a minute.
+
+    \b
+    Example:
+      engine demo --out engine-demo
+    """
+    from engine.demo import run_demo
+    from engine.display import progress_bar
+
+    with progress_bar() as progress:
+        outcome = run_demo(out, queries=queries, progress=progress)
+    outcome.print()
+
+
+def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
+    """The classifier that the options of build-index describe, for images of the source."""
+    from index.classifier import Classifier
+
+    channels, height, width = source.natural_shape()
+    if options["channels"]:
+        channels = int(options["channels"])
+    if options["image_size"]:
+        height, width = options["image_size"]
+    if options["model"] is None:
+        if options["weights"] is None:
+            raise InputError("no model: pass --model NAME with --weights FILE, or --weights of a file saved by this program")
+        return Classifier.load(options["weights"])
+    return Classifier.from_architecture(
+        options["model"],
+        image_shape=(channels, height, width),
+        weights=options["weights"],
+        num_classes=options["num_classes"],
+        small_stem=options["small_stem"],
+        head=options["head"],
+        mean=options["mean"],
+        std=options["std"],
+    )
+
+
+def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query]":
+    """Every query of a search, decoded: a bad one is found before the first search."""
+    from engine.query import as_query, queries_from
+    from index.sources import open_source
+
+    shape = engine.store.image_shape
+    queries: list[Query] = []
+    for path in paths:
+        if path.is_dir():
+            queries += queries_from(open_source(path, limit=options["limit"]), shape, prefix=f"{path}/")
+        else:
+            queries.append(as_query(path, shape=shape, name=str(path)))
+    queries += [engine.exemplar(id_) for id_ in options["ids"]]
+    if options["source"]:
+        source = open_source(options["source"], split=options["split"], root=options["root"], limit=options["limit"])
+        queries += queries_from(source, shape)
+    return queries
+
+
+if __name__ == "__main__":
+    sys.exit(main())

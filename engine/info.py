@@ -1,0 +1,50 @@
+"""What an index holds, and what a machine offers."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from index.manifest import Manifest
+
+LIBRARIES = ("tmm-engine", "torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
+
+
+def describe_index(path: Path) -> dict[str, Any]:
+    """Facts about an index, in an order to read them in.
+
+    Raises:
+        IndexStateError: no index there, of another format version, or damaged.
+    """
+    manifest = Manifest.read(path)
+    manifest.check_sizes(path)
+    return {
+        "index": str(path),
+        "source": manifest.source,
+        "created": manifest.created,
+        "exemplars": manifest.exemplars,
+        "skipped": manifest.skipped,
+        "image_shape": list(manifest.image_shape),
+        "feature_dim": manifest.feature_dim,
+        "classes": list(manifest.class_names),
+        "labels": "predicted by the model" if manifest.labels_predicted else "given",
+        "model": manifest.model.architecture,
+        "fingerprint": manifest.fingerprint,
+        "neighbours": manifest.neighbours,
+        "version": manifest.lance_version,
+        "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
+    }
+
+
+def describe_system() -> dict[str, Any]:
+    """Versions of Python and of the libraries that matter, threads and devices."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in LIBRARIES},
+        "threads": torch.get_num_threads(),
+        "cuda_devices": devices or "none that torch can use",
+    }

@@ -1,0 +1,75 @@
+"""A query: pixels in [0, 1] of the index's shape, with a name for the answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from PIL import Image
+
+from index.errors import ImageError
+from index.images import Shape, channels_first, decode_image, to_numpy
+from index.sources import ImageRecord, ImageSource
+
+ImageLike = str | Path | bytes | Image.Image | np.ndarray[Any, Any] | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Query:
+    """What is searched for.
+
+    Attributes:
+        name: Its path, id, or position: how answers refer to it.
+        pixels: float32 (c, h, w) in [0, 1].
+        label: Its own class index where it is known; only shown, never used in a search.
+    """
+
+    name: str
+    pixels: Float32[np.ndarray, "c h w"]
+    label: int | None = None
+
+
+def as_query(image: ImageLike | Query, *, shape: Shape, name: str) -> Query:
+    """A query from anything that is an image.
+
+    Files, bytes and PIL images are brought to `shape`; arrays must have it. Floating-point arrays keep their precision.
+
+    Args:
+        image: What to search for.
+        shape: (c, h, w) of the index.
+        name: Used where the image brings none of its own.
+
+    Raises:
+        ImageError: an unreadable image, or an array of another shape, dtype or range.
+    """
+    if isinstance(image, Query):
+        if image.pixels.shape != shape:
+            raise ImageError(f"{image.name}: expected a query of shape (c, h, w) = {shape}, got {image.pixels.shape}")
+        return image
+    if isinstance(image, str | Path):
+        name = str(image)
+    pixels = decode_image(image, shape=shape).astype(np.float32) / np.float32(255.0)
+    if isinstance(image, np.ndarray | torch.Tensor) and np.issubdtype(to_numpy(image).dtype, np.floating):
+        pixels = np.array(channels_first(to_numpy(image)[None], shape=shape)[0], dtype=np.float32, order="C")
+    return Query(name, pixels, None)
+
+
+def queries_from(source: ImageSource, shape: Shape, *, prefix: str = "") -> list[Query]:
+    """All images of a source as queries, with their labels where it has them.
+
+    Args:
+        source: Where they come from.
+        shape: (c, h, w) of the index.
+        prefix: Put before their ids to make names.
+
+    Raises:
+        ImageError: one of them cannot be read.
+    """
+    queries = []
+    for record in source.read(shape):
+        if not isinstance(record, ImageRecord):
+            raise ImageError(f"{prefix}{record.id}: {record.reason}")
+        queries.append(Query(prefix + record.id, record.image.astype(np.float32) / np.float32(255.0), record.label))
+    return queries

@@ -1,0 +1,89 @@
+"""What a search returns: frozen, documented, and convertible to JSON."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from index.sources import Metadata
+
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One retrieved exemplar. Larger scores are better in every mode.
+
+    Attributes:
+        rank: Position in the answer, 0 first.
+        id: The exemplar's id in the index.
+        label: Class index.
+        class_name: The class's name (the index as text where no names are known).
+        label_is_predicted: True if the source had no labels and the model's prediction stands in.
+        score: Log-odds or logit of the dummy class (tmm), minus the L2 distance (l2), cosine similarity (cosine).
+        confidence: P(dummy class) in [0, 1] for tmm, None otherwise.
+        metadata: The source's other columns; ``path`` where it had files.
+        image: uint8 (c, h, w), the stored exemplar.
+    """
+
+    rank: int
+    id: str
+    label: int
+    class_name: str
+    label_is_predicted: bool
+    score: float
+    confidence: float | None
+    metadata: Metadata
+    image: UInt8[np.ndarray, "c h w"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pixels."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "image"}
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The answer to one query in one mode.
+
+    Attributes:
+        query: The query's name: its path, its id, or its position in the list that was passed.
+        mode: ``tmm``, ``l2`` or ``cosine``.
+        hits: At most k hits, best first; ties in order of id.
+        predicted_label: The model's prediction on the query.
+        predicted_class: Its name.
+        true_label: The query's own label where its source had one.
+        scored: How many exemplars were scored (the candidates, or all).
+        exemplars: How many the index holds.
+        config: The TMM configuration with its seed, as plain values (tmm only).
+        timings: Seconds by step.
+        notes: What a user should know about this answer, in sentences.
+        query_image: uint8 (c, h, w), the query as the model saw it.
+        trigger: float32 (c, h, w) in pixel units, τ (tmm only).
+        triggered_query: float32 (c, h, w), the blended query (tmm only).
+    """
+
+    query: str
+    mode: str
+    hits: tuple[Hit, ...]
+    predicted_label: int
+    predicted_class: str
+    true_label: int | None
+    scored: int
+    exemplars: int
+    config: dict[str, Any] | None
+    timings: dict[str, float]
+    notes: tuple[str, ...]
+    query_image: UInt8[np.ndarray, "c h w"]
+    trigger: Float[np.ndarray, "c h w"] | None = None
+    triggered_query: Float[np.ndarray, "c h w"] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The whole search's wall time."""
+        return sum(self.timings.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but pixel arrays; one JSON line of ``engine search --json``."""
+        pixels = ("hits", "query_image", "trigger", "triggered_query")
+        fields = {name: getattr(self, name) for name in self.__slots__ if name not in pixels}
+        return fields | {"hits": [hit.to_json() for hit in self.hits]}

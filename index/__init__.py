@@ -1,0 +1,5 @@
+"""Exemplars and features: what is stored, and how it is found. Names are imported when they are first used."""
+
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,0 +1,188 @@
+"""`build_index`: images -> features -> store, streamed, with progress, all or nothing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, UInt8
+
+from index.batches import forward_batch_size, prefetched
+from index.classifier import Classifier
+from index.errors import ImageError, IndexStateError, InputError
+from index.lance_store import LanceWriter, exemplar_schema, fixed_size_column
+from index.manifest import EXEMPLARS, MODEL, Manifest, digest_files
+from index.neighbours import EXACT, Metric, make_faiss_index
+from index.progress import Progress, silent
+from index.sources import ImageRecord, ImageSource, UnreadableImage
+from index.target import check_target, staged
+
+MAX_REPORTED = 20
+
+
+@dataclass(slots=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        exemplars: How many images the index holds.
+        skipped: Images that could not be read, with reasons; the first MAX_REPORTED of them.
+        skipped_count: How many in all.
+        labels_predicted: True if the source had no labels and the model's predictions stand in.
+    """
+
+    exemplars: int = 0
+    skipped: list[UnreadableImage] = field(default_factory=list)
+    skipped_count: int = 0
+    labels_predicted: bool = False
+
+    def skip(self, image: UnreadableImage) -> None:
+        """Count an unreadable image."""
+        self.skipped_count += 1
+        if len(self.skipped) < MAX_REPORTED:
+            self.skipped.append(image)
+
+
+def build_index(
+    source: ImageSource,
+    target: Path,
+    classifier: Classifier,
+    *,
+    overwrite: bool = False,
+    neighbours: str = EXACT,
+    strict: bool = False,
+    progress: Progress = silent,
+) -> BuildReport:
+    """Build an index of the source's images. It appears at `target` whole, or not at all.
+
+    Args:
+        source: The images; decoded to `classifier.image_shape`.
+        target: The index's folder; its parent must exist.
+        classifier: Computes the features; stored in the index.
+        overwrite: Replace an index that is there; it stays usable until the moment of the exchange.
+        neighbours: FAISS factory string for L2 and cosine search; ``Flat`` is exact.
+        strict: Fail at the first image that cannot be read instead of skipping it.
+        progress: Told of images done.
+
+    Raises:
+        IndexStateError: the target is in the way, not writable, full, or being built by another process.
+        InputError: source and classifier do not fit, the source is empty, a label is out of range, or, with `strict`, an image is unreadable.
+    """
+    check_target(target, overwrite=overwrite)
+    check_fit(source, classifier)
+    make_faiss_index(classifier.feature_dim, Metric.L2, neighbours)
+    report = BuildReport(labels_predicted=not source.labelled)
+    try:
+        with staged(target, overwrite=overwrite) as staging:
+            schema = exemplar_schema(classifier.image_shape, classifier.feature_dim, source.metadata_types)
+            writer = LanceWriter(staging / EXEMPLARS, schema)
+            records = _readable(source, classifier, report, strict=strict)
+            for batch in prefetched(_batches(records, forward_batch_size(classifier.image_shape))):
+                writer.write(_columns(batch, classifier, source))
+                report.exemplars += len(batch)
+                progress("building", report.exemplars + report.skipped_count, len(source))
+            if not report.exemplars:
+                reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
+                raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
+            version = writer.commit()
+            classifier.save(staging / MODEL)
+            _manifest(source, classifier, report, neighbours, version, staging).write(staging)
+    except OSError as error:
+        raise IndexStateError(f"{target} cannot be written: {error.strerror or error}; nothing was changed") from error
+    return report
+
+
+def check_fit(source: ImageSource, classifier: Classifier) -> None:
+    """Refuse a source with other classes than the classifier's.
+
+    Raises:
+        InputError: the number of classes differs.
+    """
+    if source.labelled and source.class_names and len(source.class_names) != classifier.num_classes:
+        raise InputError(
+            f"{source.name} has {len(source.class_names)} classes, the model's head has {classifier.num_classes}: "
+            f"labels would not mean what the model predicts; use the data set the model was trained on, or a flat folder"
+        )
+
+
+def embed(images: UInt8[np.ndarray, "n c h w"], classifier: Classifier) -> Float32[np.ndarray, "n d"]:
+    """φ of stored images, in one pass."""
+    with torch.inference_mode():
+        pixels = torch.from_numpy(images).to(classifier.device).float() / 255.0
+        return classifier.features(pixels).float().cpu().numpy()
+
+
+def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int64[np.ndarray, "n"]:
+    """The classifier's predictions on features."""
+    with torch.inference_mode():
+        return classifier.logits(torch.from_numpy(features).to(classifier.device)).argmax(dim=1).cpu().numpy()
+
+
+def _readable(
+    source: ImageSource, classifier: Classifier, report: BuildReport, *, strict: bool
+) -> Iterator[ImageRecord]:
+    for record in source.read(classifier.image_shape):
+        if isinstance(record, ImageRecord):
+            _check_label(record, classifier)
+            yield record
+        elif strict:
+            raise ImageError(f"{record.id}: {record.reason} (without --strict it would be skipped)")
+        else:
+            report.skip(record)
+
+
+def _check_label(record: ImageRecord, classifier: Classifier) -> None:
+    if record.label is not None and not 0 <= record.label < classifier.num_classes:
+        raise InputError(
+            f"{record.id}: label {record.label}, but the model's head has {classifier.num_classes} classes "
+            f"(0 to {classifier.num_classes - 1}): is this the data set the model was trained on?"
+        )
+
+
+def _batches(records: Iterator[ImageRecord], size: int) -> Iterator[list[ImageRecord]]:
+    batch: list[ImageRecord] = []
+    for record in records:
+        batch.append(record)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _columns(batch: Sequence[ImageRecord], classifier: Classifier, source: ImageSource) -> dict[str, object]:
+    images = np.stack([record.image for record in batch])
+    features = embed(images, classifier)
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        raise InputError(f"{batch[row].id}: the model's features are not finite numbers; check the weights")
+    labels = [record.label for record in batch] if source.labelled else predict(features, classifier)
+    return {
+        "id": [record.id for record in batch],
+        "label": labels,
+        "label_is_predicted": [not source.labelled] * len(batch),
+        "image": fixed_size_column(images),
+        "feature": fixed_size_column(features),
+    } | {name: [record.metadata.get(name) for record in batch] for name in source.metadata_types}
+
+
+def _manifest(
+    source: ImageSource, classifier: Classifier, report: BuildReport, neighbours: str, version: int, staging: Path
+) -> Manifest:
+    return Manifest(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        source=source.name,
+        exemplars=report.exemplars,
+        skipped=report.skipped_count,
+        image_shape=classifier.image_shape,
+        feature_dim=classifier.feature_dim,
+        class_names=source.class_names if source.labelled and source.class_names else classifier.class_names,
+        labels_predicted=report.labels_predicted,
+        model=classifier.spec,
+        fingerprint=classifier.fingerprint,
+        neighbours=neighbours,
+        lance_version=version,
+        files=digest_files(staging),
+    )

@@ -1,0 +1,49 @@
+"""The exceptions a caller may see. Each message says what was expected, what was found, and what to do."""
+
+import difflib
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TypeVar
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+class TmmEngineError(Exception):
+    """The root of every error this project raises on purpose."""
+
+
+class InputError(TmmEngineError, ValueError):
+    """An argument, an image, a source or a configuration that cannot be used."""
+
+
+class ImageError(InputError):
+    """An image that cannot be read or does not have the expected form."""
+
+
+class ModelError(TmmEngineError, ValueError):
+    """A classifier that cannot be built, loaded, split into backbone and head, or that is not the index's."""
+
+
+class IndexStateError(TmmEngineError):
+    """An index on disk that is missing, of another format, damaged, locked, or in the way."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A ' (did you mean …?)' for an unknown name, or an empty string when nothing known is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def member(kind: type[Choice], value: str) -> Choice:
+    """The member of an enumeration that has this value.
+
+    Raises:
+        InputError: none has; the message suggests the nearest and lists all.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        known = [str(choice) for choice in kind]
+        raise InputError(
+            f"unknown {kind.__name__.lower()} {str(value)!r}{nearest(str(value), known)}; known: {', '.join(known)}"
+        ) from None

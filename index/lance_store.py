@@ -1,0 +1,166 @@
+"""The exemplars on disk: a Lance dataset, one row per exemplar, read at one version."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("LANCE_LOG", "error")  # read at import; it would warn of every new dataset
+
+import lance
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, UInt8
+from lance.fragment import FragmentMetadata, write_fragments
+
+from index.errors import IndexStateError
+from index.images import Shape
+from index.sources import Metadata
+from index.store import Rows
+
+ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+ROWS_PER_FRAGMENT = 1 << 16
+FRAGMENT_BYTES = 64 << 20  # what a build holds in memory before it is written
+
+
+def exemplar_schema(image_shape: Shape, feature_dim: int, metadata_types: Mapping[str, type]) -> pa.Schema:
+    """The columns of an exemplar store. Images are stored raw: decompression would dominate a scan."""
+    raw = {b"lance-encoding:compression": b"none"}
+    channels, height, width = image_shape
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("label", pa.int64(), nullable=False),
+            pa.field("label_is_predicted", pa.bool_(), nullable=False),
+            pa.field("image", pa.list_(pa.uint8(), channels * height * width), nullable=False, metadata=raw),
+            pa.field("feature", pa.list_(pa.float32(), feature_dim), nullable=False, metadata=raw),
+            *(pa.field(name, ARROW_TYPES[kind]) for name, kind in metadata_types.items()),
+        ]
+    )
+
+
+def fixed_size_column(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    """An (n, …) array as a column of n fixed-size lists, without a copy."""
+    flat = np.ascontiguousarray(values).reshape(len(values), -1)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+
+
+class LanceWriter:
+    """Writes a new dataset fragment by fragment; nothing of it exists for a reader before `commit`."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._schema = schema
+        self._fragments: list[FragmentMetadata] = []
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """Append rows; `columns` maps every column of the schema to an Arrow array or list."""
+        table = pa.table([pa.array(columns[name], self._schema.field(name).type) for name in self._schema.names], schema=self._schema)
+        self._pending.append(table)
+        self._pending_rows += len(table)
+        if self._pending_rows >= self._rows_per_fragment():
+            self._flush()
+
+    def commit(self) -> int:
+        """Make the rows readable; returns the version."""
+        self._flush()
+        operation = lance.LanceOperation.Overwrite(self._schema, self._fragments)
+        return int(lance.LanceDataset.commit(str(self._path), operation).version)
+
+    def _rows_per_fragment(self) -> int:
+        row_bytes = sum(
+            field.type.list_size * field.type.value_type.bit_width // 8
+            for field in self._schema
+            if pa.types.is_fixed_size_list(field.type)
+        )
+        return max(1, min(ROWS_PER_FRAGMENT, FRAGMENT_BYTES // row_bytes))
+
+    def _flush(self) -> None:
+        if self._pending:
+            table = pa.concat_tables(self._pending)
+            self._fragments += write_fragments(table, str(self._path), schema=self._schema)
+            self._pending, self._pending_rows = [], 0
+
+
+
+
+class LanceStore:
+    """One version of a Lance dataset of exemplars, as an `ExemplarStore`.
+
+    Args:
+        path: The dataset's folder.
+        image_shape: (c, h, w), as the index states it.
+        feature_dim: d.
+        version: The Lance version to read.
+
+    Raises:
+        IndexStateError: the dataset is missing, damaged, or not of this form.
+    """
+
+    def __init__(self, path: Path, *, image_shape: Shape, feature_dim: int, version: int) -> None:
+        self.image_shape = image_shape
+        self.feature_dim = feature_dim
+        try:
+            self._dataset = lance.dataset(str(path), version=version)
+            schema = self._dataset.schema
+            metadata_types = set(schema.names) - set(exemplar_schema(image_shape, feature_dim, {}).names)
+            self._metadata_columns = [name for name in schema.names if name in metadata_types]
+            expected = {field.name: field.type for field in exemplar_schema(image_shape, feature_dim, {})}
+            found = {name: schema.field(name).type for name in expected if name in schema.names}
+            if found != expected:
+                raise IndexStateError(f"{path}: expected columns {expected}, got {found}; build the index again")
+            table = self._dataset.to_table(columns=["id", "label", "label_is_predicted"])
+        except (OSError, ValueError) as error:
+            raise IndexStateError(
+                f"{path}: version {version} of the exemplars cannot be read ({_first_line(error)}); build the index again"
+            ) from error
+        self.ids = table["id"].to_numpy()
+        self.labels = table["label"].to_numpy().copy()  # Arrow's own memory is read-only
+        self.label_is_predicted = table["label_is_predicted"].to_numpy().copy()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def images(self, rows: Rows) -> UInt8[np.ndarray, "rows c h w"]:
+        """Images of the given rows, in their order."""
+        return self._take(rows, "image").reshape(-1, *self.image_shape)
+
+    def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+        """Features of the given rows, in their order."""
+        return self._take(rows, "feature").reshape(-1, self.feature_dim)
+
+    def metadata(self, rows: Rows) -> list[Metadata]:
+        """Metadata of the given rows, in their order."""
+        if not self._metadata_columns:
+            return [{} for _ in rows]
+        table: list[Metadata] = self._dataset.take(rows.tolist(), columns=self._metadata_columns).to_pylist()
+        return table
+
+    def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
+        """All images in row order."""
+        for values in self._scan("image", batch_size):
+            yield values.reshape(-1, *self.image_shape)
+
+    def scan_features(self, batch_size: int) -> Iterator[Float32[np.ndarray, "batch d"]]:
+        """All features in row order."""
+        for values in self._scan("feature", batch_size):
+            yield values.reshape(-1, self.feature_dim)
+
+    def _take(self, rows: Rows, column: str) -> np.ndarray[Any, Any]:
+        table = self._dataset.take(rows.tolist(), columns=[column])
+        return _flat(table[column].combine_chunks())
+
+    def _scan(self, column: str, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
+        for batch in self._dataset.to_batches(columns=[column], batch_size=batch_size, scan_in_order=True):
+            yield _flat(batch[column])
+
+
+def _flat(column: pa.FixedSizeListArray) -> np.ndarray[Any, Any]:
+    values: np.ndarray[Any, Any] = column.flatten().to_numpy(zero_copy_only=True)
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,132 @@
+"""Exact and approximate k-nearest neighbours over features, by FAISS: L2 distance and cosine similarity."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+
+import faiss
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+from index.errors import InputError
+from index.ranking import best_first
+from index.store import ExemplarStore
+
+EXACT = "Flat"
+SCAN = 8192
+MARGIN = 16  # neighbours fetched beyond k, to see whether the k-th ties with the next
+
+
+class Metric(StrEnum):
+    """What makes an exemplar near."""
+
+    L2 = "l2"
+    COSINE = "cosine"
+
+
+class Neighbours:
+    """Searches the features of one version of a store.
+
+    Args:
+        store: The exemplars.
+        metric: L2 distance, or cosine similarity.
+        factory: A FAISS factory string: ``Flat`` is exact; ``HNSW32``, ``IVF256,Flat`` and others are approximate.
+
+    Raises:
+        InputError: FAISS does not know the factory string, or cannot train it on so few exemplars.
+    """
+
+    def __init__(self, store: ExemplarStore, metric: Metric, *, factory: str = EXACT) -> None:
+        self.metric = metric
+        self._store = store
+        self._index = make_faiss_index(store.feature_dim, metric, factory)
+        if not self._index.is_trained:
+            self._train(factory)
+        for features in self._scan():
+            self._index.add(features)
+
+    def search(
+        self, queries: Float32[np.ndarray, "q d"], *, k: int
+    ) -> list[tuple[Int64[np.ndarray, "found"], Float64[np.ndarray, "found"]]]:
+        """For each query the rows of its min(k, n) nearest exemplars, nearest first, and their scores; larger is better.
+
+        A score is minus the L2 distance, or the cosine similarity, recomputed from the stored features in float64: FAISS rounds differently
+        for one query and for many. Ties break by exemplar id. An approximate index may find fewer than k.
+        """
+        n = len(self._store)
+        fetch = min(n, k + MARGIN)
+        xq = _normalised(queries) if self.metric is Metric.COSINE else np.ascontiguousarray(queries)
+        _, found = self._index.search(xq, fetch)
+        return [self._best(query, rows[rows >= 0], k) for query, rows in zip(queries, found, strict=True)]
+
+    def _best(
+        self, query: Float32[np.ndarray, "d"], rows: Int64[np.ndarray, "found"], k: int
+    ) -> tuple[Int64[np.ndarray, "best"], Float64[np.ndarray, "best"]]:
+        scores = self._scores(query, rows)
+        fetched = len(rows)
+        while k < fetched < len(self._store) and np.sort(scores)[-k] <= scores.min():  # more than MARGIN tie with the k-th
+            wider = min(len(self._store), 4 * fetched)
+            xq = _normalised(query[None]) if self.metric is Metric.COSINE else query[None]
+            rows = self._index.search(xq, wider)[1][0]
+            rows = rows[rows >= 0]
+            if len(rows) <= fetched:
+                break  # an approximate index has no more to give
+            fetched, scores = len(rows), self._scores(query, rows)
+        best = best_first(scores, rows, self._store.ids, k=k)
+        return rows[best], scores[best]
+
+    def _scores(
+        self, query: Float32[np.ndarray, "d"], rows: Int64[np.ndarray, "found"]
+    ) -> Float64[np.ndarray, "found"]:
+        return exact_scores(query, self._features(rows), self.metric)
+
+    def _features(self, rows: Int64[np.ndarray, "found"]) -> Float32[np.ndarray, "found d"]:
+        return self._store.features(rows)
+
+    def _scan(self) -> Iterator[Float32[np.ndarray, "batch d"]]:
+        for features in self._store.scan_features(SCAN):
+            yield _normalised(features) if self.metric is Metric.COSINE else np.ascontiguousarray(features)
+
+    def _train(self, factory: str) -> None:
+        try:
+            self._index.train(np.concatenate(list(self._scan())))
+        except RuntimeError as error:
+            raise InputError(
+                f"FAISS cannot train {factory!r} on {len(self._store)} exemplars: {_reason(error)}; "
+                f"use fewer clusters, or {EXACT!r}"
+            ) from None
+
+
+def make_faiss_index(d: int, metric: Metric, factory: str) -> faiss.Index:
+    """An empty FAISS index; for cosine an inner-product index that expects normalised features.
+
+    Raises:
+        InputError: FAISS does not know the factory string.
+    """
+    kind = faiss.METRIC_INNER_PRODUCT if metric is Metric.COSINE else faiss.METRIC_L2
+    try:
+        return faiss.index_factory(d, factory, kind)
+    except RuntimeError as error:
+        raise InputError(
+            f"FAISS cannot make an index of {factory!r} for features of {d} dimensions: {_reason(error)}; "
+            f"try {EXACT!r} (exact), 'HNSW32' or 'IVF256,Flat'"
+        ) from None
+
+
+def exact_scores(
+    query: Float32[np.ndarray, "d"], features: Float32[np.ndarray, "n d"], metric: Metric
+) -> Float64[np.ndarray, "n"]:
+    """Minus the L2 distance, or the cosine similarity (0 where a norm is 0), in float64."""
+    xq, xb = query.astype(np.float64), features.astype(np.float64)
+    if metric is Metric.L2:
+        return -np.linalg.norm(xb - xq, axis=1)
+    norms = np.linalg.norm(xb, axis=1) * np.linalg.norm(xq)
+    return np.divide(np.einsum("nd,d->n", xb, xq), norms, out=np.zeros(len(xb)), where=norms > 0)
+
+
+def _normalised(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    return features / np.where(norms > 0, norms, 1).astype(np.float32)
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).rsplit("Error: ", 1)[-1].splitlines()[0].strip()

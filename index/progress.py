@@ -1,0 +1,14 @@
+"""How long work reports that it moves: a callback, so that no library layer draws anything."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called as work goes on; whoever passes one decides whether and how to show it."""
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Report that ``done`` of ``total`` units of ``step`` are finished."""
+
+
+def silent(step: str, done: int, total: int) -> None:
+    """Show nothing."""

@@ -1,0 +1,98 @@
+"""What a store of exemplars offers, and its in-memory twin. (The one on disk is `index.lance_store`.)
+
+A *row* is an exemplar's position, 0 to n−1, in one opened version of a store.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
+
+from index.errors import InputError
+from index.images import Shape
+from index.sources import Metadata
+
+Rows = Int64[np.ndarray, "rows"]
+
+
+class ExemplarStore(Protocol):
+    """Exemplars by row: id, label, image, feature, metadata."""
+
+    image_shape: Shape
+    feature_dim: int
+    ids: Shaped[np.ndarray, "n"]
+    labels: Int64[np.ndarray, "n"]
+    label_is_predicted: Bool[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        """The number of exemplars, n."""
+
+    def images(self, rows: Rows) -> UInt8[np.ndarray, "rows c h w"]:
+        """Images of the given rows, in their order."""
+
+    def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+        """Features of the given rows, in their order."""
+
+    def metadata(self, rows: Rows) -> list[Metadata]:
+        """Metadata of the given rows, in their order."""
+
+    def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
+        """All images in row order."""
+
+    def scan_features(self, batch_size: int) -> Iterator[Float32[np.ndarray, "batch d"]]:
+        """All features in row order."""
+
+
+class MemoryStore:
+    """Exemplars held as arrays: for `Engine.from_arrays`, tests, and scoring where there is no index on disk."""
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "n c h w"],
+        features: Float32[np.ndarray, "n d"],
+        labels: Int64[np.ndarray, "n"],
+        *,
+        ids: Sequence[str],
+        label_is_predicted: Bool[np.ndarray, "n"] | None = None,
+        metadata: Sequence[Mapping[str, str | int | float | bool | None]] | None = None,
+    ) -> None:
+        n = len(images)
+        for name, column in (("features", features), ("labels", labels), ("ids", ids), ("metadata", metadata)):
+            if column is not None and len(column) != n:
+                raise InputError(f"expected {n} {name}, one per image, got {len(column)}")
+        if len(set(ids)) != n:
+            raise InputError("ids must be unique")
+        self._images, self._features = images, features
+        self._metadata = [dict(row) for row in metadata] if metadata is not None else [{} for _ in range(n)]
+        _, channels, height, width = images.shape
+        self.image_shape = (channels, height, width)
+        self.feature_dim = features.shape[1]
+        self.ids = np.array(ids, dtype=object)
+        self.labels = labels
+        self.label_is_predicted = label_is_predicted if label_is_predicted is not None else np.zeros(n, dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, rows: Rows) -> UInt8[np.ndarray, "rows c h w"]:
+        """Images of the given rows, in their order."""
+        return self._images[rows]
+
+    def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+        """Features of the given rows, in their order."""
+        return self._features[rows]
+
+    def metadata(self, rows: Rows) -> list[Metadata]:
+        """Metadata of the given rows, in their order."""
+        return [dict(self._metadata[row]) for row in rows]
+
+    def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
+        """All images in row order."""
+        for start in range(0, len(self), batch_size):
+            yield self._images[start : start + batch_size]
+
+    def scan_features(self, batch_size: int) -> Iterator[Float32[np.ndarray, "batch d"]]:
+        """All features in row order."""
+        for start in range(0, len(self), batch_size):
+            yield self._features[start : start + batch_size]

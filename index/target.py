@@ -1,0 +1,104 @@
+"""Where an index appears: built beside the target, shown by a rename; an interrupted build leaves what was there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from index.errors import IndexStateError
+from index.manifest import MANIFEST
+
+RECOVERY_SECONDS = 10.0
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a target that cannot become an index.
+
+    Raises:
+        IndexStateError: it exists and is no index, or is one and `overwrite` is not set, or its folder cannot be written.
+    """
+    if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
+        raise IndexStateError(f"{target} exists and is not an index: it is left alone; choose another path")
+    if (target / MANIFEST).is_file() and not overwrite:
+        raise IndexStateError(f"{target} is an index already; pass --overwrite (overwrite=True) to replace it")
+    folder = target.parent
+    if not folder.is_dir():
+        raise IndexStateError(f"{folder} is not a folder; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise IndexStateError(f"{folder} cannot be written to; choose another path or change its permissions")
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the target to build in; it takes the target's place if the block ends without an exception.
+
+    Only one process at a time builds a target. What an earlier, killed build left behind is removed first.
+
+    Raises:
+        IndexStateError: see `check_target`; or another process is building the same target.
+    """
+    check_target(target, overwrite=overwrite)
+    lock = _lock(target)
+    try:
+        with lock.acquire(timeout=0):
+            _recover(target)
+            check_target(target, overwrite=overwrite)
+            staging = _beside(target, "building")
+            staging.mkdir()
+            try:
+                yield staging
+                _swap(staging, target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except filelock.Timeout:
+        raise IndexStateError(f"another process is building {target}; wait for it to end") from None
+
+
+def recover(target: Path) -> None:
+    """Finish an overwrite that was killed between its two renames, the one moment at which the target does not exist."""
+    if not target.exists() and _beside(target, "previous").exists():
+        with _lock(target).acquire(timeout=RECOVERY_SECONDS):
+            _recover(target)
+
+
+def _recover(target: Path) -> None:
+    previous = _beside(target, "previous")
+    if previous.exists():
+        if target.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(target)
+    shutil.rmtree(_beside(target, "building"), ignore_errors=True)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    previous = _beside(target, "previous")
+    if target.exists():
+        target.rename(previous)
+    staging.rename(target)
+    _sync_folder(target.parent)
+    if previous.exists():
+        shutil.rmtree(previous)
+
+
+def _beside(target: Path, role: str) -> Path:
+    return target.parent / f".{target.name}.{role}"
+
+
+def _lock(target: Path) -> filelock.FileLock:
+    return filelock.FileLock(_beside(target, "lock"))
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""Every choice TMM-NN leaves open, named; and the presets. A result always carries the configuration that made it."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from typing import Any, Self
+
+from index.errors import InputError, member, nearest
+
+
+class Blend(StrEnum):
+    """How an image x and the trigger τ become x^t. The paper says it three ways; the authors' code agrees with PRINTED, clamped."""
+
+    PRINTED = "printed"  # x·ω + τ·(1−ω)     Algorithm 1, line 2
+    SWAPPED = "swapped"  # x·(1−ω) + τ·ω     "trigger intensity ω"
+    SCALED = "scaled"  # x + ω·τ             §3.5, "modulate its magnitude with a factor ω"
+    ADDED = "added"  # x + τ                 Eqs. 1–3, 8
+
+    def weights(self, intensity: float) -> tuple[float, float]:
+        """(weight of the image, weight of the trigger) at intensity ω."""
+        match self:
+            case Blend.PRINTED:
+                return intensity, 1.0 - intensity
+            case Blend.SWAPPED:
+                return 1.0 - intensity, intensity
+            case Blend.SCALED:
+                return 1.0, intensity
+            case Blend.ADDED:
+                return 1.0, 1.0
+
+
+class Trigger(StrEnum):
+    """Where τ comes from."""
+
+    QUERY = "query"  # optimised for the query, every pixel      Eq. 8
+    FIXED_PATCH = "fixed-patch"  # T1: a white 3×3 patch at the top-left   §4.8.1
+    PATCH = "patch"  # T2: the same patch, its pixels optimised            §4.8.1
+
+
+class Score(StrEnum):
+    """What exemplars are ranked by."""
+
+    LOG_ODDS = "log-odds"  # z_C − logsumexp(z_0..C−1): ranks as P(dummy) does, without its ties  Eq. 4
+    LOGIT = "logit"  # z_C
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmmConfig:
+    """One reading of TMM-NN. The defaults are the preset ``paper``: Algorithm 1 as printed, clamped.
+
+    Attributes:
+        blend: How image and trigger are combined.
+        clamp: Whether a triggered image is clamped to the pixel range [0, 1].
+        trigger: Where the trigger comes from.
+        score: What exemplars are ranked by.
+        intensity: ω in [0, 1]; None takes the standard deviation of the query's pixels (§4.3.2).
+        trigger_steps: At most so many Adam steps on Eq. 8.
+        trigger_lr: Adam's learning rate for the trigger, in pixel units.
+        trigger_tolerance: Stop once the best loss of Eq. 8 has fallen by less than this fraction in the last 10 steps.
+        tuning_epochs: Passes over the tuning exemplars.
+        tuning_min_steps: Never fewer steps than this: 235 is one epoch of 60,000, and far fewer make retrieval fail.
+        tuning_lr: Adam's learning rate for the head.
+        tuning_batch: Exemplars in a step; both query terms are in every step.
+        ewc_lambda: λ of the EWC penalty.
+        max_tuning_exemplars: Above it a seeded random sample tunes the head; all are still scored.
+        candidate_companions: With a candidate set, so many random other exemplars join it for the tuning.
+        seed: Of the trigger's start, the batches and the samples.
+    """
+
+    blend: Blend = Blend.PRINTED
+    clamp: bool = True
+    trigger: Trigger = Trigger.QUERY
+    score: Score = Score.LOG_ODDS
+    intensity: float | None = None
+    trigger_steps: int = 300
+    trigger_lr: float = 0.015
+    trigger_tolerance: float = 0.05
+    tuning_epochs: int = 1
+    tuning_min_steps: int = 235
+    tuning_lr: float = 1e-3
+    tuning_batch: int = 256
+    ewc_lambda: float = 1.0
+    max_tuning_exemplars: int = 60_000
+    candidate_companions: int = 1_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("blend", Blend), ("trigger", Trigger), ("score", Score)):
+            object.__setattr__(self, name, member(kind, getattr(self, name)))
+        for name in ("trigger_steps", "seed", "tuning_epochs", "candidate_companions"):
+            _require(name, getattr(self, name), minimum=0)
+        for name in ("tuning_min_steps", "tuning_batch", "max_tuning_exemplars"):
+            _require(name, getattr(self, name), minimum=1)
+        for name in ("trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda"):
+            _require(name, getattr(self, name), minimum=0.0)
+        if self.intensity is not None:
+            _require("intensity", self.intensity, minimum=0.0, maximum=1.0)
+
+    def with_settings(self, settings: list[str]) -> Self:
+        """This configuration with 'name=value' strings applied, as the command line takes them.
+
+        Raises:
+            InputError: an unknown name, or a value that is not of the setting's type or range.
+        """
+        known = {field.name: field.type for field in fields(self)}
+        changes: dict[str, Any] = {}
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            name = name.strip().replace("-", "_")
+            if name not in known:
+                raise InputError(f"unknown TMM setting {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+            changes[name] = _parse(name, text.strip(), known[name])
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in the order of the attributes."""
+        return {name: str(value) if isinstance(value, StrEnum) else value for name, value in asdict(self).items()}
+
+
+def _require(name: str, value: float, *, minimum: float, maximum: float = float("inf")) -> None:
+    if isinstance(minimum, int) and not (isinstance(value, int) and not isinstance(value, bool)):
+        raise InputError(f"{name}: expected a whole number, got {value!r}")
+    if not minimum <= value <= maximum:
+        raise InputError(f"{name}: expected a value in [{minimum:g}, {maximum:g}], got {value!r}")
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
+        if kind is int:
+            return int(text.replace("_", ""))
+        if kind in (float, float | None):
+            return None if text.lower() == "none" and kind is not float else float(text)
+    except (KeyError, ValueError):
+        raise InputError(f"{name}: cannot read {text!r} as {getattr(kind, '__name__', kind)}") from None
+    return text  # the enums check themselves
+
+
+PRESETS = {"paper": TmmConfig(), "robust": TmmConfig()}  # equal until the study behind `robust` has run
+DEFAULT_PRESET = "robust"
+
+
+def preset(name: str) -> TmmConfig:
+    """The named configuration.
+
+    Raises:
+        InputError: no such preset.
+    """
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,160 @@
+"""TMM-NN, slowly and literally: autograd through the whole model, batches drawn as images, a separate scoring pass.
+
+The fast path is held to this by tests. Nothing is shared with it but the configuration, the order of the batches and the blend's weights.
+It alone can also tune backbone layers beside the head (§4.8.2).
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from index.classifier import Classifier
+from rerank.config import Score, TmmConfig, Trigger
+from rerank.trigger import INITIAL_STD, PATCH, PATIENCE
+from rerank.tuning import exemplar_batches
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceResult:
+    """scores: float (n,), of every exemplar, larger is better; trigger: (c, h, w); model: the tuned f', C+1 outputs."""
+
+    scores: Float[np.ndarray, "n"]
+    trigger: Float[Tensor, "c h w"]
+    model: nn.Module
+
+
+def reference_scores(
+    classifier: Classifier,
+    query: Float[Tensor, "c h w"],
+    images: UInt8[Tensor, "n c h w"],
+    labels: Int64[Tensor, "n"],
+    config: TmmConfig,
+    *,
+    trigger: Float[Tensor, "c h w"] | None = None,
+    tune_layers: tuple[str, ...] = (),
+    batch_size: int = 256,
+) -> ReferenceResult:
+    """Algorithm 1 for one query against all exemplars.
+
+    Args:
+        classifier: f; copied, not modified.
+        query: Pixels in [0, 1].
+        images: The exemplars.
+        labels: y_i.
+        config: The reading of TMM-NN. `max_tuning_exemplars` and `candidate_companions` play no part: all exemplars tune, all are scored.
+        trigger: τ, where it is known already.
+        tune_layers: Names of backbone modules that are tuned with the head.
+        batch_size: Images in a forward pass of the scoring.
+    """
+    old = _as_module(classifier)
+    exemplars = images.to(query.dtype) / 255.0
+    if trigger is None:
+        trigger = reference_trigger(old, query, config)
+    omega = float(query.double().std(correction=0)) if config.intensity is None else config.intensity
+    image_weight, trigger_weight = config.blend.weights(omega)
+
+    def triggered(x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h w"]:
+        blended = x * image_weight + trigger * trigger_weight
+        return blended.clamp(0.0, 1.0) if config.clamp else blended
+
+    with torch.no_grad():
+        query_label = int(old(query[None]).argmax())
+    new = _extended(old)
+    parameters = [p for name in ("head", *tune_layers) for p in new.get_submodule(name).parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    fisher = reference_fisher(old, exemplars)
+    anchors = {"weight": old.head.weight.detach(), "bias": old.head.bias.detach()}
+    optimiser = torch.optim.Adam(parameters, lr=config.tuning_lr)
+    dummy, classes = torch.tensor([old.head.out_features]), old.head.out_features
+    for batch in exemplar_batches(len(exemplars), config):
+        x, y = exemplars[batch], labels[batch]
+        loss = F.cross_entropy(new(triggered(query)[None]), dummy)
+        loss = loss + F.cross_entropy(new(query[None]), torch.tensor([query_label]))
+        loss = loss + F.cross_entropy(new(triggered(x)), y) + F.cross_entropy(new(x), y)
+        for name, anchor in anchors.items():
+            drift = getattr(new.head, name)[:classes] - anchor
+            loss = loss + config.ewc_lambda / 2 * (fisher[name] * drift**2).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    scores = []
+    with torch.no_grad():
+        for x in exemplars.split(batch_size):
+            z = new(triggered(x))
+            scores.append(z[:, -1] if config.score is Score.LOGIT else z[:, -1] - z[:, :-1].logsumexp(dim=1))
+    return ReferenceResult(torch.cat(scores).numpy(), trigger, new)
+
+
+def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: TmmConfig) -> Float[Tensor, "c h w"]:
+    """τ for one query: Adam on Eq. 8, in a plain loop."""
+    mask = torch.ones_like(query)
+    if config.trigger is not Trigger.QUERY:
+        mask = torch.zeros_like(query)
+        mask[:, :PATCH, :PATCH] = 1.0
+    if config.trigger is Trigger.FIXED_PATCH:
+        return mask
+    noise = torch.randn(query.shape, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
+    tau = (INITIAL_STD * noise.to(query) * mask).requires_grad_()
+    target = model(query[None]).detach()
+    optimiser = torch.optim.Adam([tau], lr=config.trigger_lr)
+    best, losses = tau.detach().clone(), []
+    for step in range(config.trigger_steps + 1):
+        loss = F.mse_loss(model((query + tau)[None]), target) + 1.0 / tau.norm() ** 2
+        if not losses or loss.item() < min(losses):
+            best = tau.detach().clone()
+        losses.append(loss.item())
+        if step == config.trigger_steps:
+            break
+        if step >= PATIENCE:
+            before, now = min(losses[:-PATIENCE]), min(losses)
+            if before - now < config.trigger_tolerance * before:
+                break
+        optimiser.zero_grad()
+        loss.backward()
+        assert tau.grad is not None
+        tau.grad *= mask
+        optimiser.step()
+    return best
+
+
+def reference_fisher(model: nn.Module, exemplars: Float[Tensor, "n c h w"]) -> dict[str, Tensor]:
+    """The head's Fisher diagonal by autograd: mean over exemplars of Σ_y p_y (∂ log p_y / ∂θ)², one gradient at a time."""
+    head = model.get_submodule("head").requires_grad_()
+    fisher = {name: torch.zeros_like(parameter) for name, parameter in head.named_parameters()}
+    for x in exemplars:
+        log_p = torch.log_softmax(model(x[None])[0], dim=0)
+        for log_p_y in log_p:
+            gradients = torch.autograd.grad(log_p_y, list(head.parameters()), retain_graph=True)
+            for total, gradient in zip(fisher.values(), gradients, strict=True):
+                total += log_p_y.exp().detach() * gradient**2 / len(exemplars)
+    head.requires_grad_(False)
+    return fisher
+
+
+def _as_module(classifier: Classifier) -> nn.Module:
+    """f with its parts under the names `backbone` and `head`."""
+    model = nn.Sequential()
+    model.add_module("backbone", copy.deepcopy(classifier.backbone))
+    model.add_module("head", copy.deepcopy(classifier.head))
+    if model.head.bias is None:  # the dummy class has one, so all have
+        model.head.bias = nn.Parameter(torch.zeros_like(classifier.head.weight[:, 0]))
+    return model.eval().requires_grad_(False)
+
+
+def _extended(old: nn.Module) -> nn.Module:
+    """f' before tuning: a copy of f whose head has one more, zero row."""
+    new = copy.deepcopy(old)
+    head = old.get_submodule("head")
+    assert isinstance(head, nn.Linear)
+    rows, d = head.weight.shape
+    extended = nn.Linear(d, rows + 1).to(head.weight)
+    extended.weight.data = torch.cat([head.weight, torch.zeros(1, d).to(head.weight)])
+    extended.bias.data = torch.cat([head.bias, torch.zeros(1).to(head.weight)])
+    new.add_module("head", extended)
+    return new.eval().requires_grad_(False)
