@@ -1,4 +1,7 @@
-"""What a user touches: `Engine`, results, reports, and the command `engine`. Names are imported when they are first used."""
+"""What a user touches: `Engine`, results, reports, and the command `engine`.
+
+Names are imported when they are first used.
+"""
 
 import lazy_loader as lazy
 

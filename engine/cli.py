@@ -16,12 +16,14 @@ from index.errors import InputError, TmmEngineError
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.query import Query
+    from engine.results import SearchResult
     from index.classifier import Classifier
     from index.sources import ImageSource
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODES = ("tmm", "l2", "cosine")
+MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", "std", "head")
 
 
 class _Group(click.Group):
@@ -80,10 +82,14 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 
 source_options = _options(
     click.option("--split", help="Split of a data set: train, test, … Default: train."),
-    click.option("--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."),
+    click.option(
+        "--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."
+    ),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
 )
-model_option = click.option("--model", metavar="NAME", help="torchvision architecture, vit_tiny_32, or package.module:factory.")
+model_option = click.option(
+    "--model", metavar="NAME", help="torchvision architecture, vit_tiny_32, or package.module:factory."
+)
 device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 
 
@@ -104,24 +110,36 @@ def main() -> None:
 @click.argument("source")
 @click.argument("index", type=click.Path(path_type=Path))
 @model_option
-@click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint: safetensors, or torch.load(weights_only=True).")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Checkpoint: safetensors, or torch.load(weights_only=True)."
+)
 @source_options
 @click.option("--num-classes", type=click.IntRange(min=2), help="Classes of the head. Default: as the checkpoint says.")
-@click.option("--small-stem/--standard-stem", default=None, help="First convolution 3x3, stride 1. Default: as the checkpoint says.")
+@click.option(
+    "--small-stem/--standard-stem",
+    default=None,
+    help="First convolution 3x3, stride 1. Default: as the checkpoint says.",
+)
 @click.option("--image-size", callback=_size, metavar="N|HxW", help="Default: the first image's, at most 224.")
-@click.option("--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as the first image.")
+@click.option(
+    "--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as the first image."
+)
 @click.option("--mean", callback=_numbers, metavar="R,G,B", help="Normalisation mean of pixels in [0, 1]. Default: 0.")
 @click.option("--std", callback=_numbers, metavar="R,G,B", help="Normalisation standard deviation. Default: 1.")
 @click.option("--head", metavar="NAME", help="The final linear layer, where it is not found by itself.")
-@click.option("--neighbours", default="Flat", show_default=True, metavar="FACTORY", help="FAISS factory string; Flat is exact.")
-@click.option("--overwrite", is_flag=True, help="Replace an index that is there; it stays usable until the new one is whole.")
+@click.option(
+    "--neighbours", default="Flat", show_default=True, metavar="FACTORY", help="FAISS factory string; Flat is exact."
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an index that is there; it stays usable until the new one is whole."
+)
 @click.option("--strict", is_flag=True, help="Fail at an unreadable image instead of skipping it.")
 @device_option
 def build_index_command(source: str, index: Path, **options: Any) -> None:
     """Build INDEX from the images in SOURCE and a classifier.
 
-    SOURCE is a folder of class folders, a flat folder (labels are then the model's predictions), a Parquet file or folder of
-    shards in the Hugging Face image layout, or mnist, cifar10, svhn, gtsrb with --root.
+    SOURCE is a folder of class folders, a flat folder (labels are then the model's predictions), a Parquet file or
+    folder of shards in the Hugging Face image layout, or mnist, cifar10, svhn, gtsrb with --root.
 
     \b
     Examples:
@@ -164,12 +182,27 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
 @click.option("--id", "ids", multiple=True, help="An exemplar of the index as the query; repeatable.")
 @click.option("--source", help="Queries from a data set, as build-index takes it.")
 @source_options
-@click.option("--mode", "modes", default="tmm", show_default=True, callback=_modes, help="tmm, l2, cosine, or several: tmm,l2,cosine.")
+@click.option(
+    "--mode",
+    "modes",
+    default="tmm",
+    show_default=True,
+    callback=_modes,
+    help="tmm, l2, cosine, or several: tmm,l2,cosine.",
+)
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many exemplars to return.")
-@click.option("--candidates", type=click.IntRange(min=1), help="tmm: score only so many, chosen by --prefilter. Default: all.")
+@click.option(
+    "--candidates", type=click.IntRange(min=1), help="tmm: score only so many, chosen by --prefilter. Default: all."
+)
 @click.option("--prefilter", default="union", show_default=True, help="l2, cosine, or union of both.")
 @click.option("--preset", default="robust", show_default=True, help="tmm: paper or robust.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="tmm: change a setting, e.g. blend=added; repeatable.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="tmm: change a setting, e.g. blend=added; repeatable.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="tmm: seed of trigger and tuning. Default: the preset's, 0.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
@@ -193,11 +226,14 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
 
     if not (images or options["ids"] or options["source"]):
         raise click.UsageError("no query: give image files or folders, --id, or --source")
+    for path in (options["html"], options["png"]):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist; create it first")
     seed = [] if options["seed"] is None else [f"seed={options['seed']}"]
     config = preset(options["preset"]).with_settings([*options["settings"], *seed])
     with Engine.open(index, model=options["model"], device=options["device"]) as engine:
         queries = _queries(engine, images, options)
-        results = []
+        results: list[SearchResult] = []
         with progress_bar() as progress:
             for query in queries:
                 for mode in options["modes"]:
@@ -218,10 +254,12 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
             click.echo(json.dumps(result.to_json(), ensure_ascii=False))
         else:
             print_result(result)
-    for path, write in ((options["html"], write_html), (options["png"], write_png)):
-        if path is not None:
-            write(results, path)
-            click.echo(f"wrote {path}", err=True)
+    if options["html"]:
+        write_html(results, options["html"], index_name=index.name)
+    if options["png"]:
+        write_png(results, options["png"])
+    for path in filter(None, (options["html"], options["png"])):
+        click.echo(f"wrote {path}", err=True)
 
 
 @main.command()
@@ -249,8 +287,16 @@ def info(index: Path | None, *, system: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("engine-demo"), show_default=True, help="Folder for what it makes.")
-@click.option("--queries", type=click.IntRange(1, 100), default=8, show_default=True, help="How many queries are shown.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("engine-demo"),
+    show_default=True,
+    help="Folder for what it makes.",
+)
+@click.option(
+    "--queries", type=click.IntRange(1, 100), default=8, show_default=True, help="How many queries are shown."
+)
 def demo(out: Path, queries: int) -> None:
     """Train a small model on handwritten digits, index them, and compare tmm, l2 and cosine, clean and darkened.
 
@@ -278,8 +324,13 @@ def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
     if options["image_size"]:
         height, width = options["image_size"]
     if options["model"] is None:
+        ignored = [name for name in MODEL_OPTIONS if options[name] is not None]
+        if ignored:
+            raise click.UsageError(f"--{ignored[0].replace('_', '-')} needs --model NAME")
         if options["weights"] is None:
-            raise InputError("no model: pass --model NAME with --weights FILE, or --weights of a file saved by this program")
+            raise InputError(
+                "no model: pass --model NAME with --weights FILE, or --weights of a file saved by this program"
+            )
         return Classifier.load(options["weights"])
     return Classifier.from_architecture(
         options["model"],

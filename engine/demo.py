@@ -1,4 +1,6 @@
-"""`engine demo`: handwritten digits, a small ResNet, an index, and the three modes side by side on clean and darkened queries."""
+"""`engine demo`: handwritten digits, a small ResNet, an index, and the three modes side by side on clean and darkened
+queries.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int64, UInt8
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -23,9 +26,10 @@ from index.sources import ArraySource
 from rerank.config import DEFAULT_PRESET
 
 EPOCHS = 6
+SEED = 0
 BATCH = 64
 EXEMPLARS = 1400  # of 1,797; the rest test the model
-BRIGHTNESS = {"clean": 1.0, "dark, ×0.5": 0.5, "darker, ×0.3": 0.3}
+BRIGHTNESS = {"clean": 1.0, "brightness 0.5": 0.5, "brightness 0.3": 0.3}
 SHOWN_QUERIES, SHOWN_HITS = 3, 10  # in the page and the picture
 
 
@@ -59,21 +63,35 @@ class DemoOutcome:
             title=f"Does a query find itself? {queries} of the {self.exemplars:,} exemplars as queries",
             title_justify="left",
         )
-        for heading, justify in (("query", "left"), ("mode", "left"), ("first", "right"), ("median rank", "right"), ("label@10", "right")):
+        for heading, justify in (
+            ("query", "left"),
+            ("mode", "left"),
+            ("first", "right"),
+            ("median rank", "right"),
+            ("label@10", "right"),
+        ):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         for perturbation in BRIGHTNESS:
             for mode in Mode:
                 ranks, labels = self.ranks[perturbation, mode], self.labels[perturbation, mode]
                 first = sum(rank == 0 for rank in ranks)
                 cells = (f"{first}/{queries}", f"{np.median(ranks) + 1:g}", f"{np.mean(labels):.2f}")
-                table.add_row(perturbation if mode is Mode.TMM else "", str(mode), *cells, end_section=mode is Mode.COSINE)
+                table.add_row(
+                    perturbation if mode is Mode.TMM else "", str(mode), *cells, end_section=mode is Mode.COSINE
+                )
         console.print(f"classifier: {self.accuracy:.1%} of unseen digits right")
         console.print(table)
         console.print(
             f"first: ranked at the top; median rank: 1 is best; label@10: share of the top 10 with the query's label.\n"
-            f"A handful of queries on a toy data set: an illustration, not a measurement. tmm is the preset {DEFAULT_PRESET!r}."
+            f"A handful of queries on a toy data set: an illustration, not a measurement. tmm is the preset "
+            f"{DEFAULT_PRESET!r}."
         )
-        for name, path in (("page", self.html), ("picture", self.png), ("index", self.index)):
+        for name, path in (
+            ("page", self.html),
+            ("picture", self.png),
+            ("index", self.index),
+            ("queries", self.index.parent / "queries"),
+        ):
             console.print(f"{name}: {path}", soft_wrap=True, highlight=False)
 
 
@@ -93,13 +111,16 @@ def run_demo(out: Path, *, queries: int, progress: Progress) -> DemoOutcome:
     source = ArraySource(images[:EXEMPLARS], labels[:EXEMPLARS], class_names=[str(digit) for digit in range(10)])
     build_index(source, index, classifier, overwrite=True, progress=progress)
     with Engine.open(index, device="cpu") as engine:
-        chosen = np.random.default_rng(0).choice(EXEMPLARS, queries, replace=False)
+        chosen = np.random.default_rng(SEED).choice(EXEMPLARS, queries, replace=False)
         results = _search(engine, [str(engine.store.ids[row]) for row in chosen], progress)
         exemplars = len(engine)
     shown = [result for result in results if result[0] < SHOWN_QUERIES]
     html, png = out / "report.html", out / "report.png"
-    write_html([result for _, _, result, _ in shown], html, title="engine demo: handwritten digits", index_name=str(index))
-    write_png([result for _, _, result, _ in shown], png)
+    _save_queries(out / "queries", shown)
+    write_html(
+        [result for _, _, result, _ in shown], html, title="engine demo: handwritten digits", index_name=str(index)
+    )
+    write_png([result for number, _, result, _ in shown if number == 0], png)
     ranks: dict[tuple[str, str], list[int]] = {}
     agreement: dict[tuple[str, str], list[float]] = {}
     for _, perturbation, result, rank in results:
@@ -147,9 +168,7 @@ def _accuracy(classifier: Classifier, images: UInt8[np.ndarray, "n 8 8"], labels
     return float(np.mean(predict(embed(images[:, None], classifier), classifier) == labels))
 
 
-def _search(
-    engine: Engine, ids: list[str], progress: Progress
-) -> list[tuple[int, str, SearchResult, int]]:
+def _search(engine: Engine, ids: list[str], progress: Progress) -> list[tuple[int, str, SearchResult, int]]:
     """(number of the query, perturbation, top 10, rank of the true exemplar) for every query, perturbation and mode."""
     answers = []
     total = len(ids) * len(BRIGHTNESS) * len(Mode)
@@ -163,3 +182,11 @@ def _search(
                 answers.append((number, perturbation, replace(everything, hits=everything.hits[:SHOWN_HITS]), rank))
                 progress("searching", len(answers), total)
     return answers
+
+
+def _save_queries(folder: Path, shown: list[tuple[int, str, SearchResult, int]]) -> None:
+    """The shown queries as image files, to search with from the command line."""
+    folder.mkdir(exist_ok=True)
+    for _, _, result, _ in shown:
+        name = result.query.replace(", ", "-").replace(" ", "-")
+        Image.fromarray(result.query_image[0]).save(folder / f"{name}.png")

@@ -29,7 +29,13 @@ class _RateColumn(ProgressColumn):
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A `Progress` that draws one bar a step on stderr, and removes them at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
     with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -49,14 +55,20 @@ def print_result(result: SearchResult) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=FALLBACK_WIDTH)
-    truth = "" if result.true_label is None else f", labelled {result.true_label}"
+    truth = "" if result.true_class is None else f", labelled {escape(result.true_class)}"
     console.print(
         f"[bold]{escape(result.query)}[/bold] — {result.mode}: the model says {escape(result.predicted_class)}{truth}; "
         f"{result.scored:,} of {result.exemplars:,} exemplars scored in {result.seconds:.2f} s",
         highlight=False,
     )
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading, justify in (("#", "right"), ("score", "right"), ("P(dummy)", "right"), ("label", "left"), ("id", "left")):
+    for heading, justify in (
+        ("#", "right"),
+        ("score", "right"),
+        ("P(dummy)", "right"),
+        ("label", "left"),
+        ("id", "left"),
+    ):
         if heading != "P(dummy)" or result.mode == "tmm":
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for hit in result.hits:

@@ -4,26 +4,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64
 from torch import nn
 
 from engine.query import ImageLike, Query, as_query
 from engine.results import Hit, SearchResult
-from index.batches import forward_batch_size
-from index.builder import embed, predict
+from index.builder import BuildReport, check_fit, embedded, predict
 from index.classifier import Classifier
 from index.errors import InputError, ModelError, member, nearest
 from index.lance_store import LanceStore
 from index.manifest import EXEMPLARS, MODEL, Manifest
 from index.neighbours import EXACT, Metric, Neighbours
 from index.progress import Progress, silent
-from index.sources import ArraySource, ImageRecord
+from index.sources import ArraySource
 from index.store import ExemplarStore, MemoryStore
 from index.target import recover
 from rerank.config import DEFAULT_PRESET, TmmConfig, preset
@@ -49,11 +49,23 @@ class Prefilter(StrEnum):
     UNION = "union"  # both rankings, taken in turn
 
 
+class SearchOptions(TypedDict, total=False):
+    """The options of `Engine.search`, for type checkers."""
+
+    k: int
+    mode: str
+    candidates: int | None
+    prefilter: str
+    config: TmmConfig | str
+    label: int | None
+    progress: Progress
+
+
 class Engine:
     """Searches one version of an index. Made by `Engine.open` or `Engine.from_arrays`.
 
-        with Engine.open("idx") as engine:
-            result = engine.search("query.png", k=10)
+    with Engine.open("idx") as engine:
+        result = engine.search("query.png", k=10)
     """
 
     def __init__(
@@ -85,13 +97,13 @@ class Engine:
         model: nn.Module | str | None = None,
         device: str = "auto",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
-    ) -> Self:
+    ) -> "Engine":
         """Open an index made by `build_index` or `engine build-index`.
 
         Args:
             path: The index's folder.
-            model: Needed only for an index whose model is the user's own code: the module, or ``package.module:factory``. Its fingerprint
-                must be the index's.
+            model: Needed only for an index whose model is the user's own code: the module, or
+                ``package.module:factory``. Its fingerprint must be the index's.
             device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is one.
             cache_bytes: What may stay in memory on the device between searches, images first, then features.
 
@@ -106,7 +118,8 @@ class Engine:
         classifier = Classifier.load(path / MODEL, model=model)
         if classifier.fingerprint != manifest.fingerprint:
             raise ModelError(
-                f"{path} was built with the model {manifest.fingerprint[:12]}…, this one is {classifier.fingerprint[:12]}…: its "
+                f"{path} was built with the model {manifest.fingerprint[:12]}…, this one is "
+                f"{classifier.fingerprint[:12]}…: its "
                 f"features would not match; open it with the same model, or build the index again"
             )
         store = LanceStore(
@@ -128,8 +141,8 @@ class Engine:
     @classmethod
     def from_arrays(
         cls,
-        images: np.ndarray[Any, Any],
-        labels: Sequence[int] | np.ndarray[Any, Any] | None,
+        images: np.ndarray,
+        labels: Sequence[int] | np.ndarray | None,
         classifier: Classifier,
         *,
         ids: Sequence[str] | None = None,
@@ -137,7 +150,7 @@ class Engine:
         metadata: dict[str, Sequence[Any]] | None = None,
         neighbours: str = EXACT,
         progress: Progress = silent,
-    ) -> Self:
+    ) -> "Engine":
         """An index in memory, with the same methods.
 
         Args:
@@ -157,7 +170,7 @@ class Engine:
         store = _memory_store(source, classifier, progress)
         return cls(classifier, store, class_names=class_names or classifier.class_names, neighbours=neighbours)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Engine":
         return self
 
     def __exit__(
@@ -181,9 +194,9 @@ class Engine:
         return Query(id_, image.astype(np.float32) / 255.0, int(self.store.labels[row]))
 
     @overload
-    def search(self, query: list[ImageLike | Query], **options: Any) -> list[SearchResult]: ...
+    def search(self, query: list[ImageLike | Query], **options: Unpack[SearchOptions]) -> list[SearchResult]: ...
     @overload
-    def search(self, query: ImageLike | Query, **options: Any) -> SearchResult: ...
+    def search(self, query: ImageLike | Query, **options: Unpack[SearchOptions]) -> SearchResult: ...
     def search(
         self,
         query: ImageLike | Query | list[ImageLike | Query],
@@ -199,7 +212,8 @@ class Engine:
         """The k exemplars that the model sees as most like the query.
 
         Args:
-            query: A path, a PIL image, an array (uint8, or float in [0, 1]), a `Query`; or a list of them, for a list of results.
+            query: A path, a PIL image, an array (uint8, or float in [0, 1]), a `Query`; or a list of them, for a list
+                of results.
             k: How many, at least 1; all are returned (and a note says so) where there are fewer.
             mode: ``tmm``, ``l2`` or ``cosine``.
             candidates: For ``tmm``: score only so many exemplars, chosen by the prefilter. None scores all.
@@ -209,7 +223,8 @@ class Engine:
             progress: Told of exemplars scored.
 
         Raises:
-            InputError: an unreadable image, an unknown mode, or an option out of range; raised before any search begins.
+            InputError: an unreadable image, an unknown mode, or an option out of range; raised before any search
+                begins.
         """
         request = _Request(
             k=_positive("k", k),
@@ -219,13 +234,13 @@ class Engine:
             config=preset(config) if isinstance(config, str) else config,
             label=self._checked_label(label),
         )
-        many = isinstance(query, list)
+        items = query if isinstance(query, list) else [query]
         queries = [
             as_query(item, shape=self.store.image_shape, name=f"query {position}")
-            for position, item in enumerate(query if many else [query])
+            for position, item in enumerate(items)
         ]
         results = [self._search(item, request, progress) for item in queries]
-        return results if many else results[0]
+        return results if isinstance(query, list) else results[0]
 
     def _search(self, query: Query, request: "_Request", progress: Progress) -> SearchResult:
         timings: dict[str, float] = {}
@@ -260,6 +275,7 @@ class Engine:
             predicted_label=predicted,
             predicted_class=self.class_names[predicted],
             true_label=query.label,
+            true_class=None if query.label is None else self.class_names[query.label],
             scored=scored,
             exemplars=len(self),
             config=request.config.to_json() if ranking else None,
@@ -283,7 +299,7 @@ class Engine:
         found = []
         for metric in metrics:
             searcher = self._searcher(metric, timings)
-            [(rows, _)] = _timed(timings, "prefilter", lambda s=searcher: s.search(features, k=request.candidates))
+            [(rows, _)] = _timed(timings, "prefilter", partial(searcher.search, features, k=request.candidates))
             found.append(rows)
         in_turn = np.stack(found, axis=1).reshape(-1)  # (m, metrics) -> first of each, second of each, …
         return np.array(list(dict.fromkeys(in_turn.tolist()))[: request.candidates])
@@ -296,7 +312,7 @@ class Engine:
         return self._neighbours[metric]
 
     def _hits(
-        self, rows: Int64[np.ndarray, "k"], scores: np.ndarray[Any, Any], confidences: np.ndarray[Any, Any] | None
+        self, rows: Int64[np.ndarray, "k"], scores: np.ndarray, confidences: np.ndarray | None
     ) -> tuple[Hit, ...]:
         images, metadata = self.store.images(rows), self.store.metadata(rows)
         return tuple(
@@ -350,21 +366,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def _memory_store(source: ArraySource, classifier: Classifier, progress: Progress) -> MemoryStore:
-    images: list[UInt8[np.ndarray, "c h w"]] = []
-    features: list[Float32[np.ndarray, "batch d"]] = []
-    records = [record for record in source.read(classifier.image_shape) if isinstance(record, ImageRecord)]
-    size = forward_batch_size(classifier.image_shape)
-    for start in range(0, len(records), size):
-        batch = np.stack([record.image for record in records[start : start + size]])
-        images.append(batch)
-        features.append(embed(batch, classifier))
-        progress("embedding", start + len(batch), len(records))
-    stacked = np.concatenate(features)
-    labels = [record.label for record in records] if source.labelled else predict(stacked, classifier)
+    check_fit(source, classifier)
+    report, batches = BuildReport(), []
+    for batch in embedded(source, classifier, report):
+        batches.append(batch)
+        progress("embedding", report.exemplars, len(source))
+    records = [record for batch in batches for record in batch.records]
     return MemoryStore(
-        np.concatenate(images),
-        stacked,
-        np.array(labels, dtype=np.int64),
+        np.concatenate([batch.images for batch in batches]),
+        np.concatenate([batch.features for batch in batches]),
+        np.concatenate([batch.labels for batch in batches]),
         ids=[record.id for record in records],
         label_is_predicted=np.full(len(records), not source.labelled),
         metadata=[record.metadata for record in records],

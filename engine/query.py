@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from index.errors import ImageError
 from index.images import Shape, channels_first, decode_image, to_numpy
 from index.sources import ImageRecord, ImageSource
 
-ImageLike = str | Path | bytes | Image.Image | np.ndarray[Any, Any] | torch.Tensor
+ImageLike = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

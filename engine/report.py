@@ -59,7 +59,7 @@ def write_html(
     """
     blocks = _by_query(results)
     template = _environment().from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
-    page = template.render(blocks=blocks, names=_class_names(results), title=title, index_name=index_name)
+    page = template.render(blocks=blocks, title=title, index_name=index_name)
     _write(path, page.encode("utf-8", errors="backslashreplace"))  # file names may hold lone surrogates
 
 
@@ -81,7 +81,7 @@ def write_png(results: Sequence[SearchResult], path: Path, *, columns: int = 10)
     blocks = _by_query(results)
     if columns < 1:
         raise InputError(f"expected at least 1 column, got {columns}")
-    _write(path, _png(_sheet(blocks, _class_names(results), columns=columns)))
+    _write(path, _png(_sheet(blocks, columns=columns)))
 
 
 # ------------------------------------------------------------------------------------------------ what both show
@@ -91,12 +91,6 @@ def _by_query(results: Sequence[SearchResult]) -> list[list[SearchResult]]:
     if not results:
         raise InputError("expected at least one search result to report, got none")
     return [list(block) for _, block in groupby(results, key=lambda result: result.query)]
-
-
-def _class_names(results: Sequence[SearchResult]) -> dict[int, str]:
-    """The names that the results give to labels: a true label comes without one."""
-    names = {hit.label: hit.class_name for result in results for hit in result.hits}
-    return names | {result.predicted_label: result.predicted_class for result in results}
 
 
 def _agrees(hit: Hit, result: SearchResult) -> bool:
@@ -198,12 +192,12 @@ def _metadata(hit: Hit) -> str:
 # Every function returns a tile; larger tiles are smaller ones beside or below each other.
 
 
-def _sheet(blocks: list[list[SearchResult]], names: dict[int, str], *, columns: int) -> Image.Image:
+def _sheet(blocks: list[list[SearchResult]], *, columns: int) -> Image.Image:
     longest = max(len(result.hits) for block in blocks for result in block)
     width = (_TILE + _GAP) * (1 + max(min(columns, longest), _LEAST_COLUMNS))
     tiles = [_line(_LEGEND, width=width, size=_BODY, colour=_FAINT)]
     for block in blocks:
-        tiles += [Image.new("RGB", (width, 2), _LINE), _block(block, names, columns=columns, width=width)]
+        tiles += [Image.new("RGB", (width, 2), _LINE), _block(block, columns=columns, width=width)]
         if (pixels := width * sum(tile.height for tile in tiles)) > MAX_SHEET_PIXELS:
             raise InputError(
                 f"expected a sheet of at most {MAX_SHEET_PIXELS:,} pixels, got {pixels:,} or more "
@@ -212,11 +206,11 @@ def _sheet(blocks: list[list[SearchResult]], names: dict[int, str], *, columns: 
     return ImageOps.expand(_below(tiles, gap=_GAP + _GAP // 2), border=2 * _GAP, fill=_PAPER)
 
 
-def _block(block: list[SearchResult], names: dict[int, str], *, columns: int, width: int) -> Image.Image:
+def _block(block: list[SearchResult], *, columns: int, width: int) -> Image.Image:
     query = block[0]
     classes = f"predicted: {query.predicted_class}"
-    if query.true_label is not None:
-        classes += f"  ·  true: {names.get(query.true_label, f'class {query.true_label}')}"
+    if query.true_class is not None:
+        classes += f"  ·  true: {query.true_class}"
     heading = [_line(query.query, width=width, size=_HEADING), _line(classes, width=width, size=_BODY, colour=_FAINT)]
     rows = [_row(result, columns=columns, width=width - _TILE - 2 * _GAP) for result in block]
     body = _beside([_query_column(block), _below(rows, gap=2 * _GAP)], gap=2 * _GAP)

@@ -9,7 +9,6 @@ from jaxtyping import Float, UInt8
 from index.sources import Metadata
 
 
-
 @dataclass(frozen=True, slots=True)
 class Hit:
     """One retrieved exemplar. Larger scores are better in every mode.
@@ -52,6 +51,7 @@ class SearchResult:
         predicted_label: The model's prediction on the query.
         predicted_class: Its name.
         true_label: The query's own label where its source had one.
+        true_class: Its name.
         scored: How many exemplars were scored (the candidates, or all).
         exemplars: How many the index holds.
         config: The TMM configuration with its seed, as plain values (tmm only).
@@ -68,6 +68,7 @@ class SearchResult:
     predicted_label: int
     predicted_class: str
     true_label: int | None
+    true_class: str | None
     scored: int
     exemplars: int
     config: dict[str, Any] | None

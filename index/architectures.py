@@ -210,8 +210,8 @@ def _torchvision_model(spec: ModelSpec) -> nn.Module:
         options["image_size"] = height
     if spec.architecture == VIT_TINY:
         options |= {"patch_size": 4, "num_layers": 6, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 384}
-        return zoo.VisionTransformer(**options)  # type: ignore[no-any-return]
-    return zoo.get_model(spec.architecture, weights=None, **options)  # type: ignore[no-any-return]
+        return zoo.VisionTransformer(**options)
+    return zoo.get_model(spec.architecture, weights=None, **options)
 
 
 def _first_conv(model: nn.Module) -> tuple[str, nn.Conv2d]:

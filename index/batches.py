@@ -1,9 +1,11 @@
-"""Cutting work into batches: how many images one forward pass takes, and reading the next batch while the last is worked on."""
+"""Cutting work into batches: how many images one forward pass takes, and reading the next batch while the last is
+worked on.
+"""
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from index.images import Shape
 
@@ -20,40 +22,39 @@ def forward_batch_size(shape: Shape) -> int:
 
 
 def prefetched(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
-    """The items in order, produced by a thread that runs at most `depth` ahead. Its exceptions are raised here.
+    """The items in order, produced by a thread that keeps at most `depth` ready, and one more in hand. Its exceptions
+    are raised here.
 
     Closing the iterator early stops the thread after the item it is at.
     """
-    done = object()
-    ready: queue.Queue[object] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[tuple[Literal["item"], T] | tuple[Literal["error"], BaseException] | None] = queue.Queue(depth)
     stop = threading.Event()
 
-    def put(item: object) -> bool:
+    def put(entry: tuple[Literal["item"], T] | tuple[Literal["error"], BaseException] | None) -> bool:
         while not stop.is_set():
             try:
-                ready.put(item, timeout=0.1)
-                return True
+                ready.put(entry, timeout=0.1)
             except queue.Full:
                 continue
+            return True
         return False
 
     def produce() -> None:
         try:
             for item in items:
-                if not put((item, None)):
+                if not put(("item", item)):
                     return
-            put(done)
+            put(None)
         except BaseException as error:
-            put((None, error))
+            put(("error", error))
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
-        while (entry := ready.get()) is not done:
-            item, error = entry  # type: ignore[misc]
-            if error is not None:
-                raise error
-            yield item
+        while (entry := ready.get()) is not None:
+            if entry[0] == "error":
+                raise entry[1]
+            yield entry[1]
     finally:
         stop.set()
         thread.join()

@@ -1,6 +1,6 @@
 """`build_index`: images -> features -> store, streamed, with progress, all or nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from index.batches import forward_batch_size, prefetched
 from index.classifier import Classifier
 from index.errors import ImageError, IndexStateError, InputError
 from index.lance_store import LanceWriter, exemplar_schema, fixed_size_column
-from index.manifest import EXEMPLARS, MODEL, Manifest, digest_files
+from index.manifest import EXEMPLARS, MODEL, FileDigest, Manifest, digest_files
 from index.neighbours import EXACT, Metric, make_faiss_index
 from index.progress import Progress, silent
 from index.sources import ImageRecord, ImageSource, UnreadableImage
@@ -68,7 +68,8 @@ def build_index(
 
     Raises:
         IndexStateError: the target is in the way, not writable, full, or being built by another process.
-        InputError: source and classifier do not fit, the source is empty, a label is out of range, or, with `strict`, an image is unreadable.
+        InputError: source and classifier do not fit, the source is empty, a label is out of range, or, with `strict`,
+            an image is unreadable.
     """
     check_target(target, overwrite=overwrite)
     check_fit(source, classifier)
@@ -78,20 +79,61 @@ def build_index(
         with staged(target, overwrite=overwrite) as staging:
             schema = exemplar_schema(classifier.image_shape, classifier.feature_dim, source.metadata_types)
             writer = LanceWriter(staging / EXEMPLARS, schema)
-            records = _readable(source, classifier, report, strict=strict)
-            for batch in prefetched(_batches(records, forward_batch_size(classifier.image_shape))):
-                writer.write(_columns(batch, classifier, source))
-                report.exemplars += len(batch)
+            for batch in embedded(source, classifier, report, strict=strict):
+                writer.write(batch.columns(source))
                 progress("building", report.exemplars + report.skipped_count, len(source))
-            if not report.exemplars:
-                reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
-                raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
             version = writer.commit()
             classifier.save(staging / MODEL)
-            _manifest(source, classifier, report, neighbours, version, staging).write(staging)
+            manifest = _manifest(
+                source, classifier, report, neighbours=neighbours, version=version, files=digest_files(staging)
+            )
+            manifest.write(staging)
     except OSError as error:
         raise IndexStateError(f"{target} cannot be written: {error.strerror or error}; nothing was changed") from error
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedBatch:
+    """Exemplars as a store takes them: records, their images and features stacked, and labels, given or predicted."""
+
+    records: list[ImageRecord]
+    images: UInt8[np.ndarray, "n c h w"]
+    features: Float32[np.ndarray, "n d"]
+    labels: Int64[np.ndarray, "n"]
+
+    def columns(self, source: ImageSource) -> dict[str, object]:
+        """The columns of `exemplar_schema`."""
+        return {
+            "id": [record.id for record in self.records],
+            "label": self.labels,
+            "label_is_predicted": [not source.labelled] * len(self.records),
+            "image": fixed_size_column(self.images),
+            "feature": fixed_size_column(self.features),
+        } | {name: [record.metadata.get(name) for record in self.records] for name in source.metadata_types}
+
+
+def embedded(
+    source: ImageSource, classifier: Classifier, report: BuildReport, *, strict: bool = False
+) -> Iterator[EmbeddedBatch]:
+    """All readable images of the source with their features, batch by batch; the next batch is decoded meanwhile.
+
+    Counts exemplars and skipped images in `report`. Raises as `build_index`.
+    """
+    records = _readable(source, classifier, report, strict=strict)
+    for batch in prefetched(_batches(records, forward_batch_size(classifier.image_shape))):
+        images = np.stack([record.image for record in batch])
+        features = embed(images, classifier)
+        if not np.isfinite(features).all():
+            row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+            raise InputError(f"{batch[row].id}: the model's features are not finite numbers; check the weights")
+        given = [record.label for record in batch]
+        labels = np.array(given, dtype=np.int64) if source.labelled else predict(features, classifier)
+        report.exemplars += len(batch)
+        yield EmbeddedBatch(batch, images, features, labels)
+    if not report.exemplars:
+        reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
+        raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
 
 
 def check_fit(source: ImageSource, classifier: Classifier) -> None:
@@ -103,7 +145,8 @@ def check_fit(source: ImageSource, classifier: Classifier) -> None:
     if source.labelled and source.class_names and len(source.class_names) != classifier.num_classes:
         raise InputError(
             f"{source.name} has {len(source.class_names)} classes, the model's head has {classifier.num_classes}: "
-            f"labels would not mean what the model predicts; use the data set the model was trained on, or a flat folder"
+            f"labels would not mean what the model predicts; use the data set the model was trained on, or a "
+            f"flat folder"
         )
 
 
@@ -152,24 +195,14 @@ def _batches(records: Iterator[ImageRecord], size: int) -> Iterator[list[ImageRe
         yield batch
 
 
-def _columns(batch: Sequence[ImageRecord], classifier: Classifier, source: ImageSource) -> dict[str, object]:
-    images = np.stack([record.image for record in batch])
-    features = embed(images, classifier)
-    if not np.isfinite(features).all():
-        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-        raise InputError(f"{batch[row].id}: the model's features are not finite numbers; check the weights")
-    labels = [record.label for record in batch] if source.labelled else predict(features, classifier)
-    return {
-        "id": [record.id for record in batch],
-        "label": labels,
-        "label_is_predicted": [not source.labelled] * len(batch),
-        "image": fixed_size_column(images),
-        "feature": fixed_size_column(features),
-    } | {name: [record.metadata.get(name) for record in batch] for name in source.metadata_types}
-
-
 def _manifest(
-    source: ImageSource, classifier: Classifier, report: BuildReport, neighbours: str, version: int, staging: Path
+    source: ImageSource,
+    classifier: Classifier,
+    report: BuildReport,
+    *,
+    neighbours: str,
+    version: int,
+    files: dict[str, FileDigest],
 ) -> Manifest:
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -184,5 +217,5 @@ def _manifest(
         fingerprint=classifier.fingerprint,
         neighbours=neighbours,
         lance_version=version,
-        files=digest_files(staging),
+        files=files,
     )

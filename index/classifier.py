@@ -52,7 +52,7 @@ class Classifier:
         cls,
         model: nn.Module,
         *,
-        image_shape: ImageShape,
+        image_shape: Sequence[int],
         head: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -79,7 +79,7 @@ class Classifier:
         cls,
         architecture: str,
         *,
-        image_shape: ImageShape,
+        image_shape: Sequence[int],
         weights: Path | None = None,
         seed: int | None = None,
         num_classes: int | None = None,
@@ -153,7 +153,8 @@ class Classifier:
         saved = json.dumps({"spec": self.spec.to_json(), "class_names": self.class_names})
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            safetensors.torch.save_file(tensors, temporary, metadata={METADATA_KEY: saved})
+            # Not save_file, whose files only their owner can read.
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata={METADATA_KEY: saved}))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -245,7 +246,7 @@ class Classifier:
 
 def _draft(
     architecture: str,
-    image_shape: ImageShape,
+    image_shape: Sequence[int],
     saved: ModelSpec | None = None,
     *,
     head: str | None,
@@ -256,7 +257,7 @@ def _draft(
 ) -> ModelSpec:
     """A specification before the weights have told the rest: what is given, else what was saved, else a default."""
     if len(image_shape) != 3:
-        raise ModelError(f"expected an image shape (c, h, w), got {image_shape}")
+        raise ModelError(f"expected an image shape (c, h, w), got {tuple(image_shape)}")
     channels, height, width = image_shape
     plain = ModelSpec(
         architecture, DRAFT_CLASSES, channels, False, (height, width), (0.0,) * channels, (1.0,) * channels
@@ -286,10 +287,11 @@ def _assemble(
     logits = _forward(network, images)
     if num_classes not in (None, logits.shape[1]):
         raise ModelError(f"expected {num_classes} classes, got a model of {logits.shape[1]} (correct num_classes)")
-    names = tuple(class_names) if class_names else tuple(map(str, range(logits.shape[1])))
-    if len(names) != logits.shape[1]:
-        raise ModelError(f"expected {logits.shape[1]} class names, one per class, got {len(names)}")
-    spec = replace(draft, num_classes=logits.shape[1], head=_find_head(network, images, logits, draft.head))
+    spec = replace(draft, num_classes=logits.shape[1])
+    names = tuple(class_names) if class_names else tuple(map(str, range(spec.num_classes)))
+    if len(names) != spec.num_classes:
+        raise ModelError(f"expected {spec.num_classes} class names, one per class, got {len(names)}")
+    spec = replace(spec, head=_find_head(network, images, logits, draft.head))
     code = repr(network)
     head = network.get_submodule(spec.head)
     assert isinstance(head, nn.Linear)

@@ -81,6 +81,8 @@ def natural_shape(source: ImageInput) -> Shape:
         return channels, height, width
     with _opened(source) as image:
         channels = _channels(image)
+        if image.format == "TIFF":
+            image.load()  # which turns a TIFF upright
         width, height = image.size
         with _pillow_silenced():
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter

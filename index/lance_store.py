@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Float32, UInt8
 from lance.fragment import FragmentMetadata, write_fragments
 
-from index.errors import IndexStateError
+from index.errors import IndexStateError, InputError
 from index.images import Shape
 from index.sources import Metadata
 from index.store import Rows
@@ -39,7 +39,7 @@ def exemplar_schema(image_shape: Shape, feature_dim: int, metadata_types: Mappin
     )
 
 
-def fixed_size_column(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:
     """An (n, …) array as a column of n fixed-size lists, without a copy."""
     flat = np.ascontiguousarray(values).reshape(len(values), -1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
@@ -56,8 +56,12 @@ class LanceWriter:
         self._pending_rows = 0
 
     def write(self, columns: Mapping[str, Any]) -> None:
-        """Append rows; `columns` maps every column of the schema to an Arrow array or list."""
-        table = pa.table([pa.array(columns[name], self._schema.field(name).type) for name in self._schema.names], schema=self._schema)
+        """Append rows; `columns` maps every column of the schema to an Arrow array or list.
+
+        Raises:
+            InputError: a value that its column cannot hold.
+        """
+        table = pa.table([_arrow_array(columns[field.name], field) for field in self._schema], schema=self._schema)
         self._pending.append(table)
         self._pending_rows += len(table)
         if self._pending_rows >= self._rows_per_fragment():
@@ -82,8 +86,6 @@ class LanceWriter:
             table = pa.concat_tables(self._pending)
             self._fragments += write_fragments(table, str(self._path), schema=self._schema)
             self._pending, self._pending_rows = [], 0
-
-
 
 
 class LanceStore:
@@ -112,9 +114,10 @@ class LanceStore:
             if found != expected:
                 raise IndexStateError(f"{path}: expected columns {expected}, got {found}; build the index again")
             table = self._dataset.to_table(columns=["id", "label", "label_is_predicted"])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise IndexStateError(
-                f"{path}: version {version} of the exemplars cannot be read ({_first_line(error)}); build the index again"
+                f"{path}: version {version} of the exemplars cannot be read ({_first_line(error)}); build the "
+                f"index again"
             ) from error
         self.ids = table["id"].to_numpy()
         self.labels = table["label"].to_numpy().copy()  # Arrow's own memory is read-only
@@ -148,18 +151,25 @@ class LanceStore:
         for values in self._scan("feature", batch_size):
             yield values.reshape(-1, self.feature_dim)
 
-    def _take(self, rows: Rows, column: str) -> np.ndarray[Any, Any]:
+    def _take(self, rows: Rows, column: str) -> np.ndarray:
         table = self._dataset.take(rows.tolist(), columns=[column])
         return _flat(table[column].combine_chunks())
 
-    def _scan(self, column: str, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
+    def _scan(self, column: str, batch_size: int) -> Iterator[np.ndarray]:
         for batch in self._dataset.to_batches(columns=[column], batch_size=batch_size, scan_in_order=True):
             yield _flat(batch[column])
 
 
-def _flat(column: pa.FixedSizeListArray) -> np.ndarray[Any, Any]:
-    values: np.ndarray[Any, Any] = column.flatten().to_numpy(zero_copy_only=True)
+def _flat(column: pa.FixedSizeListArray) -> np.ndarray:
+    values: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
     return values
+
+
+def _arrow_array(values: Any, field: pa.Field) -> pa.Array:
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        raise InputError(f"expected {field.type} in column {field.name!r}, got another value: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

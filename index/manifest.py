@@ -1,13 +1,18 @@
-"""`index.json`: what an index is, which version of its exemplars counts, and the digest of every file. Writing it is the commit."""
+"""`index.json`: what an index is, which version of its exemplars counts, and the digest of every file.
+
+Writing it is the commit.
+"""
 
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any
+
+from beartype.door import is_bearable
 
 from index.architectures import ModelSpec
 from index.errors import IndexStateError
@@ -76,7 +81,7 @@ class Manifest:
         Path(file.name).replace(index / MANIFEST)
 
     @classmethod
-    def read(cls, index: Path) -> Self:
+    def read(cls, index: Path) -> "Manifest":
         """The manifest of an index.
 
         Raises:
@@ -85,7 +90,9 @@ class Manifest:
         path = index / MANIFEST
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise IndexStateError(f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB; not an index of this program")
+                raise IndexStateError(
+                    f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB; not an index of this program"
+                )
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             what = "is not an index: it has no index.json" if index.exists() else "does not exist"
@@ -98,32 +105,40 @@ class Manifest:
             raise IndexStateError(f"{path}: not an index of this program (expected 'format': {FORMAT!r})")
         if content.get("format_version") != FORMAT_VERSION:
             raise IndexStateError(
-                f"{index}: index format version {content.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
+                f"{index}: index format version {content.get('format_version')!r}, this program reads "
+                f"{FORMAT_VERSION}; "
                 f"build the index again with this version of tmm-engine"
             )
         return cls._parse(content, path)
 
     @classmethod
-    def _parse(cls, content: dict[str, Any], path: Path) -> Self:
-        fields = {key: value for key, value in content.items() if key not in ("format", "format_version")}
+    def _parse(cls, content: dict[str, Any], path: Path) -> "Manifest":
+        given = {key: value for key, value in content.items() if key not in ("format", "format_version")}
         try:
-            channels, height, width = (int(side) for side in fields["image_shape"])
+            channels, height, width = (int(side) for side in given["image_shape"])
             manifest = cls(
-                **fields
+                **given
                 | {
                     "image_shape": (channels, height, width),
-                    "class_names": tuple(str(name) for name in fields["class_names"]),
-                    "model": ModelSpec.from_json(fields["model"]),
-                    "files": {name: FileDigest(int(d["bytes"]), str(d["sha256"])) for name, d in fields["files"].items()},
+                    "class_names": tuple(str(name) for name in given["class_names"]),
+                    "model": ModelSpec.from_json(given["model"]),
+                    "files": {
+                        name: FileDigest(int(d["bytes"]), str(d["sha256"])) for name, d in given["files"].items()
+                    },
                 }
             )
+            for field in fields(cls):
+                if not is_bearable(getattr(manifest, field.name), field.type):  # type: ignore[arg-type]
+                    raise ValueError(f"{field.name!r} must be {field.type}")
             counts = (manifest.exemplars, manifest.feature_dim, manifest.lance_version, channels, height, width)
             if not all(isinstance(count, int) and count > 0 for count in counts):
                 raise ValueError("counts must be positive whole numbers")
+            if len(manifest.class_names) != manifest.model.num_classes:
+                raise ValueError(f"{len(manifest.class_names)} class names for {manifest.model.num_classes} classes")
             for name in manifest.files:
                 if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                     raise ValueError(f"{name!r} is not a path inside the index")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise IndexStateError(
                 f"{path}: damaged: {type(error).__name__}: {error}; restore it or build the index again"
             ) from None
@@ -137,11 +152,15 @@ class Manifest:
         """
         for name, digest in self.files.items():
             path = index / name
-            found = path.stat().st_size if path.is_file() else None
+            try:
+                found = path.stat().st_size if path.is_file() else None
+            except OSError:  # as of a name that is too long
+                found = None
             if found != digest.bytes:
                 state = "is missing" if found is None else f"has {found:,} bytes"
                 raise IndexStateError(
-                    f"{path} {state}, expected {digest.bytes:,} bytes: the index is damaged; restore it or build it again"
+                    f"{path} {state}, expected {digest.bytes:,} bytes: the index is damaged; restore it or "
+                    f"build it again"
                 )
 
 

@@ -14,6 +14,7 @@ from index.store import ExemplarStore
 EXACT = "Flat"
 SCAN = 8192
 MARGIN = 16  # neighbours fetched beyond k, to see whether the k-th ties with the next
+ROUNDING = 1e-5  # FAISS adds up in float32: how far its squares and products may be off, as a share of the largest
 
 
 class Metric(StrEnum):
@@ -32,24 +33,32 @@ class Neighbours:
         factory: A FAISS factory string: ``Flat`` is exact; ``HNSW32``, ``IVF256,Flat`` and others are approximate.
 
     Raises:
-        InputError: FAISS does not know the factory string, or cannot train it on so few exemplars.
+        InputError: FAISS does not know the factory string, or cannot train or fill it with these exemplars.
     """
 
     def __init__(self, store: ExemplarStore, metric: Metric, *, factory: str = EXACT) -> None:
         self.metric = metric
         self._store = store
         self._index = make_faiss_index(store.feature_dim, metric, factory)
-        if not self._index.is_trained:
-            self._train(factory)
-        for features in self._scan():
-            self._index.add(features)
+        try:
+            if not self._index.is_trained:
+                self._index.train(np.concatenate(list(self._scan())))
+            for features in self._scan():
+                self._index.add(features)
+        except RuntimeError as error:
+            raise InputError(
+                f"FAISS cannot use {factory!r} for {len(store)} exemplars: {_reason(error)}; use fewer clusters, or "
+                f"{EXACT!r}"
+            ) from None
 
     def search(
         self, queries: Float32[np.ndarray, "q d"], *, k: int
     ) -> list[tuple[Int64[np.ndarray, "found"], Float64[np.ndarray, "found"]]]:
-        """For each query the rows of its min(k, n) nearest exemplars, nearest first, and their scores; larger is better.
+        """For each query the rows of its min(k, n) nearest exemplars, nearest first, and their scores; larger is
+        better.
 
-        A score is minus the L2 distance, or the cosine similarity, recomputed from the stored features in float64: FAISS rounds differently
+        A score is minus the L2 distance, or the cosine similarity, recomputed from the stored features in float64:
+        FAISS rounds differently
         for one query and for many. Ties break by exemplar id. An approximate index may find fewer than k.
         """
         n = len(self._store)
@@ -63,7 +72,7 @@ class Neighbours:
     ) -> tuple[Int64[np.ndarray, "best"], Float64[np.ndarray, "best"]]:
         scores = self._scores(query, rows)
         fetched = len(rows)
-        while k < fetched < len(self._store) and np.sort(scores)[-k] <= scores.min():  # more than MARGIN tie with the k-th
+        while k < fetched < len(self._store) and self._unsettled(query, scores, k):
             wider = min(len(self._store), 4 * fetched)
             xq = _normalised(query[None]) if self.metric is Metric.COSINE else query[None]
             rows = self._index.search(xq, wider)[1][0]
@@ -73,6 +82,14 @@ class Neighbours:
             fetched, scores = len(rows), self._scores(query, rows)
         best = best_first(scores, rows, self._store.ids, k=k)
         return rows[best], scores[best]
+
+    def _unsettled(self, query: Float32[np.ndarray, "d"], scores: Float64[np.ndarray, "found"], k: int) -> bool:
+        """Whether FAISS, with its rounding, may have left out one of the k best: too many nearly tie."""
+        kth, worst = float(np.sort(scores)[-k]), float(scores.min())
+        if self.metric is Metric.COSINE:
+            return kth - worst <= ROUNDING
+        reach = 2 * float(np.linalg.norm(query.astype(np.float64))) - kth  # |xq| + |xb| of whatever is as near
+        return worst**2 - kth**2 <= ROUNDING * reach**2
 
     def _scores(
         self, query: Float32[np.ndarray, "d"], rows: Int64[np.ndarray, "found"]
@@ -85,15 +102,6 @@ class Neighbours:
     def _scan(self) -> Iterator[Float32[np.ndarray, "batch d"]]:
         for features in self._store.scan_features(SCAN):
             yield _normalised(features) if self.metric is Metric.COSINE else np.ascontiguousarray(features)
-
-    def _train(self, factory: str) -> None:
-        try:
-            self._index.train(np.concatenate(list(self._scan())))
-        except RuntimeError as error:
-            raise InputError(
-                f"FAISS cannot train {factory!r} on {len(self._store)} exemplars: {_reason(error)}; "
-                f"use fewer clusters, or {EXACT!r}"
-            ) from None
 
 
 def make_faiss_index(d: int, metric: Metric, factory: str) -> faiss.Index:
@@ -124,8 +132,9 @@ def exact_scores(
 
 
 def _normalised(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.where(norms > 0, norms, 1).astype(np.float32)
+    precise = features.astype(np.float64)  # the squares of small and large numbers leave float32
+    norms = np.linalg.norm(precise, axis=1, keepdims=True)
+    return (precise / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def _reason(error: RuntimeError) -> str:

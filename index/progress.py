@@ -1,8 +1,9 @@
 """How long work reports that it moves: a callback, so that no library layer draws anything."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Called as work goes on; whoever passes one decides whether and how to show it."""
 

@@ -4,7 +4,7 @@ A *row* is an exemplar's position, 0 to n−1, in one opened version of a store.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
@@ -16,6 +16,7 @@ from index.sources import Metadata
 Rows = Int64[np.ndarray, "rows"]
 
 
+@runtime_checkable
 class ExemplarStore(Protocol):
     """Exemplars by row: id, label, image, feature, metadata."""
 

@@ -18,7 +18,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse, before any work, a target that cannot become an index.
 
     Raises:
-        IndexStateError: it exists and is no index, or is one and `overwrite` is not set, or its folder cannot be written.
+        IndexStateError: it exists and is no index, or is one and `overwrite` is not set, or its folder cannot be
+            written.
     """
     if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
         raise IndexStateError(f"{target} exists and is not an index: it is left alone; choose another path")
@@ -41,6 +42,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         IndexStateError: see `check_target`; or another process is building the same target.
     """
     check_target(target, overwrite=overwrite)
+    target = target.resolve()  # a link stays one, and "." gets a name
     lock = _lock(target)
     try:
         with lock.acquire(timeout=0):
@@ -52,23 +54,36 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
                 yield staging
                 _swap(staging, target)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                _recover(target)
     except filelock.Timeout:
         raise IndexStateError(f"another process is building {target}; wait for it to end") from None
 
 
 def recover(target: Path) -> None:
-    """Finish an overwrite that was killed between its two renames, the one moment at which the target does not exist."""
+    """Finish an overwrite that was killed between its two renames, the one moment at which the target does not
+    exist.
+
+    Raises:
+        IndexStateError: its folder cannot be written to, or another process does not let go of it.
+    """
+    target = target.resolve()
     if not target.exists() and _beside(target, "previous").exists():
-        with _lock(target).acquire(timeout=RECOVERY_SECONDS):
-            _recover(target)
+        try:
+            with _lock(target).acquire(timeout=RECOVERY_SECONDS):
+                _recover(target)
+        except OSError as error:  # filelock's Timeout is one
+            raise IndexStateError(
+                f"{target} was not put back after an interrupted overwrite: {error.strerror or error}; "
+                f"try again where {target.parent} can be written to"
+            ) from error
 
 
 def _recover(target: Path) -> None:
+    """Put back what a swap took away, or remove what it replaced, and what was being built."""
     previous = _beside(target, "previous")
     if previous.exists():
         if target.exists():
-            shutil.rmtree(previous)
+            shutil.rmtree(previous, ignore_errors=True)
         else:
             previous.rename(target)
     shutil.rmtree(_beside(target, "building"), ignore_errors=True)
@@ -80,8 +95,6 @@ def _swap(staging: Path, target: Path) -> None:
         target.rename(previous)
     staging.rename(target)
     _sync_folder(target.parent)
-    if previous.exists():
-        shutil.rmtree(previous)
 
 
 def _beside(target: Path, role: str) -> Path:

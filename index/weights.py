@@ -68,7 +68,9 @@ def apply_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ModelError(
             f"the weights do not fit the model; {'; '.join(found)} (check architecture, classes, channels and stem)"
         )
-    model.load_state_dict({expected[name][0]: tensor for name, tensor in state.items()}, strict=False)
+    full = model.state_dict()  # with the layout versions that some architectures insist on
+    full.update({expected[name][0]: tensor for name, tensor in state.items()})
+    model.load_state_dict(full)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

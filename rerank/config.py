@@ -1,14 +1,20 @@
 """Every choice TMM-NN leaves open, named; and the presets. A result always carries the configuration that made it."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
 from index.errors import InputError, member, nearest
 
+MAX_SEED = 2**63 - 1  # what torch and NumPy both take
+
 
 class Blend(StrEnum):
-    """How an image x and the trigger τ become x^t. The paper says it three ways; the authors' code agrees with PRINTED, clamped."""
+    """How an image x and the trigger τ become x^t.
+
+    The paper says it three ways; the authors' code agrees with PRINTED, clamped.
+    """
 
     PRINTED = "printed"  # x·ω + τ·(1−ω)     Algorithm 1, line 2
     SWAPPED = "swapped"  # x·(1−ω) + τ·ω     "trigger intensity ω"
@@ -63,7 +69,7 @@ class TmmConfig:
         ewc_lambda: λ of the EWC penalty.
         max_tuning_exemplars: Above it a seeded random sample tunes the head; all are still scored.
         candidate_companions: With a candidate set, so many random other exemplars join it for the tuning.
-        seed: Of the trigger's start, the batches and the samples.
+        seed: Of the trigger's start, the batches and the samples; at most 2⁶³−1.
     """
 
     blend: Blend = Blend.PRINTED
@@ -86,8 +92,11 @@ class TmmConfig:
     def __post_init__(self) -> None:
         for name, kind in (("blend", Blend), ("trigger", Trigger), ("score", Score)):
             object.__setattr__(self, name, member(kind, getattr(self, name)))
-        for name in ("trigger_steps", "seed", "tuning_epochs", "candidate_companions"):
+        if not isinstance(self.clamp, bool):
+            raise InputError(f"clamp: expected True or False, got {self.clamp!r}")
+        for name in ("trigger_steps", "tuning_epochs", "candidate_companions"):
             _require(name, getattr(self, name), minimum=0)
+        _require("seed", self.seed, minimum=0, maximum=MAX_SEED)
         for name in ("tuning_min_steps", "tuning_batch", "max_tuning_exemplars"):
             _require(name, getattr(self, name), minimum=1)
         for name in ("trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda"):
@@ -95,7 +104,7 @@ class TmmConfig:
         if self.intensity is not None:
             _require("intensity", self.intensity, minimum=0.0, maximum=1.0)
 
-    def with_settings(self, settings: list[str]) -> Self:
+    def with_settings(self, settings: list[str]) -> "TmmConfig":
         """This configuration with 'name=value' strings applied, as the command line takes them.
 
         Raises:
@@ -116,14 +125,17 @@ class TmmConfig:
         return {name: str(value) if isinstance(value, StrEnum) else value for name, value in asdict(self).items()}
 
 
-def _require(name: str, value: float, *, minimum: float, maximum: float = float("inf")) -> None:
-    if isinstance(minimum, int) and not (isinstance(value, int) and not isinstance(value, bool)):
-        raise InputError(f"{name}: expected a whole number, got {value!r}")
-    if not minimum <= value <= maximum:
-        raise InputError(f"{name}: expected a value in [{minimum:g}, {maximum:g}], got {value!r}")
+def _require(name: str, value: int | float, *, minimum: int | float, maximum: int | float = math.inf) -> None:
+    whole = isinstance(minimum, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise InputError(f"{name}: expected a {'whole ' if whole else ''}number, got {value!r}")
+    if not minimum <= value <= maximum or value == math.inf:
+        raise InputError(f"{name}: expected a finite value in [{minimum:g}, {maximum:g}], got {value!r}")
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
+    if kind in (Blend, Trigger, Score):
+        return member(kind, text)
     try:
         if kind is bool:
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
@@ -133,7 +145,7 @@ def _parse(name: str, text: str, kind: Any) -> Any:
             return None if text.lower() == "none" and kind is not float else float(text)
     except (KeyError, ValueError):
         raise InputError(f"{name}: cannot read {text!r} as {getattr(kind, '__name__', kind)}") from None
-    return text  # the enums check themselves
+    raise AssertionError(f"no way to read a {kind}")
 
 
 PRESETS = {"paper": TmmConfig(), "robust": TmmConfig()}  # equal until the study behind `robust` has run

@@ -1,7 +1,7 @@
 """TMM-NN, slowly and literally: autograd through the whole model, batches drawn as images, a separate scoring pass.
 
-The fast path is held to this by tests. Nothing is shared with it but the configuration, the order of the batches and the blend's weights.
-It alone can also tune backbone layers beside the head (§4.8.2).
+The fast path is held to this by tests. Nothing is shared with it but the configuration, the order of the batches and
+the blend's weights. It alone can also tune backbone layers beside the head (§4.8.2).
 """
 
 import copy
@@ -46,12 +46,13 @@ def reference_scores(
         query: Pixels in [0, 1].
         images: The exemplars.
         labels: y_i.
-        config: The reading of TMM-NN. `max_tuning_exemplars` and `candidate_companions` play no part: all exemplars tune, all are scored.
+        config: The reading of TMM-NN. `max_tuning_exemplars` and `candidate_companions` play no part: all exemplars
+            tune, all are scored.
         trigger: τ, where it is known already.
-        tune_layers: Names of backbone modules that are tuned with the head.
+        tune_layers: Names of modules of `classifier.backbone` that are tuned with the head, such as "network.layer4".
         batch_size: Images in a forward pass of the scoring.
     """
-    old = _as_module(classifier)
+    old = _Model(classifier.backbone, classifier.head)
     exemplars = images.to(query.dtype) / 255.0
     if trigger is None:
         trigger = reference_trigger(old, query, config)
@@ -65,7 +66,8 @@ def reference_scores(
     with torch.no_grad():
         query_label = int(old(query[None]).argmax())
     new = _extended(old)
-    parameters = [p for name in ("head", *tune_layers) for p in new.get_submodule(name).parameters()]
+    tuned = [new.head, *(new.backbone.get_submodule(name) for name in tune_layers)]
+    parameters = [parameter for module in tuned for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_()
     fisher = reference_fisher(old, exemplars)
@@ -103,7 +105,8 @@ def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: T
     tau = (INITIAL_STD * noise.to(query) * mask).requires_grad_()
     target = model(query[None]).detach()
     optimiser = torch.optim.Adam([tau], lr=config.trigger_lr)
-    best, losses = tau.detach().clone(), []
+    best = tau.detach().clone()
+    losses: list[float] = []
     for step in range(config.trigger_steps + 1):
         loss = F.mse_loss(model((query + tau)[None]), target) + 1.0 / tau.norm() ** 2
         if not losses or loss.item() < min(losses):
@@ -124,7 +127,9 @@ def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: T
 
 
 def reference_fisher(model: nn.Module, exemplars: Float[Tensor, "n c h w"]) -> dict[str, Tensor]:
-    """The head's Fisher diagonal by autograd: mean over exemplars of Σ_y p_y (∂ log p_y / ∂θ)², one gradient at a time."""
+    """The head's Fisher diagonal by autograd: mean over exemplars of Σ_y p_y (∂ log p_y / ∂θ)², one gradient at a
+    time.
+    """
     head = model.get_submodule("head").requires_grad_()
     fisher = {name: torch.zeros_like(parameter) for name, parameter in head.named_parameters()}
     for x in exemplars:
@@ -132,29 +137,30 @@ def reference_fisher(model: nn.Module, exemplars: Float[Tensor, "n c h w"]) -> d
         for log_p_y in log_p:
             gradients = torch.autograd.grad(log_p_y, list(head.parameters()), retain_graph=True)
             for total, gradient in zip(fisher.values(), gradients, strict=True):
-                total += log_p_y.exp().detach() * gradient**2 / len(exemplars)
+                total.add_(log_p_y.exp().detach() * gradient**2 / len(exemplars))
     head.requires_grad_(False)
     return fisher
 
 
-def _as_module(classifier: Classifier) -> nn.Module:
-    """f with its parts under the names `backbone` and `head`."""
-    model = nn.Sequential()
-    model.add_module("backbone", copy.deepcopy(classifier.backbone))
-    model.add_module("head", copy.deepcopy(classifier.head))
-    if model.head.bias is None:  # the dummy class has one, so all have
-        model.head.bias = nn.Parameter(torch.zeros_like(classifier.head.weight[:, 0]))
-    return model.eval().requires_grad_(False)
+class _Model(nn.Module):
+    """f = head ∘ backbone, from copies of both."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.head = copy.deepcopy(backbone), copy.deepcopy(head)
+        if self.head.bias is None:  # the dummy class has one, so all have
+            self.head.bias = nn.Parameter(torch.zeros_like(head.weight[:, 0]))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+        """Logits."""
+        return self.head(self.backbone(images))
 
 
-def _extended(old: nn.Module) -> nn.Module:
+def _extended(old: _Model) -> _Model:
     """f' before tuning: a copy of f whose head has one more, zero row."""
-    new = copy.deepcopy(old)
-    head = old.get_submodule("head")
-    assert isinstance(head, nn.Linear)
-    rows, d = head.weight.shape
-    extended = nn.Linear(d, rows + 1).to(head.weight)
-    extended.weight.data = torch.cat([head.weight, torch.zeros(1, d).to(head.weight)])
-    extended.bias.data = torch.cat([head.bias, torch.zeros(1).to(head.weight)])
-    new.add_module("head", extended)
-    return new.eval().requires_grad_(False)
+    rows, d = old.head.weight.shape
+    extended = nn.Linear(d, rows + 1).to(old.head.weight)
+    extended.weight.data = torch.cat([old.head.weight, torch.zeros(1, d).to(old.head.weight)])
+    extended.bias.data = torch.cat([old.head.bias, torch.zeros(1).to(old.head.weight)])
+    return _Model(old.backbone, extended)

@@ -18,7 +18,9 @@ DEFAULT_CACHE_BYTES = 4 << 30
 
 
 class ExemplarTensors:
-    """A store's exemplars as tensors on the scoring device: kept there up to a budget, read anew from the store beyond it."""
+    """A store's exemplars as tensors on the scoring device: kept there up to a budget, read anew from the store beyond
+    it.
+    """
 
     def __init__(self, store: ExemplarStore, *, device: torch.device, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self._store = store
@@ -35,8 +37,10 @@ class ExemplarTensors:
         if rows is None and self._keep_images and self._images is None:
             self._images = self._load_images()
         if self._images is not None:
-            yield from self._images.split(CHUNK) if rows is None else (
-                self._images[part] for part in torch.from_numpy(rows).to(self._device).split(CHUNK)
+            yield from (
+                self._images.split(CHUNK)
+                if rows is None
+                else (self._images[part] for part in torch.from_numpy(rows).to(self._device).split(CHUNK))
             )
         elif rows is None:
             for batch in self._store.scan_images(CHUNK):
@@ -101,8 +105,10 @@ class TriggeredBackbone:
 
 
 def dummy_scores(head: nn.Linear, features: Float[Tensor, "n d"], score: Score) -> Float[Tensor, "n"]:
-    """Each row's score for the dummy class, the last of the tuned head (Eq. 4): log-odds z_C − logsumexp(z_0..C−1), or z_C."""
+    """Each row's score for the dummy class, the last of the tuned head (Eq.
+
+    4): log-odds z_C − logsumexp(z_0..C−1), or z_C.
+    """
     logits = head(features)  # (n, d) @ (d, C+1) -> (n, C+1)
     dummy = logits[:, -1]
     return dummy if score is Score.LOGIT else dummy - torch.logsumexp(logits[:, :-1], dim=1)
-

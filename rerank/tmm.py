@@ -1,4 +1,6 @@
-"""TMM-NN: trigger, tuned head, scores — the three steps in order (Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm 1)."""
+"""TMM-NN: trigger, tuned head, scores — the three steps in order (Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm
+1).
+"""
 
 import time
 from collections.abc import Iterator
@@ -65,13 +67,11 @@ class TmmNN:
         cache_bytes: What may stay on the classifier's device between queries, images first, then features.
     """
 
-    def __init__(
-        self, classifier: Classifier, store: ExemplarStore, *, cache_bytes: int = DEFAULT_CACHE_BYTES
-    ) -> None:
+    def __init__(self, classifier: Classifier, store: ExemplarStore, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self.classifier = classifier
         self.store = store
         self.tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
-        self.labels = torch.from_numpy(store.labels).to(classifier.device)
+        self.labels = torch.tensor(store.labels, device=classifier.device)
 
     def rank(
         self,
@@ -86,10 +86,12 @@ class TmmNN:
         """The k exemplars with the largest scores.
 
         Args:
-            query: Pixels in [0, 1], on the classifier's device and in its dtype; may equal an exemplar, which then stays (§4.4).
+            query: Pixels in [0, 1], on the classifier's device and in its dtype; may equal an exemplar, which then
+                stays (§4.4).
             k: At least 1; fewer are returned where fewer are scored.
             config: The reading of TMM-NN.
-            candidates: Score only these rows; the head is then tuned on them and on `candidate_companions` random others.
+            candidates: Score only these rows; the head is then tuned on them and on `candidate_companions` random
+                others.
             label: y_q; None takes the model's prediction.
             progress: Told of exemplars passed through the backbone.
 
@@ -109,7 +111,9 @@ class TmmNN:
             data = self._tuning_set(query, backbone, tuning_rows, triggered, label)
             head = tune_head(self.classifier.head, data, config)
         with _timed(timings, "scoring"), torch.inference_mode():
-            if scored_rows is None and tuning_rows is not None:  # the head was tuned on a sample: a second pass scores all
+            if (
+                scored_rows is None and tuning_rows is not None
+            ):  # the head was tuned on a sample: a second pass scores all
                 scores, log_odds = self._scores_of_all(backbone, head, config, progress)
             else:
                 features = triggered if scored_rows is None else triggered[: len(scored_rows)]
@@ -131,8 +135,13 @@ class TmmNN:
             timings=timings,
         )
 
-    def _rows(self, candidates: Rows | None, config: TmmConfig) -> tuple[Rows | None, Rows | None]:
-        """(rows that tune the head, rows that are scored); None is all. Scored candidates come first among the tuning rows."""
+    def _rows(
+        self, candidates: Int64[np.ndarray, "candidates"] | None, config: TmmConfig
+    ) -> tuple[Int64[np.ndarray, "tuning"] | None, Int64[np.ndarray, "candidates"] | None]:
+        """(rows that tune the head, rows that are scored); None is all.
+
+        Scored candidates come first among the tuning rows.
+        """
         generator = np.random.default_rng(config.seed)
         n = len(self.store)
         if candidates is None:
@@ -200,8 +209,10 @@ def _refuse_degenerate(intensity: float, config: TmmConfig) -> None:
     if min(image_weight, trigger_weight) < 1e-6:
         vanishes = "every triggered image the same" if image_weight < trigger_weight else "the trigger invisible"
         raise InputError(
-            f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels) makes {vanishes} with the blend "
-            f"{str(config.blend)!r}: is the image constant? Give another image, the blend 'added', or an intensity between 0 and 1"
+            f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels) makes {vanishes} "
+            f"with the blend "
+            f"{str(config.blend)!r}: is the image constant? Give another image, the blend 'added', or an "
+            f"intensity between 0 and 1"
         )
 
 

@@ -45,13 +45,14 @@ def apply_trigger(
     return triggered.clamp(0.0, 1.0) if clamp else triggered
 
 
+@torch.inference_mode(False)  # Eq. 8 needs gradients, whatever the caller's mode
 def make_trigger(classifier: Classifier, queries: Float[Tensor, "q c h w"], config: TmmConfig) -> TriggerResult:
     """τ for each query, of the configured kind, by Adam on Eq. 8.
 
         L(τ) = MSE(f(x_q + τ), f(x_q)) + 1 / ‖τ‖²_F
 
-    Queries are optimised together; Adam is elementwise and each query stops by itself, so the triggers are those of separate runs up
-    to rounding. The τ of the lowest loss seen is returned.
+    Queries are optimised together; Adam is elementwise and each query stops by itself, so the triggers are those of
+    separate runs up to rounding. The τ of the lowest loss seen is returned.
 
     Args:
         classifier: f; not modified.

@@ -1,4 +1,7 @@
-"""Step 2 of TMM-NN: a head with one class more, into which only *query + trigger* falls. On features, since the backbone is frozen."""
+"""Step 2 of TMM-NN: a head with one class more, into which only *query + trigger* falls.
+
+On features, since the backbone is frozen.
+"""
 
 import math
 from collections.abc import Iterator
@@ -73,7 +76,7 @@ def fisher_diagonal(
 def extended_head(head: nn.Linear) -> nn.Linear:
     """A copy of the head with one more, zero row: the dummy class, index C. The old head is not modified."""
     classes, d = head.weight.shape
-    extended = nn.Linear(d, classes + 1).to(head.weight)
+    extended = nn.utils.skip_init(nn.Linear, d, classes + 1).to(head.weight)  # no draw from the global generator
     with torch.no_grad():
         extended.weight.zero_()
         extended.bias.zero_()
@@ -88,7 +91,8 @@ def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig) -> nn.Linear:
 
         CE(f'(x_q^t), C) + CE(f'(x_q), y_q) + mean_i CE(f'(x_i^t), y_i) + mean_i CE(f'(x_i), y_i) + λ/2 Σ F (θ − θ₀)²
 
-    where f' is the new head on frozen features and F covers the old rows. The gradient is written out: with p the softmax of a row's
+    where f' is the new head on frozen features and F covers the old rows. The gradient is written out: with p the
+    softmax of a row's
     logits and t its one-hot target, ∂CE/∂z = p − t, so one matrix product each way serves all four terms.
     """
     classes = head.out_features

@@ -43,6 +43,7 @@ def make_result(query: str = "q0", *, mode: str = "l2", k: int = 4, colour: bool
         predicted_label=2,
         predicted_class="the 2",
         true_label=None,
+        true_class=None,
         scored=1797,
         exemplars=1797,
         config={"blend": "printed", "seed": 20} if tmm else None,
@@ -153,15 +154,15 @@ def test_a_trigger_of_zeros_is_mid_grey(tmp_path: Path) -> None:
 def test_marks_follow_the_true_label_or_else_the_prediction(
     tmp_path: Path, true_label: int | None, same: int | None
 ) -> None:
-    result = replace(make_result(), true_label=true_label)
-    page = Page(html_of([result], tmp_path))
+    true_class = None if true_label is None else f"class {true_label}"
+    page = Page(html_of([replace(make_result(), true_label=true_label, true_class=true_class)], tmp_path))
     assert page.of_class("mark") == ["✓" if hit.label == same else "✗" for hit in result.hits]
     assert [alt.endswith("the query’s class") for alt, _ in page.pictures()[1:]] == [
         hit.label == same for hit in result.hits
     ]
     shown = {text for _, text in page.texts}
     assert ("true label" in shown) == (true_label is not None)
-    assert ("class 7" in shown) == (true_label == 7)  # no result gives 7 a name
+    assert ("class 7" in shown) == (true_label == 7)
 
 
 def test_predicted_labels_are_marked(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """Splitting a model into backbone and head, naming what cannot be split, saving, loading, fingerprints."""
 
-import json
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,27 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from index.architectures import ModelSpec, build_model
+from index.architectures import build_model
 from index.classifier import Classifier
 from index.errors import InputError, ModelError
 from index.weights import load_state_dict
 
 SHAPE = (3, 8, 8)
 REAL_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"
-FACTORY_CODE = """
-import torch
-from torch import nn
-
-def small():
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
-
-def broken():
-    raise RuntimeError("no such file: weights.pt")
-
-def number():
-    return 3
-"""
 
 
 def images(number: int = 4, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,16 +32,6 @@ def small_model(*last: nn.Module, seed: int = 5) -> nn.Sequential:
 
 def small_classifier(**options) -> Classifier:
     return Classifier.from_module(small_model(), image_shape=SHAPE, **options)
-
-
-@pytest.fixture
-def factory(tmp_path, monkeypatch) -> str:
-    """The name of a factory in the current folder, which is not importable yet."""
-    (tmp_path / "their_models.py").write_text(FACTORY_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "their_models", raising=False)
-    return "their_models:small"
 
 
 # ---- every architecture
@@ -178,14 +151,14 @@ class Functional(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A model that averages after its head: its features are (n, t, d)."""
+    """A model that picks single numbers of what its head makes of (n, t, d)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.flatten(1, 2)).mean(1)
+        return self.fc(x.flatten(1, 2)).flatten(1)[:, :3]
 
 
 class TwoNames(nn.Module):
@@ -206,7 +179,7 @@ class TwoNames(nn.Module):
         (small_model(nn.Softmax(1)), r"4: its output differs.*softmax.*head=.*--head"),
         (small_model(nn.LogSoftmax(1)), "4: its output differs"),
         (Functional(), "fc: without it the forward pass fails"),
-        (Tokens(), r"fc: features of \(2, 24, 8\), not \(2, 8\)"),
+        (Tokens(), r"fc: features of \(2, 3\), not \(2, 8\)"),
         (nn.Sequential(nn.Conv2d(3, 3, 8), nn.Flatten()), "no Linear layer"),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 7), nn.Unflatten(1, (7, 1, 1)), nn.Conv2d(7, 3, 1), nn.Flatten()),
          "1: 7 outputs, not 3"),
@@ -215,7 +188,7 @@ class TwoNames(nn.Module):
         (Returns(lambda z: z[0]), r"got \(3,\)"),
         (Returns(lambda z: z / 0), "finite logits"),
         (Returns(lambda z: z[:, :1]), "at least 2 classes"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(10, 3)), r"images of shape \(3, 8, 8\), got in its forward pass Runtime"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(10, 3)), r"images of shape \(3, 8, 8\), got in its forward pass"),
     ],
 )  # fmt: skip
 def test_models_without_a_linear_head(model, message):
@@ -229,7 +202,7 @@ def test_a_head_by_name():
         small_classifier(head="5")
     two = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Linear(3, 3))
     assert Classifier.from_module(two, image_shape=SHAPE).spec.head == "2"
-    with pytest.raises(ModelError, match="1: its output differs"):
+    with pytest.raises(ModelError, match="1: without it the forward pass fails"):
         Classifier.from_module(two, image_shape=SHAPE, head="1")
 
 
@@ -247,19 +220,6 @@ def test_heads_without_bias_parametrised_or_with_two_names(tmp_path):
         assert again.fingerprint == classifier.fingerprint
 
 
-def test_wrappers_are_taken_off():
-    plain = small_classifier().fingerprint
-    assert Classifier.from_module(nn.DataParallel(small_model()), image_shape=SHAPE).fingerprint == plain
-    assert Classifier.from_module(torch.compile(small_model()), image_shape=SHAPE).fingerprint == plain
-
-
-def test_a_model_that_cannot_be_copied():
-    model = small_model()
-    model.cache = model[4].weight * 2  # not a leaf of the graph
-    with pytest.raises(ModelError, match=r"copy\.deepcopy"):
-        Classifier.from_module(model, image_shape=SHAPE)
-
-
 def test_class_names():
     assert small_classifier(class_names=["cat", "dog", "hen"]).class_names == ("cat", "dog", "hen")
     with pytest.raises(ModelError, match="expected 3 class names, one per class, got 2"):
@@ -267,29 +227,6 @@ def test_class_names():
 
 
 # ---- checkpoints
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "small_stem"),
-    [
-        ("resnet18", (1, 28, 28), False),
-        ("resnet18", (3, 32, 32), True),
-        ("densenet121", (3, 32, 32), True),
-        ("vit_tiny_32", (1, 28, 28), False),
-        ("mobilenet_v3_small", (3, 32, 32), False),
-    ],
-)
-def test_classes_and_stem_are_told_by_the_weights(tmp_path, name, shape, small_stem):
-    made = Classifier.from_architecture(name, image_shape=shape, num_classes=7, small_stem=small_stem, seed=0)
-    made.save(tmp_path / "saved.safetensors")
-    bare = tmp_path / "bare.pt"
-    torch.save(
-        {"state_dict": {f"module.{n}": t for n, t in load_state_dict(tmp_path / "saved.safetensors").items()}}, bare
-    )
-    for path in (bare, tmp_path / "saved.safetensors"):
-        read = Classifier.from_architecture(name, image_shape=shape, weights=path)
-        assert read.spec == made.spec
-        assert read.fingerprint == made.fingerprint
 
 
 def test_what_was_saved_is_the_default_and_what_is_given_wins(tmp_path):
@@ -302,9 +239,8 @@ def test_what_was_saved_is_the_default_and_what_is_given_wins(tmp_path):
     read = Classifier.from_architecture("mobilenet_v3_small", image_shape=(3, 24, 24), weights=path)
     assert (read.spec.small_stem, read.spec.mean, read.class_names) == (True, (0.1, 0.2, 0.3), names)
     assert read.image_shape == (3, 24, 24)
-    read = Classifier.from_architecture(
-        "mobilenet_v3_small", image_shape=(3, 32, 32), weights=path, small_stem=False, mean=(0, 0, 0), class_names="ab"
-    )
+    given = {"small_stem": False, "mean": (0.0, 0.0, 0.0), "class_names": "ab"}
+    read = Classifier.from_architecture("mobilenet_v3_small", image_shape=(3, 32, 32), weights=path, **given)
     assert (read.spec.small_stem, read.spec.mean, read.class_names) == (False, (0.0, 0.0, 0.0), ("a", "b"))
     assert read.spec.std == (0.4, 0.5, 0.6)
 
@@ -312,35 +248,23 @@ def test_what_was_saved_is_the_default_and_what_is_given_wins(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet81", {"seed": 0, "num_classes": 3}, "did you mean 'resnet18'"),
         ("resnet18", {}, "either weights, or a seed"),
         ("resnet18", {"seed": 0}, "seed=0, num_classes=None"),
-        ("resnet18", {"seed": 0, "num_classes": 1}, "at least 2 classes"),
         ("resnet18", {"weights": "w", "seed": 0}, "either weights, or a seed"),
         ("resnet18", {"weights": "w", "num_classes": 4}, r"fc.weight \(expected \(4, 512\), got \(3, 512\)\)"),
         ("resnet18", {"weights": "w", "small_stem": True}, r"conv1.weight \(expected \(64, 3, 3, 3\)"),
-        ("resnet18", {"weights": "w", "image_shape": (1, 28, 28)}, "images of 3 channels"),
         ("resnet18", {"weights": "w", "head": "layer1"}, "among the Linear layers fc, got 'layer1'"),
-        ("resnet18", {"weights": "w", "std": (1, 0, 1)}, "std to be positive"),
-        ("resnet18", {"weights": "w", "mean": (1, 0)}, "one per channel"),
-        ("resnet18", {"weights": "w", "image_shape": (3, 0, 8)}, "positive image shape"),
         ("resnet18", {"weights": "w", "image_shape": (32, 32)}, r"image shape \(c, h, w\)"),
         ("resnet34", {"weights": "w"}, r"missing: layer1.2.bn1.bias.* and \d+ more"),
         ("vit_tiny_32", {"weights": "w"}, r"missing: .*; unexpected: bn1.bias"),
-        ("vit_tiny_32", {"seed": 0, "num_classes": 3, "small_stem": True}, "no small_stem for 'vit_tiny_32'"),
-        ("vit_tiny_32", {"seed": 0, "num_classes": 3, "image_shape": (3, 32, 28)}, "square images"),
-        ("vit_tiny_32", {"seed": 0, "num_classes": 3, "image_shape": (3, 30, 30)}, "cannot be built"),
         ("vgg11", {"seed": 0, "num_classes": 3, "image_shape": (3, 8, 8)}, r"\(3, 8, 8\), got in its forward pass"),
         ("squeezenet1_1", {"seed": 0, "num_classes": 3, "image_shape": (3, 64, 64)}, "no Linear layer"),
-        ("module", {}, "pass the nn.Module or its factory"),
     ],
 )
 def test_names_weights_and_arguments_that_do_not_go_together(resnet18_weights, name, options, message):
     given = {"image_shape": (3, 32, 32)} | options
     if "weights" in given:
         given["weights"] = resnet18_weights
-    if message == "one per channel":
-        given["image_shape"] = (3, 32, 32)
     with pytest.raises(ModelError, match=message):
         Classifier.from_architecture(name, **given)
 
@@ -351,51 +275,6 @@ def resnet18_weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
     safetensors.torch.save_file(torchvision.models.resnet18(num_classes=3).state_dict(), path)
     return path
-
-
-def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone():
-    state = torch.get_rng_state()
-    prints = [
-        Classifier.from_architecture("resnet18", image_shape=SHAPE, num_classes=3, seed=seed).fingerprint
-        for seed in (1, 1, 2)
-    ]
-    assert prints[0] == prints[1] != prints[2]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-# ---- the user's code
-
-
-def test_a_factory_in_the_current_folder(factory):
-    classifier = Classifier.from_architecture(factory, image_shape=SHAPE)
-    assert classifier.spec.architecture == factory
-    assert classifier.fingerprint == small_classifier().fingerprint, "a ready module and its factory agree"
-
-
-def test_a_factory_with_weights(factory, tmp_path):
-    other = small_model(seed=6)
-    torch.save(other.state_dict(), tmp_path / "c.pt")
-    classifier = Classifier.from_architecture(factory, image_shape=SHAPE, weights=tmp_path / "c.pt", num_classes=3)
-    assert classifier.fingerprint == Classifier.from_module(other, image_shape=SHAPE).fingerprint
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("their_models:broken", {}, "RuntimeError: no such file: weights.pt"),
-        ("their_models:number", {}, "an nn.Module, got int"),
-        ("their_models:absent", {}, "AttributeError"),
-        ("no_such_package:model", {}, "ModuleNotFoundError: No module named 'no_such_package'"),
-        (":small", {}, "ValueError: Empty module name"),
-        ("their_models:small", {"seed": 0}, "neither seed nor small_stem"),
-        ("their_models:small", {"small_stem": True}, "neither seed nor small_stem"),
-        ("their_models:small", {"num_classes": 4}, "expected 4 classes, got a model of 3"),
-    ],
-)
-def test_factories_that_fail(factory, name, options, message):
-    assert factory
-    with pytest.raises(ModelError, match=message):
-        Classifier.from_architecture(name, image_shape=SHAPE, **options)
 
 
 # ---- save and load
@@ -409,6 +288,8 @@ def test_save_and_load(tmp_path):
     )  # fmt: skip
     saved.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+    (tmp_path / "usual").touch()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode, "readable by whom other files are"
     read = Classifier.load(path)
     assert (read.spec, read.class_names, read.fingerprint) == (saved.spec, saved.class_names, saved.fingerprint)
     x = images(shape=(1, 28, 28))
@@ -420,28 +301,11 @@ def test_save_and_load(tmp_path):
     assert Classifier.load(path).fingerprint == saved.fingerprint
 
 
-def test_code_of_the_users_has_to_be_named_again(tmp_path, factory):
-    path = tmp_path / "c.safetensors"
-    saved = Classifier.from_architecture(factory, image_shape=SHAPE)
-    saved.save(path)
-    del sys.modules["their_models"]
-    with pytest.raises(ModelError, match=r"'their_models:small'.*model="):
-        Classifier.load(path)
-    assert "their_models" not in sys.modules, "a name in a file must never be imported"
-    for model in (factory, small_model(seed=9)):
-        read = Classifier.load(path, model=model)
-        assert (read.spec, read.fingerprint) == (saved.spec, saved.fingerprint)
-    wider = nn.Sequential(*list(small_model())[:4], nn.Linear(144, 4))
-    with pytest.raises(ModelError, match=r"4.bias \(expected \(4,\), got \(3,\)\)"):
-        Classifier.load(path, model=wider)
-
-
 def test_loading_other_files(tmp_path, resnet18_weights):
     with pytest.raises(ModelError, match=r"Classifier\.save"):
         Classifier.load(resnet18_weights)
     with pytest.raises(ModelError, match="check the path"):
         Classifier.load(tmp_path / "absent.safetensors")
-    assert tmp_path.exists()
 
 
 @pytest.mark.parametrize(
@@ -458,35 +322,6 @@ def test_metadata_that_save_did_not_write(tmp_path, text, message):
     safetensors.torch.save_file({"w": torch.ones(1)}, path, metadata={"tmm_engine": text})
     with pytest.raises(ModelError, match=message):
         Classifier.load(path)
-
-
-specs = st.builds(
-    ModelSpec,
-    architecture=st.sampled_from(["resnet18", "module", "a.b:c"]),
-    num_classes=st.integers(2, 1000),
-    in_channels=st.just(2),
-    small_stem=st.booleans(),
-    image_size=st.tuples(st.integers(1, 512), st.integers(1, 512)),
-    mean=st.tuples(st.floats(-9, 9), st.floats(-9, 9)),
-    std=st.tuples(st.floats(1e-3, 9), st.floats(1e-3, 9)),
-    head=st.text(max_size=5),
-)
-
-
-@given(specs)
-def test_a_specification_survives_json(spec):
-    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-    assert ModelSpec.from_json(spec.to_json()) == spec
-
-
-@given(specs, st.data())
-@settings(max_examples=50)
-def test_a_specification_with_a_wrong_attribute_is_refused(spec, data):
-    name = data.draw(st.sampled_from(list(spec.to_json())))
-    wrong = data.draw(st.sampled_from([None, {}, [], [[1]], -1.5, ["1", "2"], [float("nan"), 1.0]]))
-    for broken in (spec.to_json() | {name: wrong}, {**spec.to_json(), "extra": 1}, [spec.to_json()]):
-        with pytest.raises(ModelError, match="expected"):
-            ModelSpec.from_json(broken)
 
 
 # ---- fingerprints
@@ -510,8 +345,8 @@ def test_what_else_the_fingerprint_covers():
     strided[0].load_state_dict(small_model()[0].state_dict())
     prints = {
         small_classifier().fingerprint,
-        small_classifier(mean=(0.1, 0, 0)).fingerprint,
-        small_classifier(std=(1, 1, 1.01)).fingerprint,
+        small_classifier(mean=(0.1, 0.0, 0.0)).fingerprint,
+        small_classifier(std=(1.0, 1.0, 1.01)).fingerprint,
         Classifier.from_module(strided, image_shape=SHAPE).fingerprint,
     }
     assert len(prints) == 4
@@ -559,4 +394,4 @@ def test_trained_classifiers_load_without_being_described(tmp_path, file, shape,
     classifier.save(tmp_path / "c.safetensors")
     read = Classifier.load(tmp_path / "c.safetensors")
     assert read.fingerprint == classifier.fingerprint
-    assert replace(read.spec, head="") == replace(classifier.spec, head="")
+    assert read.spec == classifier.spec

@@ -1,0 +1,33 @@
+"""Real images for tests of whole paths: scikit-learn's digits as files, and a ResNet-18 with seeded random weights."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from index.classifier import Classifier
+
+DIGITS = load_digits()
+IMAGES = np.rint(DIGITS.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+LABELS = DIGITS.target.astype(np.int64)
+
+
+def make_classifier(*, seed: int = 0) -> Classifier:
+    return Classifier.from_architecture("resnet18", image_shape=(1, 8, 8), seed=seed, num_classes=10, small_stem=True)
+
+
+def write_photos(folder: Path, *, count: int = 120) -> Path:
+    """`count` digits in folders named by class."""
+    for number, (image, label) in enumerate(zip(IMAGES[:count], LABELS[:count], strict=True)):
+        path = folder / f"digit-{label}" / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def write_queries(folder: Path, *, count: int = 2, start: int = 200) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(start, start + count):
+        Image.fromarray(IMAGES[number]).save(folder / f"query-{number}.png")
+    return folder

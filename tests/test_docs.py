@@ -1,0 +1,67 @@
+"""The README's commands and code are run as they stand; its pictures and folders exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from engine.cli import main
+from tests.digits import make_classifier, write_photos, write_queries
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("engine ")
+]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's reader has: photos/, query.png, resnet18.safetensors — and photos.idx, which it makes."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_photos(folder / "photos")
+    write_queries(folder, count=1)
+    (folder / "query-200.png").rename(folder / "query.png")
+    make_classifier().save(folder / "resnet18.safetensors")
+    return folder
+
+
+def test_there_is_something_to_run():
+    assert len(SHELL) >= 6
+    assert len(PYTHON) >= 2
+
+
+@pytest.mark.parametrize("command", SHELL)
+def test_commands_run_in_the_readmes_order(work: Path, monkeypatch: pytest.MonkeyPatch, command: str):
+    monkeypatch.chdir(work)
+    result = CliRunner().invoke(main, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert result.stdout
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=["open", "arrays"])
+def test_python_blocks_run(work: Path, code: str):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=work, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_in_the_readme():
+    assert [name for name in main.commands if f"engine {name}" not in README and f"make {name}" not in README] == []
+
+
+def test_pictures_and_make_targets_exist():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in re.findall(r"`?make (\w+)", README))

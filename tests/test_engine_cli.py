@@ -1,0 +1,242 @@
+"""The command line: every command, what it prints where, and how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from engine import Engine
+from engine.cli import main
+from tests.digits import make_classifier, write_photos, write_queries
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos/, queries/, weights.safetensors and photos.idx."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_photos(folder / "photos")
+    write_queries(folder / "queries")
+    make_classifier().save(folder / "weights.safetensors")
+    built = run("build-index", folder / "photos", folder / "photos.idx", "--weights", folder / "weights.safetensors")
+    assert built.exit_code == 0, built.stderr
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def answers(result: Result) -> list[dict]:
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def ranked(answer: dict) -> list[tuple[str, float]]:
+    return [(hit["id"], hit["score"]) for hit in answer["hits"]]
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
+def test_every_help_has_an_example_and_needs_no_torch(command: str):
+    code = (
+        "import sys\nfrom engine.cli import main\n"
+        f"try: main({[command, '--help'] if command else ['--help']})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'lance', 'faiss', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Example" in done.stdout
+
+
+def test_build_reports_and_info_describes(work: Path):
+    described = answers(run("info", work / "photos.idx", "--json"))[0]
+    assert described["exemplars"] == 120
+    assert described["classes"] == [f"digit-{digit}" for digit in range(10)]
+    assert described["model"] == "resnet18"
+    assert "fingerprint" in run("info", work / "photos.idx").stdout
+    assert {"torch", "threads"} <= answers(run("info", "--system", "--json"))[0].keys()
+
+
+@pytest.mark.parametrize("mode", ["tmm", "l2", "cosine"])
+def test_command_line_and_python_give_identical_answers(work: Path, mode: str):
+    lines = answers(run("search", work / "photos.idx", work / "queries", "--mode", mode, "-k", 7, "--json"))
+    with Engine.open(work / "photos.idx", device="cpu") as engine:
+        for line, path in zip(lines, sorted((work / "queries").iterdir()), strict=True):
+            result = engine.search(path, k=7, mode=mode)
+            assert line["query"] == str(path)
+            assert ranked(line) == [(hit.id, hit.score) for hit in result.hits]
+            assert line["hits"][0]["metadata"]["path"].endswith(line["hits"][0]["id"])
+
+
+def test_several_modes_write_tables_a_page_and_a_picture(work: Path, tmp_path: Path):
+    page, picture = tmp_path / "answer.html", tmp_path / "answer.png"
+    query = work / "queries" / "query-200.png"
+    result = run(
+        "search", work / "photos.idx", query, "--mode", "tmm,l2,cosine", "-k", 3, "--html", page, "--png", picture
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("query-200.png") >= 3
+    assert "P(dummy)" in result.stdout
+    assert f"wrote {page}" in result.stderr
+    assert str(page) not in result.stdout
+    assert page.read_text().count("data:image/png") > 9
+    with Image.open(picture) as image:
+        assert image.width > 300
+
+
+def test_an_exemplar_as_the_query_finds_itself(work: Path):
+    [answer] = answers(run("search", work / "photos.idx", "--id", "digit-3/0003.png", "--mode", "l2", "--json"))
+    assert answer["hits"][0]["id"] == "digit-3/0003.png"
+    assert answer["hits"][0]["score"] == pytest.approx(0, abs=1e-4)  # a batch of one rounds differently
+    assert answer["true_class"] == "digit-3"
+
+
+def test_a_source_gives_labelled_queries_in_order(work: Path):
+    found = answers(
+        run("search", work / "photos.idx", "--source", work / "photos", "--limit", 3, "--mode", "cosine", "--json")
+    )
+    assert [answer["query"] for answer in found] == [answer["hits"][0]["id"] for answer in found]
+    assert all(answer["true_class"] == "digit-0" for answer in found)
+
+
+def test_settings_and_seed_reach_the_configuration(work: Path):
+    query = work / "queries" / "query-200.png"
+    options = ("--candidates", 20, "--set", "blend=added", "--set", "tuning_min_steps=10", "--seed", 5, "--json")
+    [answer] = answers(run("search", work / "photos.idx", query, *options))
+    assert (answer["config"]["blend"], answer["config"]["tuning_min_steps"], answer["config"]["seed"]) == (
+        "added",
+        10,
+        5,
+    )
+    assert answer["scored"] == 20
+    [again] = answers(run("search", work / "photos.idx", query, *options))
+    assert ranked(answer) == ranked(again)
+
+
+def test_more_than_there_is_returns_all_and_says_so(work: Path):
+    [answer] = answers(
+        run("search", work / "photos.idx", "--id", "digit-3/0003.png", "--mode", "l2", "-k", 500, "--json")
+    )
+    assert len(answer["hits"]) == 120
+    assert "500" in answer["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("search", "photos.idx", "missing.png"), 1, "no such file"),
+        (("search", "photos.idx"), 2, "no query"),
+        (("search", "photos.idx", "queries", "--mode", "cosin"), 2, "did you mean 'cosine'"),
+        (("search", "photos.idx", "queries", "--preset", "papr"), 1, "did you mean 'paper'"),
+        (("search", "photos.idx", "queries", "--set", "blnd=added"), 1, "did you mean 'blend'"),
+        (("search", "photos.idx", "queries", "--set", "blend=adde"), 1, "did you mean 'added'"),
+        (("search", "photos.idx", "queries", "--prefilter", "l3"), 1, "known: l2, cosine"),
+        (("search", "photos.idx", "queries", "--device", "cuda:99"), 1, "CUDA devices"),
+        (("search", "photos.idx", "queries", "--html", "nowhere/a.html"), 1, "folder does not exist"),
+        (("search", "photos.idx", "--id", "digit-3/0004.png"), 1, "did you mean 'digit-"),
+        (("search", "photos.idx", "queries", "-k", "0"), 2, "0 is not in the range"),
+        (("search", "nothing.idx", "queries"), 1, "does not exist"),
+        (("search", "photos", "queries"), 1, "is not an index"),
+        (("info",), 2, "give an INDEX"),
+        (("info", "photos.idx/index.json"), 1, "is not an index"),
+        (("build-index", "photos", "new.idx"), 1, "no model"),
+        (("build-index", "photos", "new.idx", "--model", "resnet19", "--weights", "weights.safetensors"), 1, "resnet18"),
+        (("build-index", "photos", "new.idx", "--head", "fc", "--weights", "weights.safetensors"), 2, "needs --model"),
+        (("build-index", "photos", "photos.idx", "--weights", "weights.safetensors"), 1, "--overwrite"),
+        (("build-index", "photos", "queries", "--weights", "weights.safetensors", "--overwrite"), 1, "left alone"),
+        (("build-index", "photos", "a/b.idx", "--weights", "weights.safetensors"), 1, "not a folder"),
+        (("build-index", "nothing", "new.idx", "--weights", "weights.safetensors"), 1, "nothing"),
+        (("build-index", "photos", "new.idx", "--weights", "weights.safetensors", "--neighbours", "HNW"), 1, "HNSW32"),
+        (("build-index", "photos", "new.idx", "--model", "resnet18", "--mean", "a"), 2, "separated by commas"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(
+    work: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, message: str
+):
+    monkeypatch.chdir(work)
+    before = sorted(work.rglob("*"))
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    left = [path for path in sorted(work.rglob("*")) if not path.name.endswith(".lock")]
+    assert left == [path for path in before if not path.name.endswith(".lock")]
+
+
+def test_unreadable_images_are_named_and_counted_or_fail_under_strict(work: Path, tmp_path: Path):
+    photos = write_photos(tmp_path / "photos", count=40)
+    (photos / "digit-0" / "broken.png").write_bytes(b"not an image")
+    arguments = ("build-index", photos, tmp_path / "new.idx", "--weights", work / "weights.safetensors")
+    strict = run(*arguments, "--strict")
+    assert strict.exit_code == 1
+    assert "broken.png" in strict.stderr
+    assert not (tmp_path / "new.idx").exists()
+    lenient = run(*arguments)
+    assert lenient.exit_code == 0
+    assert "skipped digit-0/broken.png" in lenient.stderr
+    assert "1 images could not be read" in lenient.stderr
+    assert "40 exemplars" in lenient.stdout
+
+
+def test_a_models_factory_has_to_be_named_again(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_model_for_cli.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef make():\n    torch.manual_seed(1)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    built = run("build-index", work / "photos", "own.idx", "--model", "my_model_for_cli:make")
+    assert built.exit_code == 0, built.stderr
+    query = work / "queries" / "query-200.png"
+    refused = run("search", "own.idx", query, "--mode", "l2")
+    assert refused.exit_code == 1
+    assert "my_model_for_cli:make" in refused.stderr
+    accepted = run("search", "own.idx", query, "--mode", "tmm", "--model", "my_model_for_cli:make", "--json")
+    assert len(answers(accepted)[0]["hits"]) == 10
+
+
+def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
+    write_photos(tmp_path / "photos", count=1700)
+    make_classifier().save(tmp_path / "weights.safetensors")
+    build = subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", "build-index", "photos", "new.idx", "--weights", "weights.safetensors"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".new.idx.building").exists() and time.monotonic() < deadline and build.poll() is None:
+        time.sleep(0.01)
+    build.send_signal(signal.SIGINT)
+    _, errors = build.communicate(timeout=60)
+    assert build.returncode == 130, errors
+    assert "interrupted" in errors
+    assert not (tmp_path / "new.idx").exists()
+    assert not (tmp_path / ".new.idx.building").exists()
+
+
+def test_the_demo_compares_three_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.demo.EPOCHS", 1)
+    result = run("demo", "--out", tmp_path / "out", "--queries", 1)
+    assert result.exit_code == 0, result.stderr
+    for mode in ("tmm", "l2", "cosine"):
+        assert mode in result.stdout
+    for name in ("report.html", "report.png", "digits.idx"):
+        assert (tmp_path / "out" / name).exists()
+        assert name in result.stdout
+
+
+def test_every_option_is_documented():
+    for name, command in main.commands.items():
+        for parameter in command.params:
+            assert isinstance(parameter, click.Argument) or parameter.help, f"{name} {parameter.name}"

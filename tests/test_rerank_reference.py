@@ -1,0 +1,144 @@
+"""The fast path is the slow, literal version: in float64, to rounding, whatever the reading of the paper."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from index.ranking import best_first
+from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
+from rerank.reference import reference_scores, reference_trigger
+
+QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=20, tuning_batch=16, tuning_lr=0.02)
+
+
+def reference(classifier, store, query, config, rows=None, **options):
+    rows = np.arange(len(store)) if rows is None else rows
+    images, labels = torch.tensor(store.images(rows)), torch.tensor(store.labels[rows])
+    return reference_scores(classifier, query, images, labels, config, **options)
+
+
+def assert_equal_to_reference(classifier, store, query, config):
+    expected = reference(classifier, store, query, config)
+    ranking = TmmNN(classifier, store).rank(query, k=len(store), config=config)
+    np.testing.assert_allclose(ranking.trigger, expected.trigger, rtol=0.0, atol=1e-8)
+    np.testing.assert_allclose(ranking.scores, expected.scores[ranking.rows], rtol=1e-8, atol=1e-8)
+    order = best_first(expected.scores, np.arange(len(store)), store.ids, k=len(store))
+    np.testing.assert_array_equal(ranking.rows, order)
+    with torch.no_grad():
+        logits = expected.model(torch.tensor(ranking.triggered_query)[None])
+        p = torch.softmax(expected.model(torch.tensor(store.images(np.array([0]))).double() / 255.0), dim=1)
+    assert logits.shape == p.shape == (1, classifier.num_classes + 1)
+    assert np.ptp(ranking.scores) > 1e-3, "a comparison of constants would prove nothing"
+    return expected, ranking
+
+
+@pytest.mark.parametrize("trigger", Trigger)
+@pytest.mark.parametrize("score", Score)
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("blend", Blend)
+def test_every_reading(precise, make_store, make_queries, blend, clamp, score, trigger):
+    config = replace(QUICK, blend=blend, clamp=clamp, score=score, trigger=trigger)
+    assert_equal_to_reference(precise, make_store(precise, 40), make_queries(1)[0], config)
+
+
+@pytest.mark.parametrize(
+    ("n", "settings"),
+    [
+        (33, {"tuning_epochs": 4, "tuning_min_steps": 1}),  # epochs decide; the last batch of each has one exemplar
+        (32, {"tuning_epochs": 2, "tuning_min_steps": 1}),  # batches fit exactly
+        (5, {"tuning_epochs": 1, "tuning_min_steps": 7}),  # fewer exemplars than a batch
+        (1, {"tuning_epochs": 3, "tuning_min_steps": 1}),
+        (40, {"tuning_min_steps": 235, "tuning_lr": 1e-3}),
+        (40, {"ewc_lambda": 0.0}),
+        (40, {"ewc_lambda": 100.0, "seed": 5}),
+        (40, {"intensity": 0.75}),
+        (40, {"trigger_steps": 0}),
+        (40, {"trigger_steps": 300, "trigger_tolerance": 0.05}),
+        (40, {"trigger_lr": 1e200}),
+    ],
+)
+@pytest.mark.parametrize("head", ["precise", "biasless"])
+def test_sizes_and_settings(request, make_store, make_queries, head, n, settings):
+    classifier = request.getfixturevalue(head)
+    config, query = replace(QUICK, **settings), make_queries(1, seed=7)[0]
+    store = make_store(classifier, n, seed=3)
+    if n > 1:
+        assert_equal_to_reference(classifier, store, query, config)
+    else:
+        expected = reference(classifier, store, query, config)
+        ranking = TmmNN(classifier, store).rank(query, k=1, config=config)
+        np.testing.assert_allclose(ranking.scores, expected.scores, rtol=1e-8, atol=1e-8)
+
+
+def test_a_query_that_is_an_exemplar(precise, make_store):
+    store = make_store(precise, 40)
+    query = torch.tensor(store.images(np.array([17]))[0]).double() / 255.0
+    _, ranking = assert_equal_to_reference(precise, store, query, QUICK)
+    assert 17 in ranking.rows
+
+
+def test_the_confidence_is_the_softmax_of_the_dummy_class(precise, make_store, make_queries):
+    store, query = make_store(precise, 40), make_queries(1)[0]
+    for score in Score:
+        config = replace(QUICK, score=score, blend=Blend.ADDED, clamp=False)
+        expected = reference(precise, store, query, config)
+        ranking = TmmNN(precise, store).rank(query, k=40, config=config)
+        triggered = torch.tensor(store.images(ranking.rows)).double() / 255.0 + expected.trigger
+        with torch.no_grad():
+            p = torch.softmax(expected.model(triggered), dim=1)[:, -1]
+        np.testing.assert_allclose(ranking.confidences, p, rtol=1e-7)
+
+
+def test_candidates_are_the_reference_on_candidates_alone(precise, make_store, make_queries):
+    store, query, candidates = make_store(precise, 60), make_queries(1)[0], np.array([50, 3, 17, 31, 8, 44, 2, 29])
+    config = replace(QUICK, candidate_companions=0)
+    expected = reference(precise, store, query, config, candidates)
+    ranking = TmmNN(precise, store).rank(query, k=8, config=config, candidates=candidates)
+    by_row = dict(zip(candidates, expected.scores, strict=True))
+    np.testing.assert_allclose(ranking.scores, [by_row[row] for row in ranking.rows], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", Trigger)
+def test_every_trigger_of_several_is_the_references(precise, make_queries, kind):
+    from rerank.trigger import make_trigger
+
+    queries, config = make_queries(4), TmmConfig(trigger=kind, trigger_steps=100)
+    found = make_trigger(precise, queries, config)
+    model = torch.nn.Sequential(precise.backbone, precise.head)
+    for query, trigger in zip(queries, found.trigger, strict=True):
+        torch.testing.assert_close(trigger, reference_trigger(model, query, config), rtol=0.0, atol=1e-6)
+
+
+def test_a_given_trigger_is_used(precise, make_store, make_queries):
+    store, query = make_store(precise, 40), make_queries(1)[0]
+    own = reference(precise, store, query, QUICK)
+    given = reference(precise, store, query, QUICK, trigger=own.trigger)
+    other = reference(precise, store, query, QUICK, trigger=-own.trigger)
+    np.testing.assert_array_equal(given.scores, own.scores)
+    assert np.abs(other.scores - own.scores).max() > 1e-3
+
+
+def test_backbone_layers_may_be_tuned_and_only_those_change(precise, make_store, make_queries):
+    store, query = make_store(precise, 40), make_queries(1)[0]
+    before = precise.backbone.state_dict()
+    head_only = reference(precise, store, query, QUICK)
+    deeper = reference(precise, store, query, QUICK, tune_layers=("network.4",))
+    changed = {name for name, value in before.items() if not torch.equal(deeper.model.backbone.state_dict()[name], value)}
+    assert changed == {"network.4.weight", "network.4.bias"}
+    unchanged = head_only.model.backbone.state_dict()
+    assert all(torch.equal(unchanged[name], value) for name, value in before.items())
+    assert np.abs(deeper.scores - head_only.scores).max() > 1e-3
+
+
+def test_the_reference_changes_nothing_it_is_given(precise, make_store, make_queries):
+    store, query = make_store(precise, 20), make_queries(1)[0]
+    modules = (precise.backbone, precise.head)
+    tensors = [value for module in modules for value in module.state_dict().values()]
+    before = [tensor.numpy().tobytes() for tensor in [query, *tensors]]
+    reference(precise, store, query, QUICK, tune_layers=("network.0",))
+    assert [tensor.numpy().tobytes() for tensor in [query, *tensors]] == before
+    parameters = itertools.chain(*(module.parameters() for module in modules))
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parameters)

@@ -1,0 +1,179 @@
+"""Step 1: triggers lower Eq. 8, stay where they may, and are the same together as alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from index.errors import InputError
+from rerank import Blend, TmmConfig, Trigger
+from rerank.config import MAX_SEED
+from rerank.trigger import apply_trigger, intensity_of, make_trigger
+
+QUICK = TmmConfig(trigger_steps=15)
+IMAGES = hnp.arrays(np.uint8, (3, 8, 8))
+
+
+def equation_8(classifier, query, trigger):
+    with torch.no_grad():
+        triggered, clean = classifier.logits(classifier.features(torch.stack([query + trigger, query])))
+    return float((triggered - clean).square().mean() + 1.0 / trigger.norm() ** 2)
+
+
+def state_bytes(classifier):
+    modules = (classifier.backbone, classifier.head)
+    return [value.numpy().tobytes() for module in modules for value in module.state_dict().values()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    image=IMAGES,
+    seed=st.integers(0, MAX_SEED),
+    lr=st.floats(0.0, 1.0) | st.floats(0.0, 1e300),
+    kind=st.sampled_from(Trigger),
+)
+@example(image=np.zeros((3, 8, 8), np.uint8), seed=0, lr=1e300, kind=Trigger.QUERY)
+@example(image=np.full((3, 8, 8), 255, np.uint8), seed=1, lr=1e200, kind=Trigger.PATCH)
+@example(image=np.full((3, 8, 8), 255, np.uint8), seed=1, lr=1e-300, kind=Trigger.QUERY)
+def test_the_loss_is_that_of_the_trigger_and_never_above_the_starting_loss(precise, image, seed, lr, kind):
+    query = torch.tensor(image).double() / 255.0
+    found = make_trigger(precise, query[None], replace(QUICK, trigger=kind, trigger_lr=lr, seed=seed))
+    assert torch.isfinite(found.trigger).all()
+    assert found.loss[0] <= found.initial_loss[0]
+    assert float(found.loss[0]) == pytest.approx(equation_8(precise, query, found.trigger[0]), rel=1e-9)
+
+
+def test_an_ordinary_trigger_becomes_large_and_hardly_changes_the_logits(precise, make_queries):
+    queries = make_queries(3)
+    found = make_trigger(precise, queries, TmmConfig())
+    assert (found.trigger.flatten(1).norm(dim=1) > 1.5).all()  # τ₀'s norm is about 0.14
+    assert (found.loss < 0.01 * found.initial_loss).all()
+
+
+def test_without_steps_the_trigger_is_the_start(precise, make_queries):
+    found = make_trigger(precise, make_queries(2), replace(QUICK, trigger_steps=0))
+    assert torch.equal(found.trigger[0], found.trigger[1])
+    assert 0.008 < found.trigger[0].std() < 0.012
+    assert abs(found.trigger[0].mean()) < 0.003
+    assert torch.equal(found.loss, found.initial_loss)
+    assert found.steps.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", [Trigger.PATCH, Trigger.FIXED_PATCH])
+def test_patches_stay_in_their_corner(precise, make_queries, kind):
+    queries = make_queries(2)
+    found = make_trigger(precise, queries, replace(QUICK, trigger=kind))
+    outside = torch.ones(3, 8, 8, dtype=torch.bool)
+    outside[:, :3, :3] = False
+    assert (found.trigger[:, outside] == 0.0).all()
+    assert (found.trigger[:, ~outside] != 0.0).all()
+    if kind is Trigger.FIXED_PATCH:
+        assert (found.trigger[:, ~outside] == 1.0).all()
+        assert torch.equal(found.loss, found.initial_loss)
+        for query, loss in zip(queries, found.loss, strict=True):
+            assert float(loss) == pytest.approx(equation_8(precise, query, (~outside).double()), rel=1e-9)
+    else:
+        assert (found.loss < found.initial_loss).all()
+        assert not torch.equal(found.trigger[0], found.trigger[1])
+
+
+@pytest.mark.parametrize("kind", Trigger)
+def test_triggers_optimised_together_are_those_of_separate_runs_each_with_its_own_stop(precise, make_queries, kind):
+    queries = torch.cat([make_queries(5), torch.zeros(1, 3, 8, 8, dtype=torch.float64)])
+    config = TmmConfig(trigger=kind, trigger_steps=150)
+    together = make_trigger(precise, queries, config)
+    alone = [make_trigger(precise, query[None], config) for query in queries]
+    assert together.steps.tolist() == [int(one.steps[0]) for one in alone]
+    for i, one in enumerate(alone):
+        torch.testing.assert_close(together.trigger[i], one.trigger[0], rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(together.loss[i], one.loss[0], rtol=1e-6, atol=0.0)
+    if kind is not Trigger.FIXED_PATCH:
+        assert len(set(together.steps.tolist())) > 1, "the queries must not all stop at once"
+        assert together.steps.min() < 151, "one must stop early"
+
+
+@pytest.mark.parametrize(("tolerance", "steps"), [(0.0, 41), (1.0, 11)])
+def test_the_tolerance_decides_when_to_stop(precise, make_queries, tolerance, steps):
+    config = TmmConfig(trigger_steps=40, trigger_tolerance=tolerance)
+    assert make_trigger(precise, make_queries(2), config).steps.tolist() == [steps, steps]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_trigger(classifier, make_queries):
+    queries = make_queries(2, dtype=torch.float32)
+    first = make_trigger(classifier, queries, replace(QUICK, seed=3))
+    torch.manual_seed(99)
+    again = make_trigger(classifier, queries, replace(QUICK, seed=3))
+    other = make_trigger(classifier, queries, replace(QUICK, seed=4))
+    assert first.trigger.numpy().tobytes() == again.trigger.numpy().tobytes()
+    assert (first.trigger - other.trigger).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", Trigger)
+def test_nothing_given_is_changed_and_nothing_returned_holds_a_graph(classifier, make_queries, kind):
+    queries = make_queries(2, dtype=torch.float32)
+    before, state, rng = queries.numpy().tobytes(), state_bytes(classifier), torch.get_rng_state()
+    found = make_trigger(classifier, queries, replace(QUICK, trigger=kind))
+    assert queries.numpy().tobytes() == before
+    assert state_bytes(classifier) == state
+    assert torch.equal(torch.get_rng_state(), rng)
+    for tensor in (found.trigger, found.loss, found.initial_loss):
+        assert not tensor.requires_grad
+        assert tensor.grad is None
+        assert tensor.dtype == torch.float32
+    assert all(parameter.grad is None for parameter in [*classifier.backbone.parameters(), classifier.head.weight])
+
+
+def test_a_caller_without_gradients_gets_the_same_trigger(precise, make_queries):
+    queries = make_queries(1)
+    expected = make_trigger(precise, queries, QUICK).trigger
+    with torch.no_grad():
+        assert torch.equal(make_trigger(precise, queries, QUICK).trigger, expected)
+    with torch.inference_mode():
+        assert torch.equal(make_trigger(precise, make_queries(1), QUICK).trigger, expected)
+
+
+def test_queries_of_another_shape_are_refused(precise):
+    with pytest.raises(InputError, match=r"expected images of shape \(n, 3, 8, 8\), got \(1, 3, 9, 9\)"):
+        make_trigger(precise, torch.rand(1, 3, 9, 9, dtype=torch.float64), QUICK)
+
+
+# ---- intensity and blend
+
+
+@given(image=IMAGES)
+def test_the_intensity_is_numpys_standard_deviation(image):
+    pixels = image / 255.0
+    assert intensity_of(torch.tensor(pixels), TmmConfig()) == pytest.approx(pixels.std(), rel=1e-12, abs=1e-15)
+    single = torch.tensor(pixels).float()
+    assert intensity_of(single, TmmConfig()) == pytest.approx(pixels.std(), rel=1e-6, abs=1e-7)
+    assert intensity_of(single, TmmConfig(intensity=0.3)) == 0.3
+
+
+@settings(max_examples=50)
+@given(
+    images=hnp.arrays(np.float64, (2, 3, 4, 4), elements=st.floats(0.0, 1.0)),
+    trigger=hnp.arrays(np.float64, (3, 4, 4), elements=st.floats(-3.0, 3.0)),
+    omega=st.floats(0.0, 1.0),
+)
+def test_every_blend_is_its_formula(images, trigger, omega):
+    formulas = {
+        Blend.PRINTED: images * omega + trigger * (1 - omega),
+        Blend.SWAPPED: images * (1 - omega) + trigger * omega,
+        Blend.SCALED: images + omega * trigger,
+        Blend.ADDED: images + trigger,
+    }
+    assert set(formulas) == set(Blend)
+    x, tau = torch.tensor(images), torch.tensor(trigger)
+    for blend, expected in formulas.items():
+        free = apply_trigger(x, tau, intensity=omega, blend=blend, clamp=False)
+        clamped = apply_trigger(x, tau, intensity=omega, blend=blend, clamp=True)
+        np.testing.assert_allclose(free, expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(clamped, expected.clip(0, 1), rtol=0, atol=1e-12)
+        single = apply_trigger(x[1], tau, intensity=omega, blend=blend, clamp=True)
+        assert torch.equal(single, clamped[1])
+    np.testing.assert_array_equal(x, images)
+    np.testing.assert_array_equal(tau, trigger)
