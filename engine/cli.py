@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted. Nothing h
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from index.errors import InputError, TmmEngineError
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.query import Query
+    from engine.query import ImageLike, Query
     from engine.results import SearchResult
     from index.classifier import Classifier
     from index.sources import ImageSource
@@ -80,12 +81,28 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
     return height, width
 
 
+def _bytes(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", text.strip())
+    try:
+        return int(float(match[1]) * units[match[2].upper()]) if match else int(text)
+    except (KeyError, ValueError):
+        raise click.BadParameter(f"expected a size like 512MiB or 4GiB, got {text!r}") from None
+
+
 source_options = _options(
     click.option("--split", help="Split of a data set: train, test, … Default: train."),
     click.option(
         "--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
+)
+cache_option = click.option(
+    "--cache-images",
+    callback=_bytes,
+    default="4GiB",
+    show_default=True,
+    help="What may stay in memory between searches: images, then features.",
 )
 model_option = click.option(
     "--model", metavar="NAME", help="torchvision architecture, vit_tiny_32, or package.module:factory."
@@ -133,6 +150,11 @@ def main() -> None:
 @click.option(
     "--overwrite", is_flag=True, help="Replace an index that is there; it stays usable until the new one is whole."
 )
+@click.option(
+    "--global-trigger",
+    is_flag=True,
+    help="Also store features under one trigger for all: --set trigger=global then searches in milliseconds.",
+)
 @click.option("--strict", is_flag=True, help="Fail at an unreadable image instead of skipping it.")
 @device_option
 def build_index_command(source: str, index: Path, **options: Any) -> None:
@@ -153,16 +175,23 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     from index.builder import build_index
     from index.sources import open_source
     from index.target import check_target
+    from rerank.config import DEFAULT_PRESET, preset
+    from rerank.global_trigger import GlobalColumn, make_global_trigger
 
     check_target(index, overwrite=options["overwrite"])
     device = choose_device(options["device"])
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = _classifier(images, options).to(device)
     with progress_bar() as progress:
+        column = None
+        if options["global_trigger"]:
+            shared = make_global_trigger(images, classifier, preset(DEFAULT_PRESET), progress=progress)
+            column = GlobalColumn(shared, classifier)
         report = build_index(
             images,
             index,
             classifier,
+            global_column=column,
             overwrite=options["overwrite"],
             neighbours=options["neighbours"],
             strict=options["strict"],
@@ -194,7 +223,12 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
 @click.option(
     "--candidates", type=click.IntRange(min=1), help="tmm: score only so many, chosen by --prefilter. Default: all."
 )
-@click.option("--prefilter", default="union", show_default=True, help="l2, cosine, or union of both.")
+@click.option(
+    "--prefilter",
+    default="union",
+    show_default=True,
+    help="l2, cosine, union of both, or global where the index has a global trigger.",
+)
 @click.option("--preset", default="robust", show_default=True, help="tmm: paper or robust.")
 @click.option(
     "--set",
@@ -204,6 +238,13 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     help="tmm: change a setting, e.g. blend=added; repeatable.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="tmm: seed of trigger and tuning. Default: the preset's, 0.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="tmm: fp32, or bf16, which is faster and scores the best again in fp32.",
+)
+@cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a picture of queries and neighbours.")
@@ -231,24 +272,29 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
             raise InputError(f"{path}: its folder does not exist; create it first")
     seed = [] if options["seed"] is None else [f"seed={options['seed']}"]
     config = preset(options["preset"]).with_settings([*options["settings"], *seed])
-    with Engine.open(index, model=options["model"], device=options["device"]) as engine:
+    opened = Engine.open(
+        index,
+        model=options["model"],
+        device=options["device"],
+        cache_bytes=options["cache_images"],
+        precision=options["precision"],
+    )
+    with opened as engine:
         queries = _queries(engine, images, options)
-        results: list[SearchResult] = []
+        by_mode: list[list[SearchResult]] = []
         with progress_bar() as progress:
-            for query in queries:
-                for mode in options["modes"]:
-                    if len(queries) * len(options["modes"]) > 1:
-                        progress("searching", len(results), len(queries) * len(options["modes"]))
-                    result = engine.search(
-                        query,
-                        k=options["k"],
-                        mode=mode,
-                        candidates=options["candidates"],
-                        prefilter=options["prefilter"],
-                        config=config,
-                        progress=progress,
-                    )
-                    results.append(result)
+            for mode in options["modes"]:
+                found = engine.search(
+                    queries,
+                    k=options["k"],
+                    mode=mode,
+                    candidates=options["candidates"],
+                    prefilter=options["prefilter"],
+                    config=config,
+                    progress=progress,
+                )
+                by_mode.append(found)
+    results = [result for of_one_query in zip(*by_mode, strict=True) for result in of_one_query]
     for result in results:
         if options["as_json"]:
             click.echo(json.dumps(result.to_json(), ensure_ascii=False))
@@ -344,13 +390,13 @@ def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
     )
 
 
-def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query]":
+def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[ImageLike | Query]":
     """Every query of a search, decoded: a bad one is found before the first search."""
     from engine.query import as_query, queries_from
     from index.sources import open_source
 
     shape = engine.store.image_shape
-    queries: list[Query] = []
+    queries: list[ImageLike | Query] = []
     for path in paths:
         if path.is_dir():
             queries += queries_from(open_source(path, limit=options["limit"]), shape, prefix=f"{path}/")

@@ -1,17 +1,17 @@
 """`Engine`: open an index, search it."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import nn
 
 from engine.query import ImageLike, Query, as_query
@@ -20,17 +20,17 @@ from index.builder import BuildReport, check_fit, embedded, predict
 from index.classifier import Classifier
 from index.errors import InputError, ModelError, member, nearest
 from index.lance_store import LanceStore
-from index.manifest import EXEMPLARS, MODEL, Manifest
+from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
 from index.neighbours import EXACT, Metric, Neighbours
 from index.progress import Progress, silent
 from index.sources import ArraySource
 from index.store import ExemplarStore, MemoryStore
 from index.target import recover
-from rerank.config import DEFAULT_PRESET, TmmConfig, preset
+from rerank.backbone import Backbone, Precision
+from rerank.config import DEFAULT_PRESET, TmmConfig, Trigger, preset
+from rerank.global_trigger import GlobalTrigger
 from rerank.scoring import DEFAULT_CACHE_BYTES
 from rerank.tmm import Ranking, TmmNN
-
-T = TypeVar("T")
 
 
 class Mode(StrEnum):
@@ -47,6 +47,7 @@ class Prefilter(StrEnum):
     L2 = "l2"
     COSINE = "cosine"
     UNION = "union"  # both rankings, taken in turn
+    GLOBAL = "global"  # TMM-NN with the index's global trigger
 
 
 class SearchOptions(TypedDict, total=False):
@@ -78,6 +79,9 @@ class Engine:
         manifest: Manifest | None = None,
         path: Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        precision: str = Precision.FP32,
+        backbone: Backbone | None = None,
+        global_trigger: GlobalTrigger | None = None,
     ) -> None:
         self.classifier = classifier
         self.store = store
@@ -86,7 +90,14 @@ class Engine:
         self.path = path
         self._factory = neighbours
         self._neighbours: dict[Metric, Neighbours] = {}
-        self._tmm = TmmNN(classifier, store, cache_bytes=cache_bytes)
+        self._tmm = TmmNN(
+            classifier,
+            store,
+            cache_bytes=cache_bytes,
+            precision=member(Precision, precision),
+            backbone=backbone,
+            global_trigger=global_trigger,
+        )
         self._rows = {str(id_): row for row, id_ in enumerate(store.ids)}
 
     @classmethod
@@ -97,6 +108,7 @@ class Engine:
         model: nn.Module | str | None = None,
         device: str = "auto",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        precision: str = Precision.FP32,
     ) -> "Engine":
         """Open an index made by `build_index` or `engine build-index`.
 
@@ -106,8 +118,11 @@ class Engine:
                 ``package.module:factory``. Its fingerprint must be the index's.
             device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is one.
             cache_bytes: What may stay in memory on the device between searches, images first, then features.
+            precision: ``fp32``, or ``bf16``: faster, with the best answers scored again in fp32.
 
         Raises:
+            InputError: a device or precision that this machine does not have, or a cache smaller than one chunk of
+                images.
             IndexStateError: no index there, of another format version, or damaged.
             ModelError: the model cannot be rebuilt, or is not the one that the features were computed with.
         """
@@ -122,20 +137,24 @@ class Engine:
                 f"{classifier.fingerprint[:12]}…: its "
                 f"features would not match; open it with the same model, or build the index again"
             )
+        classifier = classifier.to(choose_device(device))
         store = LanceStore(
             path / EXEMPLARS,
             image_shape=manifest.image_shape,
             feature_dim=manifest.feature_dim,
             version=manifest.lance_version,
+            global_features=manifest.global_trigger,
         )
         return cls(
-            classifier.to(choose_device(device)),
+            classifier,
             store,
             class_names=manifest.class_names,
             neighbours=manifest.neighbours,
             manifest=manifest,
             path=path,
             cache_bytes=cache_bytes,
+            precision=precision,
+            global_trigger=GlobalTrigger.load(path / GLOBAL_TRIGGER) if manifest.global_trigger else None,
         )
 
     @classmethod
@@ -217,7 +236,7 @@ class Engine:
             k: How many, at least 1; all are returned (and a note says so) where there are fewer.
             mode: ``tmm``, ``l2`` or ``cosine``.
             candidates: For ``tmm``: score only so many exemplars, chosen by the prefilter. None scores all.
-            prefilter: ``l2``, ``cosine`` or ``union``.
+            prefilter: ``l2``, ``cosine``, ``union`` of both, or ``global``, where the index has a global trigger.
             config: A preset's name or a configuration.
             label: y_q; None takes the model's prediction.
             progress: Told of exemplars scored.
@@ -239,82 +258,107 @@ class Engine:
             as_query(item, shape=self.store.image_shape, name=f"query {position}")
             for position, item in enumerate(items)
         ]
-        results = [self._search(item, request, progress) for item in queries]
+        answers = (self._rerank if request.mode is Mode.TMM else self._nearest)(queries, request, progress)
+        results = [self._result(query, answer, request) for query, answer in zip(queries, answers, strict=True)]
         return results if isinstance(query, list) else results[0]
 
-    def _search(self, query: Query, request: "_Request", progress: Progress) -> SearchResult:
-        timings: dict[str, float] = {}
-        features = _timed(timings, "embedding", lambda: self._embed(query))
-        predicted = int(predict(features, self.classifier)[0])
-        notes: list[str] = []
-        ranking: Ranking | None = None
-        if request.mode is Mode.TMM:
-            rows = None
-            if request.candidates is not None and request.candidates < len(self):
-                rows = self._candidates(features, request, timings)
-            ranking = self._tmm.rank(
-                torch.from_numpy(query.pixels).to(self.classifier.device),
-                k=request.k,
-                config=request.config,
-                candidates=rows,
-                label=request.label,
-                progress=progress,
+    def _nearest(self, queries: list[Query], request: "_Request", progress: Progress) -> "list[_Answer]":
+        """L2 or cosine."""
+        answers = [_Answer() for _ in queries]
+        searcher = self._searcher(Metric(request.mode), answers)
+        features = self._embed(queries, answers)
+        with _timed(answers, "neighbours"):
+            found = searcher.search(features, k=request.k)
+        for answer, (rows, scores) in zip(answers, found, strict=True):
+            answer.rows, answer.scores, answer.scored = rows, scores, len(self)
+        return answers
+
+    def _rerank(self, queries: list[Query], request: "_Request", progress: Progress) -> "list[_Answer]":
+        """TMM-NN, over all exemplars or over candidates."""
+        answers = [_Answer() for _ in queries]
+        features = self._embed(queries, answers)
+        pixels = torch.from_numpy(np.stack([query.pixels for query in queries])).to(self.classifier.device)
+        rankings = self._tmm.rank_many(
+            pixels,
+            k=request.k,
+            config=request.config,
+            candidates=self._candidates(pixels, features, request, answers),
+            labels=[request.label] * len(queries),
+            progress=progress,
+        )
+        for answer, ranking in zip(answers, rankings, strict=True):
+            answer.rows, answer.scores, answer.scored = ranking.rows, ranking.scores, ranking.scored
+            answer.ranking = ranking
+            answer.timings |= ranking.timings
+        return answers
+
+    def _result(self, query: Query, answer: "_Answer", request: "_Request") -> SearchResult:
+        ranking = answer.ranking
+        notes = []
+        if len(answer.rows) < request.k:
+            notes.append(
+                f"k = {request.k} is more than the {answer.scored} exemplars scored: returned {len(answer.rows)}"
             )
-            timings |= ranking.timings
-            best, scores, scored = ranking.rows, ranking.scores, ranking.scored
-        else:
-            searcher = self._searcher(Metric(request.mode), timings)
-            [(best, scores)] = _timed(timings, "neighbours", lambda: searcher.search(features, k=request.k))
-            scored = len(self)
-        if len(best) < request.k:
-            notes.append(f"k = {request.k} is more than the {scored} exemplars scored: returned {len(best)}")
         return SearchResult(
             query=query.name,
             mode=str(request.mode),
-            hits=self._hits(best, scores, None if ranking is None else ranking.confidences),
-            predicted_label=predicted,
-            predicted_class=self.class_names[predicted],
+            hits=self._hits(answer),
+            predicted_label=answer.predicted,
+            predicted_class=self.class_names[answer.predicted],
             true_label=query.label,
             true_class=None if query.label is None else self.class_names[query.label],
-            scored=scored,
+            scored=answer.scored,
             exemplars=len(self),
             config=request.config.to_json() if ranking else None,
-            timings=timings,
+            backend=self._tmm.backbone.name if ranking else "FAISS",
+            timings=answer.timings,
             notes=tuple(notes),
             query_image=np.rint(query.pixels * 255.0).astype(np.uint8),
             trigger=ranking.trigger if ranking else None,
             triggered_query=ranking.triggered_query if ranking else None,
         )
 
-    def _embed(self, query: Query) -> Float32[np.ndarray, "1 d"]:
-        with torch.inference_mode():
-            pixels = torch.from_numpy(query.pixels[None]).to(self.classifier.device)
-            return self.classifier.features(pixels).float().cpu().numpy()
+    def _embed(self, queries: list[Query], answers: "list[_Answer]") -> Float32[np.ndarray, "q d"]:
+        """φ(x_q), one by one so that an answer does not depend on its neighbours in the list; notes the predictions."""
+        features = []
+        for query, answer in zip(queries, answers, strict=True):
+            with _timed([answer], "embedding"), torch.inference_mode():
+                pixels = torch.from_numpy(query.pixels[None]).to(self.classifier.device)
+                features.append(self.classifier.features(pixels).float().cpu().numpy())
+                answer.predicted = int(predict(features[-1], self.classifier)[0])
+        return np.concatenate(features)
 
     def _candidates(
-        self, features: Float32[np.ndarray, "1 d"], request: "_Request", timings: dict[str, float]
-    ) -> Int64[np.ndarray, "candidates"]:
-        assert request.candidates is not None
+        self,
+        pixels: Float32[torch.Tensor, "q c h w"],
+        features: Float32[np.ndarray, "q d"],
+        request: "_Request",
+        answers: "list[_Answer]",
+    ) -> list[Int64[np.ndarray, "candidates"] | None]:
+        """The rows that each query's rerank scores; None for all."""
+        count = request.candidates
+        if count is None or count >= len(self):
+            return [None] * len(answers)
+        if request.prefilter is Prefilter.GLOBAL:
+            config = replace(request.config, trigger=Trigger.GLOBAL)
+            with _timed(answers, "prefilter"):
+                rankings = self._tmm.rank_many(pixels, k=count, config=config)
+            return [ranking.rows for ranking in rankings]
         metrics = list(Metric) if request.prefilter is Prefilter.UNION else [Metric(request.prefilter)]
-        found = []
-        for metric in metrics:
-            searcher = self._searcher(metric, timings)
-            [(rows, _)] = _timed(timings, "prefilter", partial(searcher.search, features, k=request.candidates))
-            found.append(rows)
-        in_turn = np.stack(found, axis=1).reshape(-1)  # (m, metrics) -> first of each, second of each, …
-        return np.array(list(dict.fromkeys(in_turn.tolist()))[: request.candidates])
+        searchers = [self._searcher(metric, answers) for metric in metrics]
+        with _timed(answers, "prefilter"):
+            found = [[rows for rows, _ in searcher.search(features, k=count)] for searcher in searchers]
+        return [_in_turn(rankings, count) for rankings in zip(*found, strict=True)]
 
-    def _searcher(self, metric: Metric, timings: dict[str, float]) -> Neighbours:
+    def _searcher(self, metric: Metric, answers: "list[_Answer]") -> Neighbours:
         if metric not in self._neighbours:
-            self._neighbours[metric] = _timed(
-                timings, "loading features", lambda: Neighbours(self.store, metric, factory=self._factory)
-            )
+            with _timed(answers, "loading features"):
+                self._neighbours[metric] = Neighbours(self.store, metric, factory=self._factory)
         return self._neighbours[metric]
 
-    def _hits(
-        self, rows: Int64[np.ndarray, "k"], scores: np.ndarray, confidences: np.ndarray | None
-    ) -> tuple[Hit, ...]:
-        images, metadata = self.store.images(rows), self.store.metadata(rows)
+    def _hits(self, answer: "_Answer") -> tuple[Hit, ...]:
+        images, metadata = self.store.images(answer.rows), self.store.metadata(answer.rows)
+        confidences = None if answer.ranking is None else answer.ranking.confidences
         return tuple(
             Hit(
                 rank=rank,
@@ -322,12 +366,12 @@ class Engine:
                 label=int(self.store.labels[row]),
                 class_name=self.class_names[self.store.labels[row]],
                 label_is_predicted=bool(self.store.label_is_predicted[row]),
-                score=float(scores[rank]),
+                score=float(answer.scores[rank]),
                 confidence=None if confidences is None else float(confidences[rank]),
                 metadata=metadata[rank],
                 image=images[rank],
             )
-            for rank, row in enumerate(rows)
+            for rank, row in enumerate(answer.rows)
         )
 
     def _checked_label(self, label: int | None) -> int | None:
@@ -346,6 +390,18 @@ class _Request:
     prefilter: Prefilter
     config: TmmConfig
     label: int | None
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What a search finds out about one query, step by step."""
+
+    predicted: int = -1
+    rows: Int64[np.ndarray, "k"] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    scores: Float[np.ndarray, "k"] = field(default_factory=lambda: np.empty(0))
+    scored: int = 0
+    ranking: Ranking | None = None
+    timings: dict[str, float] = field(default_factory=dict)
 
 
 def choose_device(name: str) -> torch.device:
@@ -382,11 +438,20 @@ def _memory_store(source: ArraySource, classifier: Classifier, progress: Progres
     )
 
 
-def _timed(timings: dict[str, float], step: str, work: Callable[[], T]) -> T:
+@contextmanager
+def _timed(answers: "list[_Answer]", step: str) -> Iterator[None]:
+    """Time a step, shared equally by the answers it serves."""
     start = time.perf_counter()
-    value = work()
-    timings[step] = timings.get(step, 0.0) + time.perf_counter() - start
-    return value
+    yield
+    seconds = (time.perf_counter() - start) / len(answers)
+    for answer in answers:
+        answer.timings[step] = answer.timings.get(step, 0.0) + seconds
+
+
+def _in_turn(rankings: tuple[Int64[np.ndarray, "_"], ...], count: int) -> Int64[np.ndarray, "candidates"]:
+    """The first `count` different rows of several rankings taken in turn: each one's first, each one's second, …"""
+    rows = np.stack([ranking[: min(map(len, rankings))] for ranking in rankings], axis=1).reshape(-1)
+    return np.array(list(dict.fromkeys(rows.tolist()))[:count])
 
 
 def _positive(name: str, value: int) -> int:

@@ -31,6 +31,7 @@ def describe_index(path: Path) -> dict[str, Any]:
         "model": manifest.model.architecture,
         "fingerprint": manifest.fingerprint,
         "neighbours": manifest.neighbours,
+        "global_trigger": manifest.global_trigger,
         "version": manifest.lance_version,
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }

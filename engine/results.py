@@ -55,7 +55,8 @@ class SearchResult:
         scored: How many exemplars were scored (the candidates, or all).
         exemplars: How many the index holds.
         config: The TMM configuration with its seed, as plain values (tmm only).
-        timings: Seconds by step.
+        backend: What computed it: for tmm the backbone's software, precision and device.
+        timings: Seconds by step; a step done for several queries together counts as shared equally.
         notes: What a user should know about this answer, in sentences.
         query_image: uint8 (c, h, w), the query as the model saw it.
         trigger: float32 (c, h, w) in pixel units, τ (tmm only).
@@ -72,6 +73,7 @@ class SearchResult:
     scored: int
     exemplars: int
     config: dict[str, Any] | None
+    backend: str
     timings: dict[str, float]
     notes: tuple[str, ...]
     query_image: UInt8[np.ndarray, "c h w"]

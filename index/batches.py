@@ -11,8 +11,8 @@ from index.images import Shape
 
 T = TypeVar("T")
 
-MAX_IMAGES = 1024
-PIXELS = 1 << 20  # a batch's pixels per channel: 1,024 images of 32×32, 20 of 224×224
+MAX_IMAGES = 512
+PIXELS = 1 << 19  # a batch's pixels per channel: 512 images of 32×32, 10 of 224×224
 
 
 def forward_batch_size(shape: Shape) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,13 +14,25 @@ from index.batches import forward_batch_size, prefetched
 from index.classifier import Classifier
 from index.errors import ImageError, IndexStateError, InputError
 from index.lance_store import LanceWriter, exemplar_schema, fixed_size_column
-from index.manifest import EXEMPLARS, MODEL, FileDigest, Manifest, digest_files
+from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, FileDigest, Manifest, digest_files
 from index.neighbours import EXACT, Metric, make_faiss_index
 from index.progress import Progress, silent
 from index.sources import ImageRecord, ImageSource, UnreadableImage
+from index.store import FEATURE, GLOBAL_FEATURE
 from index.target import check_target, staged
 
 MAX_REPORTED = 20
+
+
+@runtime_checkable
+class GlobalColumn(Protocol):
+    """A second column of features, made with one trigger for all exemplars."""
+
+    def features(self, images: UInt8[np.ndarray, "n c h w"]) -> Float32[np.ndarray, "n d"]:
+        """Of the images as stored."""
+
+    def save(self, path: Path) -> None:
+        """Write what made them."""
 
 
 @dataclass(slots=True)
@@ -53,6 +66,7 @@ def build_index(
     overwrite: bool = False,
     neighbours: str = EXACT,
     strict: bool = False,
+    global_column: GlobalColumn | None = None,
     progress: Progress = silent,
 ) -> BuildReport:
     """Build an index of the source's images. It appears at `target` whole, or not at all.
@@ -64,6 +78,7 @@ def build_index(
         overwrite: Replace an index that is there; it stays usable until the moment of the exchange.
         neighbours: FAISS factory string for L2 and cosine search; ``Flat`` is exact.
         strict: Fail at the first image that cannot be read instead of skipping it.
+        global_column: Also store these features of the images (`rerank.global_trigger`).
         progress: Told of images done.
 
     Raises:
@@ -77,13 +92,23 @@ def build_index(
     report = BuildReport(labels_predicted=not source.labelled)
     try:
         with staged(target, overwrite=overwrite) as staging:
-            schema = exemplar_schema(classifier.image_shape, classifier.feature_dim, source.metadata_types)
+            schema = exemplar_schema(
+                classifier.image_shape,
+                classifier.feature_dim,
+                source.metadata_types,
+                global_features=global_column is not None,
+            )
             writer = LanceWriter(staging / EXEMPLARS, schema)
             for batch in embedded(source, classifier, report, strict=strict):
-                writer.write(batch.columns(source))
+                columns = batch.columns(source)
+                if global_column is not None:
+                    columns[GLOBAL_FEATURE] = fixed_size_column(global_column.features(batch.images))
+                writer.write(columns)
                 progress("building", report.exemplars + report.skipped_count, len(source))
             version = writer.commit()
             classifier.save(staging / MODEL)
+            if global_column is not None:
+                global_column.save(staging / GLOBAL_TRIGGER)
             manifest = _manifest(
                 source, classifier, report, neighbours=neighbours, version=version, files=digest_files(staging)
             )
@@ -109,7 +134,7 @@ class EmbeddedBatch:
             "label": self.labels,
             "label_is_predicted": [not source.labelled] * len(self.records),
             "image": fixed_size_column(self.images),
-            "feature": fixed_size_column(self.features),
+            FEATURE: fixed_size_column(self.features),
         } | {name: [record.metadata.get(name) for record in self.records] for name in source.metadata_types}
 
 
@@ -216,6 +241,7 @@ def _manifest(
         model=classifier.spec,
         fingerprint=classifier.fingerprint,
         neighbours=neighbours,
+        global_trigger=GLOBAL_TRIGGER in files,
         lance_version=version,
         files=files,
     )

@@ -16,14 +16,16 @@ from lance.fragment import FragmentMetadata, write_fragments
 from index.errors import IndexStateError, InputError
 from index.images import Shape
 from index.sources import Metadata
-from index.store import Rows
+from index.store import FEATURE, GLOBAL_FEATURE, Rows
 
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 ROWS_PER_FRAGMENT = 1 << 16
 FRAGMENT_BYTES = 64 << 20  # what a build holds in memory before it is written
 
 
-def exemplar_schema(image_shape: Shape, feature_dim: int, metadata_types: Mapping[str, type]) -> pa.Schema:
+def exemplar_schema(
+    image_shape: Shape, feature_dim: int, metadata_types: Mapping[str, type], *, global_features: bool = False
+) -> pa.Schema:
     """The columns of an exemplar store. Images are stored raw: decompression would dominate a scan."""
     raw = {b"lance-encoding:compression": b"none"}
     channels, height, width = image_shape
@@ -33,7 +35,10 @@ def exemplar_schema(image_shape: Shape, feature_dim: int, metadata_types: Mappin
             pa.field("label", pa.int64(), nullable=False),
             pa.field("label_is_predicted", pa.bool_(), nullable=False),
             pa.field("image", pa.list_(pa.uint8(), channels * height * width), nullable=False, metadata=raw),
-            pa.field("feature", pa.list_(pa.float32(), feature_dim), nullable=False, metadata=raw),
+            *(
+                pa.field(name, pa.list_(pa.float32(), feature_dim), nullable=False, metadata=raw)
+                for name in ((FEATURE, GLOBAL_FEATURE) if global_features else (FEATURE,))
+            ),
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in metadata_types.items()),
         ]
     )
@@ -96,20 +101,23 @@ class LanceStore:
         image_shape: (c, h, w), as the index states it.
         feature_dim: d.
         version: The Lance version to read.
+        global_features: Whether it has the column of the global trigger.
 
     Raises:
         IndexStateError: the dataset is missing, damaged, or not of this form.
     """
 
-    def __init__(self, path: Path, *, image_shape: Shape, feature_dim: int, version: int) -> None:
+    def __init__(
+        self, path: Path, *, image_shape: Shape, feature_dim: int, version: int, global_features: bool = False
+    ) -> None:
         self.image_shape = image_shape
         self.feature_dim = feature_dim
         try:
             self._dataset = lance.dataset(str(path), version=version)
             schema = self._dataset.schema
-            metadata_types = set(schema.names) - set(exemplar_schema(image_shape, feature_dim, {}).names)
-            self._metadata_columns = [name for name in schema.names if name in metadata_types]
-            expected = {field.name: field.type for field in exemplar_schema(image_shape, feature_dim, {})}
+            known = exemplar_schema(image_shape, feature_dim, {}, global_features=global_features)
+            expected = {field.name: field.type for field in known}
+            self._metadata_columns = [name for name in schema.names if name not in expected]
             found = {name: schema.field(name).type for name in expected if name in schema.names}
             if found != expected:
                 raise IndexStateError(f"{path}: expected columns {expected}, got {found}; build the index again")
@@ -130,9 +138,9 @@ class LanceStore:
         """Images of the given rows, in their order."""
         return self._take(rows, "image").reshape(-1, *self.image_shape)
 
-    def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+    def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
-        return self._take(rows, "feature").reshape(-1, self.feature_dim)
+        return self._take(rows, column).reshape(-1, self.feature_dim)
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
@@ -146,9 +154,9 @@ class LanceStore:
         for values in self._scan("image", batch_size):
             yield values.reshape(-1, *self.image_shape)
 
-    def scan_features(self, batch_size: int) -> Iterator[Float32[np.ndarray, "batch d"]]:
+    def scan_features(self, batch_size: int, *, column: str = FEATURE) -> Iterator[Float32[np.ndarray, "batch d"]]:
         """All features in row order."""
-        for values in self._scan("feature", batch_size):
+        for values in self._scan(column, batch_size):
             yield values.reshape(-1, self.feature_dim)
 
     def _take(self, rows: Rows, column: str) -> np.ndarray:

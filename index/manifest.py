@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 MANIFEST = "index.json"
 MODEL = "model.safetensors"
 EXEMPLARS = "exemplars.lance"
+GLOBAL_TRIGGER = "global_trigger.safetensors"
 CACHE = "cache"  # deletable at any time, so not in the digests
 MAX_MANIFEST_BYTES = 64 << 20
 
@@ -51,6 +52,7 @@ class Manifest:
         model: How to rebuild the classifier's architecture.
         fingerprint: SHA-256 of the classifier: weights, architecture, preprocessing, head.
         neighbours: FAISS factory string.
+        global_trigger: Whether there are a global trigger and its column of features.
         lance_version: The version of the exemplars that counts.
         files: Digest of every file but this one and the caches, by path relative to the index.
     """
@@ -66,6 +68,7 @@ class Manifest:
     model: ModelSpec
     fingerprint: str
     neighbours: str
+    global_trigger: bool
     lance_version: int
     files: dict[str, FileDigest]
 
@@ -133,6 +136,8 @@ class Manifest:
             counts = (manifest.exemplars, manifest.feature_dim, manifest.lance_version, channels, height, width)
             if not all(isinstance(count, int) and count > 0 for count in counts):
                 raise ValueError("counts must be positive whole numbers")
+            if min([manifest.skipped, *(digest.bytes for digest in manifest.files.values())]) < 0:
+                raise ValueError("counts and sizes must not be negative")
             if len(manifest.class_names) != manifest.model.num_classes:
                 raise ValueError(f"{len(manifest.class_names)} class names for {manifest.model.num_classes} classes")
             for name in manifest.files:
@@ -170,7 +175,7 @@ def digest_files(index: Path) -> dict[str, FileDigest]:
 
 
 def _data_files(index: Path) -> Iterator[Path]:
-    yield index / MODEL
+    yield from filter(Path.is_file, (index / MODEL, index / GLOBAL_TRIGGER))
     yield from sorted(path for path in (index / EXEMPLARS).rglob("*") if path.is_file())
 
 

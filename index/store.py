@@ -15,6 +15,9 @@ from index.sources import Metadata
 
 Rows = Int64[np.ndarray, "rows"]
 
+FEATURE = "feature"  # φ(x)
+GLOBAL_FEATURE = "global_feature"  # φ(x^τ) with the index's global trigger τ, where it has one
+
 
 @runtime_checkable
 class ExemplarStore(Protocol):
@@ -32,7 +35,7 @@ class ExemplarStore(Protocol):
     def images(self, rows: Rows) -> UInt8[np.ndarray, "rows c h w"]:
         """Images of the given rows, in their order."""
 
-    def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+    def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
 
     def metadata(self, rows: Rows) -> list[Metadata]:
@@ -41,7 +44,7 @@ class ExemplarStore(Protocol):
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
 
-    def scan_features(self, batch_size: int) -> Iterator[Float32[np.ndarray, "batch d"]]:
+    def scan_features(self, batch_size: int, *, column: str = FEATURE) -> Iterator[Float32[np.ndarray, "batch d"]]:
         """All features in row order."""
 
 
@@ -56,15 +59,25 @@ class MemoryStore:
         *,
         ids: Sequence[str],
         label_is_predicted: Bool[np.ndarray, "n"] | None = None,
+        global_features: Float32[np.ndarray, "n d"] | None = None,
         metadata: Sequence[Mapping[str, str | int | float | bool | None]] | None = None,
     ) -> None:
         n = len(images)
-        for name, column in (("features", features), ("labels", labels), ("ids", ids), ("metadata", metadata)):
+        for name, column in (
+            ("features", features),
+            ("global features", global_features),
+            ("labels", labels),
+            ("ids", ids),
+            ("metadata", metadata),
+        ):
             if column is not None and len(column) != n:
                 raise InputError(f"expected {n} {name}, one per image, got {len(column)}")
         if len(set(ids)) != n:
             raise InputError("ids must be unique")
-        self._images, self._features = images, features
+        self._images = images
+        self._features = {FEATURE: features}
+        if global_features is not None:
+            self._features[GLOBAL_FEATURE] = global_features
         self._metadata = [dict(row) for row in metadata] if metadata is not None else [{} for _ in range(n)]
         _, channels, height, width = images.shape
         self.image_shape = (channels, height, width)
@@ -80,9 +93,9 @@ class MemoryStore:
         """Images of the given rows, in their order."""
         return self._images[rows]
 
-    def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+    def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
-        return self._features[rows]
+        return self._features[column][rows]
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
@@ -93,7 +106,7 @@ class MemoryStore:
         for start in range(0, len(self), batch_size):
             yield self._images[start : start + batch_size]
 
-    def scan_features(self, batch_size: int) -> Iterator[Float32[np.ndarray, "batch d"]]:
+    def scan_features(self, batch_size: int, *, column: str = FEATURE) -> Iterator[Float32[np.ndarray, "batch d"]]:
         """All features in row order."""
         for start in range(0, len(self), batch_size):
-            yield self._features[start : start + batch_size]
+            yield self._features[column][start : start + batch_size]

@@ -38,6 +38,7 @@ class Trigger(StrEnum):
     """Where τ comes from."""
 
     QUERY = "query"  # optimised for the query, every pixel      Eq. 8
+    GLOBAL = "global"  # the index's, optimised once for all exemplars             Eq. 2
     FIXED_PATCH = "fixed-patch"  # T1: a white 3×3 patch at the top-left   §4.8.1
     PATCH = "patch"  # T2: the same patch, its pixels optimised            §4.8.1
 

@@ -1,28 +1,35 @@
-"""TMM-NN: trigger, tuned head, scores — the three steps in order (Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm
-1).
+"""TMM-NN: trigger, tuned head, scores — the three steps in order.
+
+Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm 1.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from index.classifier import Classifier
 from index.errors import InputError
 from index.progress import Progress, silent
 from index.ranking import best_first
-from index.store import ExemplarStore
-from rerank.config import Score, TmmConfig
-from rerank.scoring import DEFAULT_CACHE_BYTES, ExemplarTensors, TriggeredBackbone, dummy_scores
-from rerank.trigger import intensity_of, make_trigger
-from rerank.tuning import TuningSet, tune_head
+from index.store import GLOBAL_FEATURE, ExemplarStore
+from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
+from rerank.config import Score, TmmConfig, Trigger
+from rerank.global_trigger import GlobalTrigger
+from rerank.scoring import DEFAULT_CACHE_BYTES, ExemplarTensors, dummy_scores
+from rerank.trigger import apply_trigger, intensity_of, make_trigger
+from rerank.tuning import Fisher, TuningSet, fisher_diagonal, tune_head
 
 Rows = Int64[np.ndarray, "rows"]
+
+RESCORED = 256  # of the best of an inexact pass, scored again exactly; or twice k, if that is more
+TOGETHER_BYTES = 512 << 20  # triggered features of the queries that share a pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +45,10 @@ class Ranking:
         label: y_q.
         trigger: (c, h, w), τ in pixel units.
         triggered_query: (c, h, w), x_q^t.
-        trigger_loss: Eq. 8 at τ₀ and at τ.
-        trigger_steps: Evaluations of Eq. 8.
+        trigger_loss: Eq. 8 at τ₀ and at τ; NaN for the global trigger, which is not the query's.
+        trigger_steps: Evaluations of Eq. 8 for this query.
         intensity: ω.
-        timings: Seconds by step.
+        timings: Seconds by step; a step done for several queries together counts as shared equally.
     """
 
     rows: Int64[np.ndarray, "k"]
@@ -58,6 +65,21 @@ class Ranking:
     timings: dict[str, float]
 
 
+@dataclass(slots=True)
+class _Job:
+    """One query on its way through the three steps."""
+
+    query: Float[Tensor, "c h w"]
+    candidates: Rows | None
+    intensity: float
+    trigger: Float[Tensor, "c h w"]
+    trigger_loss: tuple[float, float]
+    trigger_steps: int
+    label: int | None
+    head: nn.Linear | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
 class TmmNN:
     """Ranks a store's exemplars by how much the classifier sees each as like a query.
 
@@ -65,13 +87,29 @@ class TmmNN:
         classifier: f = head ∘ φ; never modified.
         store: The exemplars; their features are this classifier's.
         cache_bytes: What may stay on the classifier's device between queries, images first, then features.
+        precision: Of the pass over the exemplars. In bf16 the best of it are scored again in fp32.
+        backbone: What passes exemplars through φ instead of PyTorch.
+        global_trigger: The index's, if it has one.
     """
 
-    def __init__(self, classifier: Classifier, store: ExemplarStore, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        self.classifier = classifier
+    def __init__(
+        self,
+        classifier: Classifier,
+        store: ExemplarStore,
+        *,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        precision: Precision = Precision.FP32,
+        backbone: Backbone | None = None,
+        global_trigger: GlobalTrigger | None = None,
+    ) -> None:
+        self.classifier = specialised(classifier)
         self.store = store
-        self.tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
-        self.labels = torch.tensor(store.labels, device=classifier.device)
+        self.global_trigger = global_trigger
+        self._exact = TorchBackbone(self.classifier)
+        self.backbone = backbone or TorchBackbone(self.classifier, precision)
+        self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
+        self._labels = torch.tensor(store.labels, device=classifier.device)  # a copy: a store's may be read-only
+        self._fisher_of_all: Fisher | None = None
 
     def rank(
         self,
@@ -83,57 +121,102 @@ class TmmNN:
         label: int | None = None,
         progress: Progress = silent,
     ) -> Ranking:
-        """The k exemplars with the largest scores.
+        """The k exemplars with the largest scores; `rank_many` for one query."""
+        [ranking] = self.rank_many(
+            query[None], k=k, config=config, candidates=[candidates], labels=[label], progress=progress
+        )
+        return ranking
+
+    def rank_many(
+        self,
+        queries: Float[Tensor, "q c h w"],
+        *,
+        k: int,
+        config: TmmConfig,
+        candidates: Sequence[Int64[np.ndarray, "_"] | None] | None = None,
+        labels: Sequence[int | None] | None = None,
+        progress: Progress = silent,
+    ) -> list[Ranking]:
+        """For each query the k exemplars with the largest scores. Triggers are optimised together, passes are shared.
 
         Args:
-            query: Pixels in [0, 1], on the classifier's device and in its dtype; may equal an exemplar, which then
-                stays (§4.4).
+            queries: Pixels in [0, 1], on the classifier's device and in its dtype; one may equal an exemplar, which
+                then stays (§4.4).
             k: At least 1; fewer are returned where fewer are scored.
             config: The reading of TMM-NN.
-            candidates: Score only these rows; the head is then tuned on them and on `candidate_companions` random
-                others.
-            label: y_q; None takes the model's prediction.
+            candidates: For each query the rows to score, None for all; the head is then tuned on them and on
+                `candidate_companions` random others.
+            labels: y_q for each query; None takes the model's prediction.
             progress: Told of exemplars passed through the backbone.
 
         Raises:
-            InputError: ω makes every triggered image the same, or leaves the trigger out (a constant query image).
+            InputError: ω makes every triggered image the same, or leaves the trigger out (a constant query image); or a
+                global trigger is asked for that the index does not have, or has for another blend.
         """
-        timings: dict[str, float] = {}
-        intensity = intensity_of(query, config)
-        _refuse_degenerate(intensity, config)
-        with _timed(timings, "trigger"):
-            found = make_trigger(self.classifier, query[None], config)
-        backbone = TriggeredBackbone(self.classifier, found.trigger[0], intensity, config)
-        tuning_rows, scored_rows = self._rows(candidates, config)
-        with _timed(timings, "pass"):
-            triggered = self._triggered(backbone, tuning_rows, progress)
-        with _timed(timings, "tuning"), torch.inference_mode():
-            data = self._tuning_set(query, backbone, tuning_rows, triggered, label)
-            head = tune_head(self.classifier.head, data, config)
-        with _timed(timings, "scoring"), torch.inference_mode():
-            if (
-                scored_rows is None and tuning_rows is not None
-            ):  # the head was tuned on a sample: a second pass scores all
-                scores, log_odds = self._scores_of_all(backbone, head, config, progress)
+        count = len(queries)
+        jobs = self._jobs(queries, candidates or [None] * count, labels or [None] * count, config)
+        rankings: list[Ranking] = []
+        for group in self._groups(jobs, config):
+            rankings += self._rank_group(group, k=k, config=config, progress=progress)
+        return rankings
+
+    def _jobs(
+        self,
+        queries: Float[Tensor, "q c h w"],
+        candidates: Sequence[Int64[np.ndarray, "_"] | None],
+        labels: Sequence[int | None],
+        config: TmmConfig,
+    ) -> list[_Job]:
+        """Step 1 for all queries."""
+        start = time.perf_counter()
+        if config.trigger is Trigger.GLOBAL:
+            shared = self._global_trigger(config)
+            triggers = shared.trigger.to(queries).expand(queries.shape)
+            intensities = [shared.intensity] * len(queries)
+            losses, steps = [(float("nan"), float("nan"))] * len(queries), [0] * len(queries)
+        else:
+            intensities = [intensity_of(query, config) for query in queries]
+            for intensity in intensities:
+                _refuse_degenerate(intensity, config)
+            found = make_trigger(self.classifier, queries, config)
+            triggers, steps = found.trigger, found.steps.tolist()
+            losses = list(zip(found.initial_loss.tolist(), found.loss.tolist(), strict=True))
+        jobs = [
+            _Job(*parts)
+            for parts in zip(queries, candidates, intensities, triggers, losses, steps, labels, strict=True)
+        ]
+        _share(jobs, "trigger", time.perf_counter() - start)
+        return jobs
+
+    def _rank_group(self, group: list[_Job], *, k: int, config: TmmConfig, progress: Progress) -> list[Ranking]:
+        """Steps 2 and 3 for queries that share their exemplars."""
+        tuning_rows, scored_rows = self._rows(group[0].candidates, config)
+        with _timed(group, "pass"):
+            triggered = self._triggered(group, tuning_rows, config, progress)
+        for job, features in zip(group, triggered, strict=True):
+            with _timed([job], "tuning"), torch.inference_mode():
+                self._tune(job, tuning_rows, features, config)
+        with _timed(group, "scoring"), torch.inference_mode():
+            if scored_rows is None and tuning_rows is not None:  # tuned on a sample: a second pass scores all
+                scores = self._scores_of_all(group, config, progress)
             else:
-                features = triggered if scored_rows is None else triggered[: len(scored_rows)]
-                scores, log_odds = _scores(head, features, config)
+                kept = len(self.store) if scored_rows is None else len(scored_rows)
+                scores = [_scores(job, features[:kept], config) for job, features in zip(group, triggered, strict=True)]
             rows = np.arange(len(self.store)) if scored_rows is None else scored_rows
-            best = best_first(scores, rows, self.store.ids, k=k)
-        return Ranking(
-            rows=rows[best],
-            scores=scores[best],
-            confidences=_sigmoid(log_odds[best]),
-            scored=len(rows),
-            tuned_on=len(triggered),
-            label=data.query_label,
-            trigger=found.trigger[0].cpu().numpy(),
-            triggered_query=backbone.apply(query).cpu().numpy(),
-            trigger_loss=(float(found.initial_loss[0]), float(found.loss[0])),
-            trigger_steps=int(found.steps[0]),
-            intensity=intensity,
-            timings=timings,
-        )
+            return [
+                self._ranking(job, both, rows=rows, tuned_on=len(triggered[0]), k=k, config=config)
+                for job, both in zip(group, scores, strict=True)
+            ]
+
+    def _groups(self, jobs: list[_Job], config: TmmConfig) -> Iterator[list[_Job]]:
+        """Queries that share a pass: those without candidates, as many as TOGETHER_BYTES hold the features of."""
+        if any(job.candidates is not None for job in jobs):
+            size = 1
+        else:
+            tuned_on = min(len(self.store), config.max_tuning_exemplars)
+            size = max(1, TOGETHER_BYTES // (tuned_on * self.classifier.feature_dim * jobs[0].query.element_size()))
+        for start in range(0, len(jobs), size):
+            yield jobs[start : start + size]
 
     def _rows(
         self, candidates: Int64[np.ndarray, "candidates"] | None, config: TmmConfig
@@ -152,56 +235,106 @@ class TmmNN:
         companions = generator.choice(others, min(config.candidate_companions, len(others)), replace=False)
         return np.concatenate([candidates, np.sort(companions)]), candidates
 
-    def _triggered(self, backbone: TriggeredBackbone, rows: Rows | None, progress: Progress) -> Float[Tensor, "n d"]:
-        n = len(self.store) if rows is None else len(rows)
-        classifier = self.classifier
-        features = torch.empty((n, classifier.feature_dim), dtype=backbone.trigger.dtype, device=classifier.device)
+    def _triggered(
+        self, group: list[_Job], rows: Rows | None, config: TmmConfig, progress: Progress
+    ) -> list[Float[Tensor, "n d"]]:
+        """φ(x_i^t) of the rows, for each query of the group."""
+        dtype, n = group[0].query.dtype, len(self.store) if rows is None else len(rows)
+        if config.trigger is Trigger.GLOBAL:
+            return [self._tensors.features(rows, dtype, column=GLOBAL_FEATURE)] * len(group)
+        features = [
+            torch.empty((n, self.classifier.feature_dim), dtype=dtype, device=self.classifier.device) for _ in group
+        ]
         done = 0
-        for chunk in self.tensors.image_chunks(rows):
-            features[done : done + len(chunk)] = backbone(chunk)
+        for chunk in self._tensors.image_chunks(rows):
+            for job, target in zip(group, features, strict=True):
+                target[done : done + len(chunk)] = self._pass(self.backbone, job, chunk, config)
             done += len(chunk)
             progress("triggering exemplars", done, n)
         return features
 
-    def _tuning_set(
-        self,
-        query: Float[Tensor, "c h w"],
-        backbone: TriggeredBackbone,
-        rows: Rows | None,
-        triggered: Float[Tensor, "n d"],
-        label: int | None,
-    ) -> TuningSet:
-        classifier = self.classifier
-        both = classifier.features(torch.stack([backbone.apply(query), query]))
-        if label is None:
-            label = int(classifier.logits(both[1:]).argmax())
-        labels = self.labels if rows is None else self.labels[torch.from_numpy(rows).to(classifier.device)]
-        return TuningSet(both[0], both[1], label, triggered, self.tensors.features(rows, triggered.dtype), labels)
-
-    def _scores_of_all(
-        self, backbone: TriggeredBackbone, head: nn.Linear, config: TmmConfig, progress: Progress
-    ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-        parts: list[tuple[np.ndarray, np.ndarray]] = []
+    def _scores_of_all(self, group: list[_Job], config: TmmConfig, progress: Progress) -> "list[_Scores]":
+        parts: list[list[_Scores]] = [[] for _ in group]
         done = 0
-        for chunk in self.tensors.image_chunks(None):
-            parts.append(_scores(head, backbone(chunk), config))
+        for chunk in self._tensors.image_chunks(None):
+            for job, scores in zip(group, parts, strict=True):
+                scores.append(_scores(job, self._pass(self.backbone, job, chunk, config), config))
             done += len(chunk)
             progress("scoring exemplars", done, len(self.store))
-        scores, log_odds = zip(*parts, strict=True)
-        return np.concatenate(scores), np.concatenate(log_odds)
+        return [_Scores(*map(np.concatenate, zip(*scores, strict=True))) for scores in parts]
+
+    def _pass(
+        self, backbone: Backbone, job: _Job, images: UInt8[Tensor, "n c h w"], config: TmmConfig
+    ) -> Float[Tensor, "n d"]:
+        image_weight, trigger_weight = config.blend.weights(job.intensity)
+        return backbone(
+            images, job.trigger, image_weight=image_weight, trigger_weight=trigger_weight, clamp=config.clamp
+        )
+
+    def _tune(self, job: _Job, rows: Rows | None, triggered: Float[Tensor, "n d"], config: TmmConfig) -> None:
+        """Step 2: sets the job's head, and its label where none was given."""
+        both = self.classifier.features(torch.stack([_triggered_query(job, config), job.query]))
+        if job.label is None:
+            job.label = int(self.classifier.logits(both[1:]).argmax())
+        labels = self._labels if rows is None else self._labels[torch.from_numpy(rows).to(self.classifier.device)]
+        clean = self._tensors.features(rows, triggered.dtype)
+        if rows is None and self._fisher_of_all is None:
+            self._fisher_of_all = fisher_diagonal(self.classifier.head, clean)
+        data = TuningSet(both[0], both[1], job.label, triggered, clean, labels)
+        fisher = self._fisher_of_all if rows is None else None
+        job.head = tune_head(self.classifier.head, data, config, fisher=fisher)
+
+    def _ranking(
+        self, job: _Job, scores: "_Scores", *, rows: Rows, tuned_on: int, k: int, config: TmmConfig
+    ) -> Ranking:
+        scored = len(rows)
+        if not self.backbone.exact and config.trigger is not Trigger.GLOBAL:
+            rows = rows[best_first(scores.scores, rows, self.store.ids, k=max(RESCORED, 2 * k))]
+            chunks = [self._pass(self._exact, job, chunk, config) for chunk in self._tensors.image_chunks(rows)]
+            scores = _scores(job, torch.cat(chunks), config)
+        best = best_first(scores.scores, rows, self.store.ids, k=k)
+        assert job.label is not None
+        return Ranking(
+            rows=rows[best],
+            scores=scores.scores[best],
+            confidences=torch.sigmoid(torch.from_numpy(scores.log_odds[best])).numpy(),
+            scored=scored,
+            tuned_on=tuned_on,
+            label=job.label,
+            trigger=job.trigger.cpu().numpy(),
+            triggered_query=_triggered_query(job, config).cpu().numpy(),
+            trigger_loss=job.trigger_loss,
+            trigger_steps=job.trigger_steps,
+            intensity=job.intensity,
+            timings=job.timings,
+        )
+
+    def _global_trigger(self, config: TmmConfig) -> GlobalTrigger:
+        if self.global_trigger is None:
+            raise InputError(
+                "the index has no global trigger; build it with --global-trigger, or use the query's own "
+                "(trigger=query)"
+            )
+        self.global_trigger.check(config)
+        return self.global_trigger
 
 
-def _scores(
-    head: nn.Linear, features: Float[Tensor, "n d"], config: TmmConfig
-) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """(scores to rank by, log-odds of the dummy class)."""
-    log_odds = dummy_scores(head, features, Score.LOG_ODDS)
-    scores = log_odds if config.score is Score.LOG_ODDS else dummy_scores(head, features, config.score)
-    return scores.cpu().numpy(), log_odds.cpu().numpy()
+class _Scores(NamedTuple):
+    """What exemplars are ranked by, and the log-odds of the dummy class: the same unless `Score.LOGIT` is asked for."""
+
+    scores: Float[np.ndarray, "n"]
+    log_odds: Float[np.ndarray, "n"]
 
 
-def _sigmoid(log_odds: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    return np.asarray(torch.sigmoid(torch.from_numpy(log_odds)).numpy())
+def _scores(job: _Job, features: Float[Tensor, "n d"], config: TmmConfig) -> _Scores:
+    assert job.head is not None
+    log_odds = dummy_scores(job.head, features, Score.LOG_ODDS)
+    scores = log_odds if config.score is Score.LOG_ODDS else dummy_scores(job.head, features, config.score)
+    return _Scores(scores.cpu().numpy(), log_odds.cpu().numpy())
+
+
+def _triggered_query(job: _Job, config: TmmConfig) -> Float[Tensor, "c h w"]:
+    return apply_trigger(job.query, job.trigger, intensity=job.intensity, blend=config.blend, clamp=config.clamp)
 
 
 def _refuse_degenerate(intensity: float, config: TmmConfig) -> None:
@@ -209,15 +342,19 @@ def _refuse_degenerate(intensity: float, config: TmmConfig) -> None:
     if min(image_weight, trigger_weight) < 1e-6:
         vanishes = "every triggered image the same" if image_weight < trigger_weight else "the trigger invisible"
         raise InputError(
-            f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels) makes {vanishes} "
-            f"with the blend "
-            f"{str(config.blend)!r}: is the image constant? Give another image, the blend 'added', or an "
+            f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels) makes {vanishes} with the "
+            f"blend {str(config.blend)!r}: is the image constant? Give another image, the blend 'added', or an "
             f"intensity between 0 and 1"
         )
 
 
 @contextmanager
-def _timed(timings: dict[str, float], step: str) -> Iterator[None]:
+def _timed(jobs: Sequence[_Job], step: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    timings[step] = time.perf_counter() - start
+    _share(jobs, step, time.perf_counter() - start)
+
+
+def _share(jobs: Sequence[_Job], step: str, seconds: float) -> None:
+    for job in jobs:
+        job.timings[step] = seconds / len(jobs)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from index.classifier import Classifier
+from index.errors import InputError
 from rerank.config import Blend, TmmConfig, Trigger
 
 INITIAL_STD = 0.01  # τ₀ ~ N(0, 0.01²)
@@ -55,10 +56,15 @@ def make_trigger(classifier: Classifier, queries: Float[Tensor, "q c h w"], conf
     separate runs up to rounding. The τ of the lowest loss seen is returned.
 
     Args:
-        classifier: f; not modified.
+        classifier: f, best `specialised`; not modified.
         queries: Pixels in [0, 1].
         config: Kind, steps, learning rate, tolerance, seed.
+
+    Raises:
+        InputError: the kind is `Trigger.GLOBAL`.
     """
+    if config.trigger is Trigger.GLOBAL:
+        raise InputError("the global trigger belongs to an index, it is not made for a query: see make_global_trigger")
     start, mask = _start(queries, config)
     search = _Search(classifier, queries, start)
     if config.trigger is Trigger.FIXED_PATCH:

@@ -55,9 +55,10 @@ def exemplar_batches(n: int, config: TmmConfig) -> Iterator[Int64[Tensor, "batch
             taken += 1
 
 
-def fisher_diagonal(
-    head: nn.Linear, features: Float[Tensor, "n d"]
-) -> tuple[Float[Tensor, "classes d"], Float[Tensor, "classes"]]:
+Fisher = tuple[Float[Tensor, "classes d"], Float[Tensor, "classes"]]
+
+
+def fisher_diagonal(head: nn.Linear, features: Float[Tensor, "n d"]) -> Fisher:
     """The Fisher information's diagonal for the old head's weight and bias, in closed form (§4.3.1).
 
         F[c, j] = mean_i p_ic (1 − p_ic) φ_ij²        (for the bias, φ = 1)
@@ -86,7 +87,7 @@ def extended_head(head: nn.Linear) -> nn.Linear:
     return extended
 
 
-def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig) -> nn.Linear:
+def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig, *, fisher: Fisher | None = None) -> nn.Linear:
     """The extended head, tuned by Adam on Eq. 3 with EWC:
 
         CE(f'(x_q^t), C) + CE(f'(x_q), y_q) + mean_i CE(f'(x_i^t), y_i) + mean_i CE(f'(x_i), y_i) + λ/2 Σ F (θ − θ₀)²
@@ -94,12 +95,18 @@ def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig) -> nn.Linear:
     where f' is the new head on frozen features and F covers the old rows. The gradient is written out: with p the
     softmax of a row's
     logits and t its one-hot target, ∂CE/∂z = p − t, so one matrix product each way serves all four terms.
+
+    Args:
+        head: The old head; not modified.
+        data: Features and labels.
+        config: Steps, batches, learning rate, λ, seed.
+        fisher: `fisher_diagonal` of the head and the clean features, where it is known already.
     """
     classes = head.out_features
     tuned = extended_head(head).requires_grad_(False)
     theta = torch.cat([tuned.weight, tuned.bias[:, None]], dim=1)  # (C+1, d+1): weight and bias in one
     start, penalty = theta.clone(), torch.zeros_like(theta)
-    fisher_weight, fisher_bias = fisher_diagonal(head, data.clean)
+    fisher_weight, fisher_bias = fisher or fisher_diagonal(head, data.clean)
     penalty[:classes, :-1], penalty[:classes, -1] = config.ewc_lambda * fisher_weight, config.ewc_lambda * fisher_bias
     optimiser = torch.optim.Adam([theta], lr=config.tuning_lr)
     query_rows = torch.stack([data.query_triggered, data.query])

@@ -47,6 +47,7 @@ def make_result(query: str = "q0", *, mode: str = "l2", k: int = 4, colour: bool
         scored=1797,
         exemplars=1797,
         config={"blend": "printed", "seed": 20} if tmm else None,
+        backend="torch fp32 on cpu",
         timings={"features": 0.25, "search": 1.0},
         notes=("Only some were scored.",) if tmm else (),
         query_image=np.array(make_hit(9, colour=colour).image),
@@ -180,6 +181,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         predicted_class=HOSTILE,
         notes=(HOSTILE,),
         config={HOSTILE: HOSTILE},
+        backend="torch fp32 on cpu",
         timings={HOSTILE: 1.0},
     )
     source = html_of([result], tmp_path, title=HOSTILE, index_name=HOSTILE)

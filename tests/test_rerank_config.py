@@ -154,7 +154,7 @@ def test_clamp_is_true_or_false(unchecked, value):
 
 @pytest.mark.parametrize("value", ["", "Added", 3, None])
 def test_choices_are_members(unchecked, value):
-    with pytest.raises(InputError, match="unknown blend .*; known: printed, swapped, scaled, added"):
+    with pytest.raises(InputError, match=r"unknown blend .*; known: printed, swapped, scaled, added"):
         TmmConfig(blend=value)
 
 

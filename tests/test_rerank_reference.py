@@ -10,8 +10,10 @@ import torch
 from index.ranking import best_first
 from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
 from rerank.reference import reference_scores, reference_trigger
+from rerank.trigger import make_trigger
 
 QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=20, tuning_batch=16, tuning_lr=0.02)
+KINDS = (Trigger.QUERY, Trigger.PATCH, Trigger.FIXED_PATCH)
 
 
 def reference(classifier, store, query, config, rows=None, **options):
@@ -27,19 +29,15 @@ def assert_equal_to_reference(classifier, store, query, config):
     np.testing.assert_allclose(ranking.scores, expected.scores[ranking.rows], rtol=1e-8, atol=1e-8)
     order = best_first(expected.scores, np.arange(len(store)), store.ids, k=len(store))
     np.testing.assert_array_equal(ranking.rows, order)
-    with torch.no_grad():
-        logits = expected.model(torch.tensor(ranking.triggered_query)[None])
-        p = torch.softmax(expected.model(torch.tensor(store.images(np.array([0]))).double() / 255.0), dim=1)
-    assert logits.shape == p.shape == (1, classifier.num_classes + 1)
-    assert np.ptp(ranking.scores) > 1e-3, "a comparison of constants would prove nothing"
-    return expected, ranking
+    assert len(store) == 1 or np.ptp(ranking.scores) > 1e-3, "a comparison of constants would prove nothing"
+    return ranking
 
 
-@pytest.mark.parametrize("trigger", Trigger)
+@pytest.mark.parametrize("trigger", KINDS)
 @pytest.mark.parametrize("score", Score)
 @pytest.mark.parametrize("clamp", [True, False])
 @pytest.mark.parametrize("blend", Blend)
-def test_every_reading(precise, make_store, make_queries, blend, clamp, score, trigger):
+def test_every_reading(precise, make_store, make_queries, *, blend, clamp, score, trigger):
     config = replace(QUICK, blend=blend, clamp=clamp, score=score, trigger=trigger)
     assert_equal_to_reference(precise, make_store(precise, 40), make_queries(1)[0], config)
 
@@ -61,22 +59,16 @@ def test_every_reading(precise, make_store, make_queries, blend, clamp, score, t
     ],
 )
 @pytest.mark.parametrize("head", ["precise", "biasless"])
-def test_sizes_and_settings(request, make_store, make_queries, head, n, settings):
+def test_sizes_and_settings(request, make_store, make_queries, *, head, n, settings):
     classifier = request.getfixturevalue(head)
     config, query = replace(QUICK, **settings), make_queries(1, seed=7)[0]
-    store = make_store(classifier, n, seed=3)
-    if n > 1:
-        assert_equal_to_reference(classifier, store, query, config)
-    else:
-        expected = reference(classifier, store, query, config)
-        ranking = TmmNN(classifier, store).rank(query, k=1, config=config)
-        np.testing.assert_allclose(ranking.scores, expected.scores, rtol=1e-8, atol=1e-8)
+    assert_equal_to_reference(classifier, make_store(classifier, n, seed=3), query, config)
 
 
 def test_a_query_that_is_an_exemplar(precise, make_store):
     store = make_store(precise, 40)
     query = torch.tensor(store.images(np.array([17]))[0]).double() / 255.0
-    _, ranking = assert_equal_to_reference(precise, store, query, QUICK)
+    ranking = assert_equal_to_reference(precise, store, query, QUICK)
     assert 17 in ranking.rows
 
 
@@ -101,10 +93,8 @@ def test_candidates_are_the_reference_on_candidates_alone(precise, make_store, m
     np.testing.assert_allclose(ranking.scores, [by_row[row] for row in ranking.rows], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", Trigger)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_trigger_of_several_is_the_references(precise, make_queries, kind):
-    from rerank.trigger import make_trigger
-
     queries, config = make_queries(4), TmmConfig(trigger=kind, trigger_steps=100)
     found = make_trigger(precise, queries, config)
     model = torch.nn.Sequential(precise.backbone, precise.head)
@@ -126,7 +116,9 @@ def test_backbone_layers_may_be_tuned_and_only_those_change(precise, make_store,
     before = precise.backbone.state_dict()
     head_only = reference(precise, store, query, QUICK)
     deeper = reference(precise, store, query, QUICK, tune_layers=("network.4",))
-    changed = {name for name, value in before.items() if not torch.equal(deeper.model.backbone.state_dict()[name], value)}
+    changed = {
+        name for name, value in before.items() if not torch.equal(deeper.model.backbone.state_dict()[name], value)
+    }
     assert changed == {"network.4.weight", "network.4.bias"}
     unchanged = head_only.model.backbone.state_dict()
     assert all(torch.equal(unchanged[name], value) for name, value in before.items())

@@ -15,6 +15,7 @@ from rerank.config import MAX_SEED
 from rerank.trigger import apply_trigger, intensity_of, make_trigger
 
 QUICK = TmmConfig(trigger_steps=15)
+KINDS = (Trigger.QUERY, Trigger.PATCH, Trigger.FIXED_PATCH)  # what is made for a query
 IMAGES = hnp.arrays(np.uint8, (3, 8, 8))
 
 
@@ -34,7 +35,7 @@ def state_bytes(classifier):
     image=IMAGES,
     seed=st.integers(0, MAX_SEED),
     lr=st.floats(0.0, 1.0) | st.floats(0.0, 1e300),
-    kind=st.sampled_from(Trigger),
+    kind=st.sampled_from(KINDS),
 )
 @example(image=np.zeros((3, 8, 8), np.uint8), seed=0, lr=1e300, kind=Trigger.QUERY)
 @example(image=np.full((3, 8, 8), 255, np.uint8), seed=1, lr=1e200, kind=Trigger.PATCH)
@@ -81,10 +82,10 @@ def test_patches_stay_in_their_corner(precise, make_queries, kind):
         assert not torch.equal(found.trigger[0], found.trigger[1])
 
 
-@pytest.mark.parametrize("kind", Trigger)
+@pytest.mark.parametrize("kind", KINDS)
 def test_triggers_optimised_together_are_those_of_separate_runs_each_with_its_own_stop(precise, make_queries, kind):
     queries = torch.cat([make_queries(5), torch.zeros(1, 3, 8, 8, dtype=torch.float64)])
-    config = TmmConfig(trigger=kind, trigger_steps=150)
+    config = TmmConfig(trigger=kind, trigger_steps=60, trigger_lr=0.1, trigger_tolerance=0.01)
     together = make_trigger(precise, queries, config)
     alone = [make_trigger(precise, query[None], config) for query in queries]
     assert together.steps.tolist() == [int(one.steps[0]) for one in alone]
@@ -93,7 +94,7 @@ def test_triggers_optimised_together_are_those_of_separate_runs_each_with_its_ow
         torch.testing.assert_close(together.loss[i], one.loss[0], rtol=1e-6, atol=0.0)
     if kind is not Trigger.FIXED_PATCH:
         assert len(set(together.steps.tolist())) > 1, "the queries must not all stop at once"
-        assert together.steps.min() < 151, "one must stop early"
+        assert together.steps.min() < 61, "one must stop early"
 
 
 @pytest.mark.parametrize(("tolerance", "steps"), [(0.0, 41), (1.0, 11)])
@@ -112,7 +113,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_trigger(cla
     assert (first.trigger - other.trigger).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", Trigger)
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_given_is_changed_and_nothing_returned_holds_a_graph(classifier, make_queries, kind):
     queries = make_queries(2, dtype=torch.float32)
     before, state, rng = queries.numpy().tobytes(), state_bytes(classifier), torch.get_rng_state()

@@ -1,0 +1,186 @@
+"""One trigger for a whole index (Eq. 2): computed when the index is built, so that a search needs no pass at all."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from index.classifier import Classifier
+from index.errors import IndexStateError, InputError
+from index.progress import Progress, silent
+from index.sources import ImageRecord, ImageSource
+from rerank.backbone import TorchBackbone, specialised
+from rerank.config import Blend, TmmConfig
+from rerank.trigger import INITIAL_STD, PATIENCE
+
+SAMPLE = 4096  # exemplars, drawn at random, that τ is optimised on
+BATCH = 64
+HELD = 256  # of the sample, on which the loss is watched
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GlobalTrigger:
+    """τ of an index, and what its stored features were made with.
+
+    Attributes:
+        trigger: float32 (c, h, w), in pixel units.
+        intensity: ω, the mean over exemplars of the standard deviation of their pixels (§4.3.2).
+        blend: How it was blended in.
+        clamp: Whether triggered images were clamped to [0, 1].
+    """
+
+    trigger: Float32[Tensor, "c h w"]
+    intensity: float
+    blend: Blend
+    clamp: bool
+
+    def check(self, config: TmmConfig) -> None:
+        """Refuse a configuration that the stored features were not made with.
+
+        Raises:
+            InputError: another blend or clamping.
+        """
+        if (config.blend, config.clamp) != (self.blend, self.clamp):
+            raise InputError(
+                f"the index's global trigger was blended with blend={self.blend}, clamp={self.clamp}, the "
+                f"configuration says "
+                f"blend={config.blend}, clamp={config.clamp}: search with the former, or build the index with "
+                f"the latter"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file; what is not a tensor goes into its metadata."""
+        about = {"intensity": self.intensity, "blend": str(self.blend), "clamp": self.clamp}
+        save_file({"trigger": self.trigger.cpu().contiguous()}, path, {"global_trigger": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path) -> "GlobalTrigger":
+        """The inverse of `save`.
+
+        Raises:
+            IndexStateError: the file is missing or damaged.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["global_trigger"])
+                trigger = file.get_tensor("trigger")
+            return cls(trigger, float(about["intensity"]), Blend(about["blend"]), bool(about["clamp"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise IndexStateError(f"{path}: damaged global trigger ({error}); build the index again") from error
+
+
+class GlobalColumn:
+    """Computes the second feature column of an index: φ(x^τ) of its images."""
+
+    def __init__(self, global_trigger: GlobalTrigger, classifier: Classifier) -> None:
+        self.global_trigger = global_trigger
+        self._backbone = TorchBackbone(specialised(classifier))
+        self._trigger = global_trigger.trigger.to(classifier.device)
+
+    def features(self, images: UInt8[np.ndarray, "n c h w"]) -> Float32[np.ndarray, "n d"]:
+        """φ(x^τ)."""
+        image_weight, trigger_weight = self.global_trigger.blend.weights(self.global_trigger.intensity)
+        features = self._backbone(
+            torch.from_numpy(images).to(self._trigger.device),
+            self._trigger,
+            image_weight=image_weight,
+            trigger_weight=trigger_weight,
+            clamp=self.global_trigger.clamp,
+        )
+        return features.cpu().numpy()
+
+    def save(self, path: Path) -> None:
+        """Write the trigger beside the features."""
+        self.global_trigger.save(path)
+
+
+def make_global_trigger(
+    source: ImageSource, classifier: Classifier, config: TmmConfig, *, progress: Progress = silent
+) -> GlobalTrigger:
+    """One τ for all images of a source, by Adam on Eq. 8's loss, averaged over mini-batches of them (Eq. 2).
+
+    The source is read once: a seeded random sample of SAMPLE images is kept, and ω is averaged over all.
+
+    Args:
+        source: The exemplars.
+        classifier: f; not modified.
+        config: Blend, clamping, learning rate, steps, tolerance, seed.
+        progress: Told of images read, then of steps.
+
+    Raises:
+        InputError: no image can be read, or all are constant.
+    """
+    images, intensity = _sample(source, classifier, config, progress)
+    if config.intensity is not None:
+        intensity = config.intensity
+    if intensity < 1e-6:
+        raise InputError(f"{source.name}: every image is constant, so ω = {intensity:g}: no trigger can be blended in")
+    trigger = _optimised(specialised(classifier), images, config, progress)
+    return GlobalTrigger(trigger, intensity, config.blend, config.clamp)
+
+
+def _sample(
+    source: ImageSource, classifier: Classifier, config: TmmConfig, progress: Progress
+) -> tuple[Float32[Tensor, "n c h w"], float]:
+    """(a uniform sample by reservoir sampling, the mean of all images' standard deviations)."""
+    generator = np.random.default_rng(config.seed)
+    kept: list[UInt8[np.ndarray, "c h w"]] = []
+    total, seen = 0.0, 0
+    for record in source.read(classifier.image_shape):
+        if isinstance(record, ImageRecord):
+            seen += 1
+            total += float(record.image.std()) / 255.0
+            if len(kept) < SAMPLE:
+                kept.append(record.image)
+            elif (slot := int(generator.integers(seen))) < SAMPLE:
+                kept[slot] = record.image
+        progress("reading", seen, len(source))
+    if not kept:
+        raise InputError(f"{source.name}: no image could be read")
+    return torch.from_numpy(np.stack(kept)).to(classifier.device).float() / 255.0, total / seen
+
+
+def _optimised(
+    classifier: Classifier, images: Float32[Tensor, "n c h w"], config: TmmConfig, progress: Progress
+) -> Float32[Tensor, "c h w"]:
+    generator = torch.Generator().manual_seed(config.seed)
+    start = INITIAL_STD * torch.randn(images.shape[1:], generator=generator, dtype=torch.float64)
+    trigger = start.to(images).requires_grad_()
+    held, batches = images[:HELD], _batches(images, generator)
+    best, losses = trigger.detach().clone(), [float("inf")]
+    optimiser = torch.optim.Adam([trigger], lr=config.trigger_lr)
+    for step in range(config.trigger_steps):
+        if step % PATIENCE == 0:
+            with torch.no_grad():
+                loss = float(_loss(classifier, held, trigger))
+            if loss < min(losses):
+                best = trigger.detach().clone()
+            if losses[-1] - loss < config.trigger_tolerance * losses[-1] and step > 0:
+                break
+            losses.append(loss)
+        (trigger.grad,) = torch.autograd.grad(_loss(classifier, next(batches), trigger), trigger)
+        optimiser.step()
+        progress("optimising the global trigger", step + 1, config.trigger_steps)
+    return best
+
+
+def _loss(
+    classifier: Classifier, images: Float[Tensor, "n c h w"], trigger: Float[Tensor, "c h w"]
+) -> Float[Tensor, ""]:
+    with torch.no_grad():
+        target = classifier.logits(classifier.features(images))
+    logits = classifier.logits(classifier.features(images + trigger))
+    return (logits - target).square().mean() + 1.0 / trigger.square().sum()
+
+
+def _batches(images: Float[Tensor, "n c h w"], generator: torch.Generator) -> Iterator[Float[Tensor, "batch c h w"]]:
+    while True:
+        for rows in torch.randperm(len(images), generator=generator).split(BATCH):
+            yield images[rows.to(images.device)]
