@@ -28,7 +28,19 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
 
 
 class _Group(click.Group):
-    """Turns the project's errors, and Ctrl-C, into one line on stderr and an exit code."""
+    """Turns the project's errors, and Ctrl-C, into one line on stderr and an exit code; finds `bench` when it is asked
+    for.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), "bench"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "bench":
+            from bench.cli import bench
+
+            return bench
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -251,7 +251,7 @@ class Engine:
             candidates=None if candidates is None else _positive("candidates", candidates),
             prefilter=member(Prefilter, prefilter),
             config=preset(config) if isinstance(config, str) else config,
-            label=self._checked_label(label),
+            label=label,
         )
         items = query if isinstance(query, list) else [query]
         queries = [
@@ -373,11 +373,6 @@ class Engine:
             )
             for rank, row in enumerate(answer.rows)
         )
-
-    def _checked_label(self, label: int | None) -> int | None:
-        if label is not None and not 0 <= label < self.classifier.num_classes:
-            raise InputError(f"label: expected 0 to {self.classifier.num_classes - 1}, got {label}")
-        return label
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,9 @@ def build_index(
             for batch in embedded(source, classifier, report, strict=strict):
                 columns = batch.columns(source)
                 if global_column is not None:
-                    columns[GLOBAL_FEATURE] = fixed_size_column(global_column.features(batch.images))
+                    triggered = global_column.features(batch.images)
+                    _check_finite(triggered, batch.records)
+                    columns[GLOBAL_FEATURE] = fixed_size_column(triggered)
                 writer.write(columns)
                 progress("building", report.exemplars + report.skipped_count, len(source))
             version = writer.commit()
@@ -149,9 +151,7 @@ def embedded(
     for batch in prefetched(_batches(records, forward_batch_size(classifier.image_shape))):
         images = np.stack([record.image for record in batch])
         features = embed(images, classifier)
-        if not np.isfinite(features).all():
-            row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-            raise InputError(f"{batch[row].id}: the model's features are not finite numbers; check the weights")
+        _check_finite(features, batch)
         given = [record.label for record in batch]
         labels = np.array(given, dtype=np.int64) if source.labelled else predict(features, classifier)
         report.exemplars += len(batch)
@@ -207,6 +207,12 @@ def _check_label(record: ImageRecord, classifier: Classifier) -> None:
             f"{record.id}: label {record.label}, but the model's head has {classifier.num_classes} classes "
             f"(0 to {classifier.num_classes - 1}): is this the data set the model was trained on?"
         )
+
+
+def _check_finite(features: Float32[np.ndarray, "n d"], records: list[ImageRecord]) -> None:
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        raise InputError(f"{records[row].id}: the model's features are not finite numbers; check the weights")
 
 
 def _batches(records: Iterator[ImageRecord], size: int) -> Iterator[list[ImageRecord]]:

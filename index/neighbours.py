@@ -1,5 +1,6 @@
 """Exact and approximate k-nearest neighbours over features, by FAISS: L2 distance and cosine similarity."""
 
+import math
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -45,6 +46,8 @@ class Neighbours:
                 self._index.train(np.concatenate(list(self._scan())))
             for features in self._scan():
                 self._index.add(features)
+            if (clusters := faiss.try_extract_index_ivf(self._index)) is not None:
+                clusters.nprobe = max(clusters.nprobe, math.isqrt(clusters.nlist))  # FAISS would look into one alone
         except RuntimeError as error:
             raise InputError(
                 f"FAISS cannot use {factory!r} for {len(store)} exemplars: {_reason(error)}; use fewer clusters, or "
@@ -54,12 +57,11 @@ class Neighbours:
     def search(
         self, queries: Float32[np.ndarray, "q d"], *, k: int
     ) -> list[tuple[Int64[np.ndarray, "found"], Float64[np.ndarray, "found"]]]:
-        """For each query the rows of its min(k, n) nearest exemplars, nearest first, and their scores; larger is
-        better.
+        """For each query its min(k, n) nearest exemplars, nearest first: their rows and scores; larger is better.
 
         A score is minus the L2 distance, or the cosine similarity, recomputed from the stored features in float64:
-        FAISS rounds differently
-        for one query and for many. Ties break by exemplar id. An approximate index may find fewer than k.
+        FAISS rounds differently for one query and for many. Ties break by exemplar id. An approximate index may find
+        fewer than k.
         """
         n = len(self._store)
         fetch = min(n, k + MARGIN)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -167,7 +168,11 @@ def python_type(kind: "pa.DataType") -> type | None:
 
 
 def free_name(name: str, taken: Iterable[str]) -> str:
-    """The name of a metadata column, prefixed ``source_`` while it is taken or reserved."""
-    while name in RESERVED_COLUMNS.union(taken):
+    """The name of a metadata column: letters, digits and underscores, prefixed ``source_`` while taken or reserved.
+
+    Lance takes no dots, no empty names, and keeps names like ``_rowid`` for itself.
+    """
+    name = re.sub(r"\W", "_", name) or "unnamed"
+    while name in RESERVED_COLUMNS.union(taken) or name.startswith("_row"):
         name = f"source_{name}"
     return name

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from index.classifier import Classifier
@@ -58,7 +58,7 @@ class GlobalTrigger:
     def save(self, path: Path) -> None:
         """Write a safetensors file; what is not a tensor goes into its metadata."""
         about = {"intensity": self.intensity, "blend": str(self.blend), "clamp": self.clamp}
-        save_file({"trigger": self.trigger.cpu().contiguous()}, path, {"global_trigger": json.dumps(about)})
+        path.write_bytes(save({"trigger": self.trigger.cpu().contiguous()}, {"global_trigger": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path) -> "GlobalTrigger":

@@ -150,10 +150,14 @@ class TmmNN:
             progress: Told of exemplars passed through the backbone.
 
         Raises:
-            InputError: ω makes every triggered image the same, or leaves the trigger out (a constant query image); or a
+            InputError: a label that is no class; or ω makes every triggered image the same, or leaves the trigger out (a
+                constant query image); or a
                 global trigger is asked for that the index does not have, or has for another blend.
         """
-        count = len(queries)
+        count, classes = len(queries), self.classifier.num_classes
+        for label in labels or []:
+            if label is not None and not 0 <= label < classes:
+                raise InputError(f"label: expected 0 to {classes - 1}, got {label}")
         jobs = self._jobs(queries, candidates or [None] * count, labels or [None] * count, config)
         rankings: list[Ranking] = []
         for group in self._groups(jobs, config):
@@ -342,9 +346,9 @@ def _refuse_degenerate(intensity: float, config: TmmConfig) -> None:
     if min(image_weight, trigger_weight) < 1e-6:
         vanishes = "every triggered image the same" if image_weight < trigger_weight else "the trigger invisible"
         raise InputError(
-            f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels) makes {vanishes} with the "
-            f"blend {str(config.blend)!r}: is the image constant? Give another image, the blend 'added', or an "
-            f"intensity between 0 and 1"
+            f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels, unless it was set) makes "
+            f"{vanishes} with the blend {str(config.blend)!r}: is the image constant? Give another image, the blend "
+            f"'added', or an intensity between 0 and 1"
         )
 
 

@@ -1,13 +1,9 @@
-"""Builds: what is in the index, what is refused, what interrupted builds leave behind."""
+"""Builds: what is in the index, what is refused, what failing builds leave behind."""
 
 import io
 import json
-import random
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,20 +20,17 @@ from index.builder import MAX_REPORTED, build_index, embed, predict
 from index.classifier import Classifier
 from index.errors import ImageError, IndexStateError, InputError
 from index.images import Shape
-from index.manifest import MANIFEST, MODEL, Manifest, digest_files
-from index.neighbours import Metric, Neighbours
+from index.manifest import GLOBAL_TRIGGER, MANIFEST, MODEL, digest_files
 from index.records import ImageRecord, ImageSource, UnreadableImage
 from index.sources import ArraySource, open_source
-from index.target import recover
+from index.store import GLOBAL_FEATURE
 from tests.builders import (
     COUNT,
     beside,
-    finished,
     opened,
     reference_features,
     seed_of,
     snapshot,
-    start,
     tiny_arrays,
     tiny_build,
     tiny_classifier,
@@ -128,20 +121,13 @@ def sources(folder: Path) -> dict[str, ImageSource]:
 # ---- what is in the index
 
 
-@pytest.mark.parametrize("kind", ["class folders", "flat folder", "parquet", "parquet without labels"])
-@pytest.mark.parametrize("device_batch", [1, 16, 1000])
-def test_the_index_holds_what_the_files_hold(tmp_path, target, monkeypatch, kind, device_batch):
-    monkeypatch.setattr(batches, "MAX_IMAGES", device_batch)
-    check_content(sources(tmp_path)[kind], target)
-
-
-@pytest.mark.parametrize("kind", ["arrays", "arrays without labels"])
-def test_the_index_holds_what_the_arrays_hold(tmp_path, target, kind):
-    check_content(sources(tmp_path)[kind], target)
-
-
-def check_content(source: ImageSource, target: Path) -> None:
-    """An index of the source equals the source, record by record, and the classifier's features of it."""
+@pytest.mark.parametrize(
+    "kind", ["class folders", "flat folder", "parquet", "parquet without labels", "arrays", "arrays without labels"]
+)
+@pytest.mark.parametrize("batch", [1, 16, 1000])
+def test_the_index_holds_what_the_source_holds(tmp_path, target, monkeypatch, kind, batch):
+    monkeypatch.setattr(batches, "MAX_IMAGES", batch)
+    source = sources(tmp_path)[kind]
     classifier = tiny_classifier()
     report = build_index(source, target, classifier)
     records = list(source.read(SHAPE))
@@ -177,17 +163,6 @@ def test_the_same_build_gives_the_same_exemplars(tmp_path):
     assert (first.fingerprint, first.source, first.exemplars) == (second.fingerprint, second.source, second.exemplars)
 
 
-def test_searching_the_index_equals_searching_the_features(target):
-    tiny_build(target)
-    _, store = opened(target)
-    queries = store.features(np.arange(5))
-    for metric in Metric:
-        for number, (rows, scores) in enumerate(Neighbours(store, metric).search(queries, k=COUNT)):
-            assert rows[0] == number
-            assert len(rows) == COUNT
-            assert (np.diff(scores) <= 0).all()
-
-
 def test_images_and_predictions_are_those_of_embed_and_predict(classifier):
     images, _ = tiny_arrays(3)
     features = embed(images, classifier)
@@ -210,6 +185,28 @@ def test_metadata_of_all_kinds_comes_back(target):
     assert opened(target)[1].metadata(rows) == [
         {name: column[row] for name, column in metadata.items()} for row in rows
     ]
+
+
+class Negative:
+    """The features of the negative, as a second column."""
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        return embed(255 - images, tiny_classifier())
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(b"negative")
+
+
+def test_a_second_column_of_features_is_stored_beside_what_made_it(target):
+    tiny_build(target, global_column=Negative())
+    manifest, store = opened(target)
+    assert manifest.global_trigger
+    assert (target / GLOBAL_TRIGGER).read_bytes() == b"negative"
+    assert manifest.files == digest_files(target)
+    expected = reference_features(tiny_classifier(), 255 - tiny_arrays(0)[0])
+    found = store.features(np.arange(COUNT), column=GLOBAL_FEATURE)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert seed_of(target) == 0
 
 
 def test_progress_moves_on_and_arrives(target):
@@ -402,130 +399,3 @@ def test_ctrl_c_cleans_up(target, there):
     assert snapshot(target) == before
     assert beside(target) == set()
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith(("prefetch", "decode"))] == []
-
-
-# ---- other processes
-
-
-def test_where_the_disk_is_full_the_old_index_stays(target):
-    """The kernel refuses files beyond a size, as a full disk or a quota does, in the middle of a write."""
-    tiny_build(target)
-    before = snapshot(target)
-    model = (target / MODEL).stat().st_size
-    limits = (0, 100, 1000, 4000, model - 1)  # fragments fail, then the model, the largest file
-    said = finished(start("build_confined(Path(sys.argv[1]), *map(int, sys.argv[2:]))", target, *limits)).splitlines()
-    assert len(said) == len(limits)
-    assert all(f"{target} cannot be written" in line and "nothing was changed" in line for line in said), said
-    assert snapshot(target) == before
-    assert beside(target) == set()
-
-
-WAITING = """
-def wait(step, done, total):
-    if done == 16:
-        say("building")
-        sys.stdin.readline()
-tiny_build(Path(sys.argv[1]), 1, overwrite=True, progress=wait)
-"""
-
-
-def test_a_build_beside_another_processes_is_refused_and_the_other_one_ends_well(target):
-    tiny_build(target)
-    first = start(WAITING, target)
-    assert first.stdout.readline() == "building\n"
-    before = snapshot(target)
-    with pytest.raises(IndexStateError, match="another process is building"):
-        tiny_build(target, 2, overwrite=True)
-    assert snapshot(target) == before
-    assert seed_of(target) == 0
-    first.stdin.write("go on\n")
-    finished(first)
-    assert seed_of(target) == 1
-    assert beside(target) == set()
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-def check_after_a_kill(target: Path, *, there_before: bool) -> int | None:
-    """Old, new or (if there was none) no index; the next build works and cleans up. Returns the seed found."""
-    recover(target)
-    found = seed_of(target) if target.exists() else None
-    assert found is not None or not there_before
-    tiny_build(target, 7, overwrite=True)
-    assert seed_of(target) == 7
-    assert beside(target) == set()
-    return found
-
-
-def kill_at_random(target: Path, seed: int) -> None:
-    there_before = seed % 3 > 0
-    if there_before:
-        tiny_build(target)
-    process = start("build_until_killed(Path(sys.argv[1]))", target)
-    time.sleep(random.Random(seed).uniform(0, 0.4))
-    kill(process)
-    check_after_a_kill(target, there_before=there_before)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_build_killed_at_a_random_moment_leaves_a_whole_index_or_none(target, seed):
-    kill_at_random(target, seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 30))
-def test_more_builds_killed_at_random_moments(target, seed):
-    kill_at_random(target, seed)
-
-
-def die(target: Path, event: str, number: int) -> int | None:
-    """Kill an overwrite of seed 0 by seed 1 just before an operation; the seed found, None if it survived."""
-    tiny_build(target)
-    process = start("build_and_die(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))", target, event, number)
-    said = process.communicate()[0]
-    assert (process.returncode, said) in ((-signal.SIGKILL, ""), (0, f"survived {event}\n"))
-    found = check_after_a_kill(target, there_before=True)
-    return found if process.returncode else None
-
-
-# A build renames the model, the manifest, then the old index out of the way and the new one to its place.
-@pytest.mark.parametrize(("number", "survivor"), [(3, 0), (4, 0)])
-def test_a_build_killed_before_each_rename_of_the_exchange(target, number, survivor):
-    assert die(target, "os.rename", number) == survivor
-
-
-def test_a_build_killed_while_it_removes_the_old_index_leaves_the_new_one(target):
-    assert die(target, "os.remove", 2) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("event", ["os.rename", "os.remove", "os.mkdir", "os.rmdir", "open", "shutil.rmtree"])
-def test_a_build_killed_before_each_operation_on_the_file_system(tmp_path, event):
-    for number in range(1, 17):
-        (tmp_path / str(number)).mkdir()
-        if die(tmp_path / str(number) / "idx", event, number) is None:
-            assert number > 1
-            return
-
-
-MEASURE = """
-from index.builder import build_index
-batches.MAX_IMAGES, lance_store.FRAGMENT_BYTES = 1024, 16 << 20
-model = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 16), torch.nn.Linear(16, 4))
-classifier = Classifier.from_module(model, image_shape=(3, 32, 32))
-build_index(EndlessSource(int(sys.argv[2])), Path(sys.argv[1]), classifier)
-say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-@pytest.mark.slow
-def test_peak_memory_does_not_grow_with_the_number_of_exemplars(tmp_path):
-    """40,000 images are 123 MB, 160,000 are 491 MB; of the 368 MB between them a tenth is tolerated."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    few, many = (int(finished(start(MEASURE, tmp_path / str(n), n))) * unit for n in (40_000, 160_000))
-    assert Manifest.read(tmp_path / "160000").exemplars == 160_000
-    assert many - few < 37e6

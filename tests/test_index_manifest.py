@@ -19,6 +19,7 @@ from index.manifest import (
     CACHE,
     EXEMPLARS,
     FORMAT_VERSION,
+    GLOBAL_TRIGGER,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MODEL,
@@ -85,6 +86,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "fingerprint": draw(text),
         "neighbours": draw(text),
+        "global_trigger": draw(st.booleans()),
         "lance_version": draw(counts),
         "files": draw(st.dictionaries(paths, digests, max_size=4)),
     }
@@ -153,6 +155,7 @@ def damaged() -> dict[str, str | bytes]:
         "feature_dim": [0, -4, 4.5, "4", None],
         "class_names": [None, 3, ["a", "b"], ["a"] * 4, "ab", []],
         "labels_predicted": ["yes", None, [], {}],
+        "global_trigger": ["no", None, 2],
         "model": [None, {}, [], "resnet18", good()["model"] | {"extra": 1}, good()["model"] | {"num_classes": "3"}],
         "fingerprint": [None, 1, ["f"]],
         "neighbours": [None, 32, ["Flat"]],
@@ -276,8 +279,12 @@ def index_of(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def test_digests_are_hashlibs(tmp_path):
+@pytest.mark.parametrize("trigger", [True, False])
+def test_digests_are_hashlibs(tmp_path, trigger):
     files = index_of(tmp_path)
+    if trigger:
+        (tmp_path / GLOBAL_TRIGGER).write_bytes(b"tau")
+        files[GLOBAL_TRIGGER] = b"tau"
     expected = {name: FileDigest(len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in files.items()}
     assert digest_files(tmp_path) == expected
 

@@ -119,10 +119,21 @@ def test_a_batch_gives_what_single_queries_give_bit_for_bit(metric, problem, k):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_near_ties_beyond_what_float32_tells_apart(metric):
-    features = (100 + 1e-3 * np.random.default_rng(0).normal(size=(3000, 64))).astype(np.float32)
-    store = store_of(features)
-    for query, found in zip(features[:30], Neighbours(store, metric).search(features[:30], k=5), strict=True):
+    features = (100 + 1e-3 * np.random.default_rng(0).normal(size=(600, 512))).astype(np.float32)
+    store, queries = store_of(features), features[:300]  # so many that FAISS expands |x − y|² and loses all digits
+    for query, found in zip(queries, Neighbours(store, metric).search(queries, k=5), strict=True):
         assert answer(store, found) == full_ranking(query, store, metric)[:5]
+
+
+@pytest.mark.parametrize("exponent", [-90, -60, 60, 90])
+def test_cosine_does_not_depend_on_the_scale(exponent):
+    features = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+    store, scaled = store_of(features), store_of(np.ldexp(features, exponent))
+    expected = Neighbours(store, Metric.COSINE).search(features[:5], k=7)
+    found = Neighbours(scaled, Metric.COSINE).search(np.ldexp(features[:5], exponent), k=7)
+    for (rows, scores), (scaled_rows, scaled_scores) in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(rows, scaled_rows)
+        np.testing.assert_allclose(scores, scaled_scores, rtol=1e-12)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -17,7 +17,7 @@ from index import lance_store
 from index.errors import IndexStateError, InputError
 from index.lance_store import LanceStore, LanceWriter, exemplar_schema, fixed_size_column
 from index.records import RESERVED_COLUMNS
-from index.store import ExemplarStore, MemoryStore
+from index.store import GLOBAL_FEATURE, ExemplarStore, MemoryStore
 
 KINDS = ("memory", "lance")
 VALUES = {
@@ -34,6 +34,7 @@ class Exemplars:
 
     images: np.ndarray
     features: np.ndarray
+    global_features: np.ndarray | None
     labels: np.ndarray
     predicted: np.ndarray
     ids: list[str]
@@ -48,12 +49,15 @@ class Exemplars:
         return [{name: values[row] for name, values in self.columns.items()} for row in range(len(self))]
 
 
-def some(n: int = 10, *, shape=(3, 2, 4), d: int = 5, seed: int = 0, types=None, columns=None) -> Exemplars:
+def some(
+    n: int = 10, *, shape=(3, 2, 4), d: int = 5, seed: int = 0, global_features=False, types=None, columns=None
+) -> Exemplars:
     rng = np.random.default_rng(seed)
     features = (rng.normal(size=(n, d)) * 10.0 ** rng.integers(-30, 30, (n, d))).astype(np.float32)
     return Exemplars(
         images=rng.integers(0, 256, (n, *shape), dtype=np.uint8),
         features=features,
+        global_features=features[::-1] + 1 if global_features else None,
         labels=rng.integers(0, 1000, n),
         predicted=rng.random(n) < 0.5,
         ids=[f"exemplar {number}" for number in rng.permutation(n)],
@@ -75,6 +79,7 @@ def exemplars(draw: st.DrawFn) -> Exemplars:
         shape=(draw(st.sampled_from([1, 3])), draw(st.integers(1, 5)), draw(st.integers(1, 5))),
         d=draw(st.integers(1, 9)),
         seed=draw(st.integers(0, 2**32 - 1)),
+        global_features=draw(st.booleans()),
         types=types,
         columns=columns,
     )
@@ -84,7 +89,8 @@ def exemplars(draw: st.DrawFn) -> Exemplars:
 
 def write(path: Path, content: Exemplars, *, batch: int = 4) -> int:
     """Store the exemplars in batches; returns the version."""
-    schema = exemplar_schema(content.images.shape[1:], content.features.shape[1], content.types)
+    shape, d = content.images.shape[1:], content.features.shape[1]
+    schema = exemplar_schema(shape, d, content.types, global_features=content.global_features is not None)
     writer = LanceWriter(path, schema)
     for rows in (slice(start, start + batch) for start in range(0, len(content), batch)):
         given = {
@@ -94,13 +100,16 @@ def write(path: Path, content: Exemplars, *, batch: int = 4) -> int:
             "image": fixed_size_column(content.images[rows]),
             "feature": fixed_size_column(content.features[rows]),
         }
+        if content.global_features is not None:
+            given[GLOBAL_FEATURE] = fixed_size_column(content.global_features[rows])
         writer.write(given | {name: values[rows] for name, values in content.columns.items()})
     return writer.commit()
 
 
 def read(path: Path, content: Exemplars, version: int) -> LanceStore:
     shape, d = content.images.shape[1:], content.features.shape[1]
-    return LanceStore(path, image_shape=shape, feature_dim=d, version=version)
+    global_features = content.global_features is not None
+    return LanceStore(path, image_shape=shape, feature_dim=d, version=version, global_features=global_features)
 
 
 @contextmanager
@@ -113,6 +122,7 @@ def stored(kind: str, content: Exemplars, *, batch: int = 4) -> Iterator[Exempla
             content.labels,
             ids=content.ids,
             label_is_predicted=content.predicted,
+            global_features=content.global_features,
             metadata=content.metadata if content.columns else None,
         )
         return
@@ -141,8 +151,13 @@ def test_what_goes_in_comes_out(kind, content, data):
         np.testing.assert_array_equal(store.images(rows), content.images[rows])
         np.testing.assert_array_equal(store.features(rows), content.features[rows])
         assert store.metadata(rows) == [content.metadata[row] for row in rows]
-        scanned = list(store.scan_images(size)), list(store.scan_features(size))
-        for batches, column in zip(scanned, (content.images, content.features), strict=True):
+        scanned = [(store.scan_images(size), content.images), (store.scan_features(size), content.features)]
+        if content.global_features is not None:
+            scanned.append((store.scan_features(size, column=GLOBAL_FEATURE), content.global_features))
+            taken = store.features(rows, column=GLOBAL_FEATURE)
+            np.testing.assert_array_equal(taken, content.global_features[rows])
+        for scan, column in scanned:
+            batches = list(scan)
             assert all(1 <= len(batch) <= size for batch in batches)
             np.testing.assert_array_equal(np.concatenate(batches), column, strict=True)
 
@@ -255,6 +270,12 @@ def test_exemplars_of_another_shape_are_refused(tmp_path, shape, d):
     version = write(tmp_path / "x", some())
     with pytest.raises(IndexStateError, match="build the index again"):
         LanceStore(tmp_path / "x", image_shape=shape, feature_dim=d, version=version)
+
+
+def test_a_column_of_the_global_trigger_that_is_not_there(tmp_path):
+    version = write(tmp_path / "x", some())
+    with pytest.raises(IndexStateError, match="build the index again"):
+        read(tmp_path / "x", some(global_features=True), version)
 
 
 @pytest.mark.parametrize("part", ["data", "_versions"])

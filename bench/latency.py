@@ -1,0 +1,346 @@
+"""How long every path takes, side by side in one run on the same data, as ratios.
+
+Each path is measured several times, all paths in turn, so that a slow moment of the machine meets all of them; the
+medians make the ratios.
+"""
+
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from bench.machine import describe_machine
+from bench.peak import peak_of_build, peak_of_search
+from index.batches import forward_batch_size
+from index.builder import BuildReport, build_index, embedded
+from index.classifier import Classifier
+from index.neighbours import Metric, Neighbours
+from index.progress import Progress, silent
+from index.sources import ArraySource, ImageSource
+from index.store import MemoryStore
+from rerank.backbone import Precision
+from rerank.config import Trigger, preset
+from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from rerank.reference import reference_scores, reference_trigger
+from rerank.tmm import Ranking, TmmNN
+from rerank.trigger import make_trigger
+
+SIZES = (2_000, 5_000, 10_000, 20_000, 60_000)
+RATIO_SIZE = 10_000  # exemplars behind the ratios to a forward pass
+EAGER_STEPS = 100
+TOGETHER = 16
+CANDIDATES = 1_000
+AGREEMENT_QUERIES = 10
+BUILD_SIZES = (2_000, 8_000)
+NOISE = 2.5  # L2 norm of what is added to an exemplar to make a query
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One timing: `path` over `exemplars` exemplars took `seconds`, `trigger_seconds` of it for the trigger."""
+
+    path: str
+    exemplars: int
+    seconds: float
+    trigger_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Latency:
+    """All timings of a run, and what follows from them."""
+
+    machine: dict[str, Any] = field(default_factory=describe_machine)
+    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    records: list[Record] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def time(self, path: str, exemplars: int, work: Callable[[], Any]) -> Any:
+        """Run and record; a ranking's own account tells the trigger's share."""
+        start = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - start
+        rankings = result if isinstance(result, list) else [result]
+        trigger = sum(ranking.timings["trigger"] for ranking in rankings if isinstance(ranking, Ranking))
+        self.records.append(Record(path, exemplars, seconds, trigger))
+        return result
+
+    def seconds(self, path: str, exemplars: int, *, without_trigger: bool = False) -> list[float]:
+        """All timings of a path."""
+        found = [record for record in self.records if (record.path, record.exemplars) == (path, exemplars)]
+        return [record.seconds - (record.trigger_seconds if without_trigger else 0.0) for record in found]
+
+    def median(self, path: str, exemplars: int, *, without_trigger: bool = False) -> float:
+        """Median seconds of a path."""
+        return statistics.median(self.seconds(path, exemplars, without_trigger=without_trigger))
+
+    def paths(self) -> list[tuple[str, int]]:
+        """Every (path, exemplars), in the order of first measurement."""
+        return list(dict.fromkeys((record.path, record.exemplars) for record in self.records))
+
+    def save(self, path: Path) -> None:
+        """Raw records, figures, machine and versions, as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+class LatencyBench:
+    """The data of a run, and one method per group of paths.
+
+    Args:
+        source: Exemplars; read into memory.
+        classifier: f, on the device to measure.
+        repeats: How often each path is measured.
+        progress: Told of the groups done.
+    """
+
+    def __init__(
+        self, source: ImageSource, classifier: Classifier, *, repeats: int = 5, progress: Progress = silent
+    ) -> None:
+        self.classifier, self.repeats, self.progress = classifier, repeats, progress
+        self.config = preset("paper")
+        self.latency = Latency()
+        self.global_trigger = make_global_trigger(source, classifier, self.config)
+        self.store = _store(source, classifier, self.global_trigger)
+        self.sizes = sorted({min(size, len(self.store)) for size in SIZES})
+        self.size = min(RATIO_SIZE, len(self.store))
+        self.queries = self._noisy_exemplars(max(TOGETHER, AGREEMENT_QUERIES))
+
+    def run(self) -> Latency:
+        """Everything, in an order that lets the cheap fail first."""
+        groups = (self.neighbours, self.triggers, self.forward, self.growth, self.agreement, self.reference, self.build)
+        for done, group in enumerate(groups):
+            self.progress("measuring", done, len(groups))
+            group()
+        self.progress("measuring", len(groups), len(groups))
+        return self.latency
+
+    def forward(self) -> None:
+        """Exact search beside bare forward passes over the same images."""
+        n, time_ = self.size, self.latency.time
+        tmm, rough = self._tmm(n), self._tmm(n, precision=Precision.BF16)
+        plain = self.classifier.backbone
+        half = _bf16(self.classifier)
+        images = torch.from_numpy(self.store.images(np.arange(n)))
+        for repeat in range(self.repeats + 1):  # the first is to warm up
+            time_("forward fp32", n, lambda: _forward(plain, images, self.classifier))
+            time_("forward bf16", n, lambda: _forward(half, images, self.classifier))
+            time_("exact", n, lambda: tmm.rank(self.queries[0], k=10, config=self.config))
+            time_("exact bf16", n, lambda: rough.rank(self.queries[0], k=10, config=self.config))
+            if repeat == 0:
+                self._forget("forward fp32", "forward bf16", "exact", "exact bf16")
+        latency = self.latency
+        forward = latency.median("forward fp32", n)
+        whole, exact = latency.median("exact", n), latency.median("exact", n, without_trigger=True)
+        trigger = whole - exact
+        latency.figures |= {
+            "exact_over_forward": exact / forward,
+            "exact_over_forward_and_trigger": whole / (forward + trigger),
+            "bf16_over_fp32_forward": latency.median("exact bf16", n, without_trigger=True) / forward,
+            "bf16_over_bf16_forward": latency.median("exact bf16", n, without_trigger=True)
+            / latency.median("forward bf16", n),
+            "forward_images_per_second": n / forward,
+        }
+
+    def agreement(self) -> None:
+        """Share of the fp32 top 10 that the bf16 pass with re-scoring finds."""
+        exact, rough = self._tmm(self.size), self._tmm(self.size, precision=Precision.BF16)
+        shares = []
+        for query in self.queries[:AGREEMENT_QUERIES]:
+            both = [tmm.rank(query, k=10, config=self.config).rows for tmm in (exact, rough)]
+            shares.append(len(np.intersect1d(both[0], both[1])) / 10)
+        self.latency.figures["bf16_agreement"] = float(np.mean(shares))
+
+    def reference(self) -> None:
+        """The literal version, once, at each of three batch sizes of its scoring; the best counts."""
+        images, labels = (torch.from_numpy(self.store.images(np.arange(self.size))), self.store.labels[: self.size])
+        trigger = make_trigger(self.classifier, self.queries[:1], self.config).trigger[0]
+        for batch in (64, 256, 1024):
+            self.latency.time(
+                f"reference, batch {batch}",
+                self.size,
+                partial(
+                    reference_scores,
+                    self.classifier,
+                    self.queries[0],
+                    images,
+                    torch.from_numpy(labels),
+                    self.config,
+                    trigger=trigger,
+                    batch_size=batch,
+                ),
+            )
+        best = min(record.seconds for record in self.latency.records if record.path.startswith("reference"))
+        self.latency.figures["reference_over_exact"] = best / self.latency.median(
+            "exact", self.size, without_trigger=True
+        )
+
+    def triggers(self) -> None:
+        """100 iterations of Eq. 8: a plain loop, ours, and several queries together."""
+        full = replace(self.config, trigger_steps=EAGER_STEPS, trigger_tolerance=0.0)
+        tmm = self._tmm(self.sizes[0])
+        model = torch.nn.Sequential(self.classifier.backbone, self.classifier.head)
+        several = self.queries[:TOGETHER]
+        losses: dict[str, float] = {}
+        for repeat in range(self.repeats + 1):
+            eager = self.latency.time("trigger, plain loop", 1, lambda: reference_trigger(model, several[0], full))
+            ours = self.latency.time("trigger", 1, lambda: make_trigger(tmm.classifier, several[:1], full))
+            self.latency.time("16 triggers together", TOGETHER, lambda: make_trigger(tmm.classifier, several, full))
+            self.latency.time(
+                "16 triggers apart",
+                TOGETHER,
+                lambda: [make_trigger(tmm.classifier, query[None], full) for query in several],
+            )
+            losses = {"plain": _trigger_loss(model, several[0], eager), "ours": float(ours.loss[0])}
+            if repeat == 0:
+                self._forget("trigger, plain loop", "trigger", "16 triggers together", "16 triggers apart")
+        self.latency.figures |= {
+            "trigger_over_eager": self.latency.median("trigger", 1) / self.latency.median("trigger, plain loop", 1),
+            "trigger_loss_eager": losses["plain"],
+            "trigger_loss": losses["ours"],
+            "batched_trigger": self.latency.median("16 triggers together", TOGETHER)
+            / self.latency.median("16 triggers apart", TOGETHER),
+        }
+
+    def growth(self) -> None:
+        """Exact search from the smallest size to the largest; candidates and the global trigger at the largest."""
+        largest = self.sizes[-1]
+        searchers = {size: self._tmm(size) for size in self.sizes}
+        near = Neighbours(_first(self.store, largest), Metric.COSINE)
+        for repeat in range(self.repeats + 1):
+            self._grow(searchers, near, self.queries[repeat % len(self.queries)])
+            if repeat == 0:
+                self._forget("exact by size", "candidates", "global")
+        exact = {size: self.latency.median("exact by size", size) for size in self.sizes}
+        slope = np.polyfit(np.log(list(exact)), np.log(list(exact.values())), 1)[0] if len(exact) > 1 else float("nan")
+        self.latency.figures |= {
+            "candidates_over_exact": self.latency.median("candidates", largest) / exact[largest],
+            "global_over_exact": self.latency.median("global", largest) / exact[largest],
+            "slope": float(slope),
+        }
+
+    def _grow(self, searchers: dict[int, TmmNN], near: Neighbours, query: Float[Tensor, "c h w"]) -> None:
+        def by_candidates() -> Ranking:
+            features = self.classifier.features(query[None]).detach().numpy()
+            [(rows, _)] = near.search(features, k=CANDIDATES)
+            return tmm.rank(query, k=10, config=self.config, candidates=rows)
+
+        for size, tmm in searchers.items():  # leaves the largest in `tmm`
+            self.latency.time("exact by size", size, partial(tmm.rank, query, k=10, config=self.config))
+        by_global = replace(self.config, trigger=Trigger.GLOBAL)
+        self.latency.time("candidates", size, by_candidates)
+        self.latency.time("global", size, partial(tmm.rank, query, k=10, config=by_global))
+
+    def neighbours(self) -> None:
+        """L2 and cosine beside FAISS called directly."""
+        n = len(self.store)
+        features = self.store.features(np.arange(n))
+        query = self.classifier.features(self.queries[:1]).detach().numpy()
+        for metric in Metric:
+            ours = Neighbours(self.store, metric)
+            unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+            bare = faiss.IndexFlatL2(features.shape[1]) if metric is Metric.L2 else faiss.IndexFlatIP(features.shape[1])
+            bare.add(features if metric is Metric.L2 else unit)
+            for _ in range(20 * self.repeats):
+                self.latency.time(f"{metric} by FAISS alone", n, partial(bare.search, query, 10))
+                self.latency.time(f"{metric}", n, partial(ours.search, query, k=10))
+            self.latency.figures[f"{metric}_over_faiss"] = self.latency.median(str(metric), n) / self.latency.median(
+                f"{metric} by FAISS alone", n
+            )
+
+    def build(self) -> None:
+        """Building an index beside a bare forward pass; peak memory of searching, and of building at two sizes."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = ArraySource(self.store.images(np.arange(self.size)), self.store.labels[: self.size])
+            images = torch.from_numpy(self.store.images(np.arange(self.size)))
+            for _ in range(self.repeats):
+                self.latency.time(
+                    "build",
+                    self.size,
+                    lambda: build_index(source, Path(folder) / "a.idx", self.classifier, overwrite=True),
+                )
+                self.latency.time(
+                    "forward beside build",
+                    self.size,
+                    lambda: _forward(self.classifier.backbone, images, self.classifier),
+                )
+            largest = ArraySource(self.store.images(np.arange(len(self.store))), self.store.labels)
+            build_index(largest, Path(folder) / "b.idx", self.classifier)
+            self.latency.figures["peak_mib"] = peak_of_search(Path(folder) / "b.idx")
+        small, large = (peak_of_build(size) for size in BUILD_SIZES)
+        self.latency.figures |= {
+            "build_over_forward": self.latency.median("forward beside build", self.size)
+            / self.latency.median("build", self.size),
+            "build_peak_mib_small": small,
+            "build_peak_mib_large": large,
+        }
+
+    def _tmm(self, exemplars: int, *, precision: Precision = Precision.FP32) -> TmmNN:
+        return TmmNN(
+            self.classifier,
+            _first(self.store, exemplars),
+            precision=precision,
+            global_trigger=self.global_trigger,
+        )
+
+    def _noisy_exemplars(self, count: int) -> Float[Tensor, "q c h w"]:
+        generator = np.random.default_rng(0)
+        images = self.store.images(generator.choice(self.sizes[0], count, replace=False)).astype(np.float32) / 255
+        noise = generator.standard_normal(images.shape).astype(np.float32)
+        noise *= NOISE / np.linalg.norm(noise.reshape(count, -1), axis=1).reshape(-1, 1, 1, 1)
+        return torch.from_numpy(np.clip(images + noise, 0, 1)).to(self.classifier.device)
+
+    def _forget(self, *paths: str) -> None:
+        self.latency.records = [record for record in self.latency.records if record.path not in paths]
+
+
+def _store(source: ImageSource, classifier: Classifier, global_trigger: GlobalTrigger) -> MemoryStore:
+    column, report = GlobalColumn(global_trigger, classifier), BuildReport()
+    batches = list(embedded(source, classifier, report))
+    return MemoryStore(
+        np.concatenate([batch.images for batch in batches]),
+        np.concatenate([batch.features for batch in batches]),
+        np.concatenate([batch.labels for batch in batches]),
+        ids=[record.id for batch in batches for record in batch.records],
+        global_features=np.concatenate([column.features(batch.images) for batch in batches]),
+    )
+
+
+def _first(store: MemoryStore, count: int) -> MemoryStore:
+    rows = np.arange(count)
+    return MemoryStore(
+        store.images(rows),
+        store.features(rows),
+        store.labels[:count],
+        ids=store.ids[:count].tolist(),
+        global_features=store.features(rows, column="global_feature"),
+    )
+
+
+def _forward(backbone: torch.nn.Module, images: Tensor, classifier: Classifier) -> None:
+    """A bare forward pass over images as stored, at the engine's own batch size."""
+    dtype = next(backbone.parameters()).dtype
+    with torch.inference_mode():
+        for batch in images.split(forward_batch_size(classifier.image_shape)):
+            backbone((batch.to(classifier.device).float() / 255.0).to(dtype))
+
+
+def _bf16(classifier: Classifier) -> torch.nn.Module:
+    return copy.deepcopy(classifier.backbone).to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+
+def _trigger_loss(model: torch.nn.Module, query: Float[Tensor, "c h w"], trigger: Float32[Tensor, "c h w"]) -> float:
+    with torch.no_grad():
+        difference = model((query + trigger)[None]) - model(query[None])
+    return float(difference.square().mean() + 1.0 / trigger.square().sum())

@@ -1,0 +1,85 @@
+"""Peak memory of one job in a process of its own, beyond what the process held before it: ``python -m bench.peak``."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from bench.machine import memory_mib, peak_memory_mib, reset_peak_memory
+from engine.engine import Engine
+from index.builder import build_index
+from index.classifier import Classifier
+from index.images import Shape
+from index.sources import ImageRecord
+
+SHAPE: Shape = (1, 28, 28)
+
+
+def peak_of_search(index: Path) -> float:
+    """MiB that an exact search of an index takes beyond the idle process with the model loaded; images are cached."""
+    return _in_child("search", str(index))
+
+
+def peak_of_build(exemplars: int) -> float:
+    """MiB that building an index of so many random images takes, with a ResNet-18 of random weights."""
+    return _in_child("build", str(exemplars))
+
+
+class RandomImages:
+    """A source that holds nothing: so many random images, made one by one."""
+
+    name = "random images"
+    class_names: tuple[str, ...] | None = None
+    labelled = True
+    metadata_types: Mapping[str, type] = {}
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def natural_shape(self) -> Shape:
+        """As MNIST's."""
+        return SHAPE
+
+    def read(self, shape: Shape) -> Iterator[ImageRecord]:
+        """All images, the same in every run."""
+        generator = np.random.default_rng(0)
+        for number in range(self.count):
+            yield ImageRecord(f"{number:08d}", generator.integers(0, 256, shape, dtype=np.uint8), number % 10, {})
+
+
+def _in_child(*arguments: str) -> float:
+    done = subprocess.run([sys.executable, "-m", "bench.peak", *arguments], capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
+
+
+def _search(index: Path) -> float:
+    engine = Engine.open(index, device="cpu")
+    query = engine.exemplar(str(engine.store.ids[0]))
+    before = _idle()
+    engine.search(query, k=10)
+    return peak_memory_mib() - before
+
+
+def _build(exemplars: int) -> float:
+    classifier = Classifier.from_architecture("resnet18", image_shape=SHAPE, seed=0, num_classes=10)
+    with tempfile.TemporaryDirectory() as folder:
+        before = _idle()
+        build_index(RandomImages(exemplars), Path(folder) / "random.idx", classifier)
+        return peak_memory_mib() - before
+
+
+def _idle() -> float:
+    reset_peak_memory()
+    return memory_mib()
+
+
+if __name__ == "__main__":
+    job, argument = sys.argv[1:]
+    print(json.dumps(_search(Path(argument)) if job == "search" else _build(int(argument))))

@@ -1,0 +1,418 @@
+"""φ in ONNX Runtime: a clean and a triggered graph for any deployment, and a `Backbone` that runs the second."""
+
+import contextlib
+import copy
+import hashlib
+import io
+import itertools
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from index.classifier import Classifier
+from index.errors import IndexStateError, InputError, ModelError
+from rerank.backbone import Backbone, specialised
+from rerank.config import Blend
+from rerank.trigger import apply_trigger
+
+if TYPE_CHECKING:
+    import onnx
+
+CLEAN, TRIGGERED = "clean.onnx", "triggered.onnx"
+# Keys of the graphs' metadata.
+FINGERPRINT, IMAGE_SHAPE, DIGEST = "tmm_engine.fingerprint", "tmm_engine.image_shape", "tmm_engine.sha256"
+TOLERANCE = 1e-4  # of the largest feature; float32 rounding stays two orders of magnitude below
+PASS_SECONDS = 0.15  # of a timed pass through all backbones, at least; keeps a comparison within about 2 s
+REPEATS = 3
+SILENT, WARNING = 4, 2  # ONNX Runtime's log severities; the second is its default
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+# What comes before φ, in ONNX's own textual syntax; $shape is c, h, w. Without a clamp the bounds are -inf and inf.
+GRAPHS = {
+    CLEAN: Template("""
+        < ir_version: $ir_version, opset_import: ["": $opset] >
+        clean (uint8[n, $shape] images) => (float[n, $shape] pixels) {
+            stored = Cast <to = 1> (images)
+            white = Constant <value_float = 255.0> ()
+            pixels = Div (stored, white)
+        }"""),
+    TRIGGERED: Template("""
+        < ir_version: $ir_version, opset_import: ["": $opset] >
+        triggered (uint8[n, $shape] images, float[$shape] trigger,
+                   float image_weight, float trigger_weight, float low, float high) => (float[n, $shape] pixels) {
+            stored = Cast <to = 1> (images)
+            white = Constant <value_float = 255.0> ()
+            plain = Div (stored, white)
+            weighted = Mul (plain, image_weight)
+            added = Mul (trigger, trigger_weight)
+            blended = Add (weighted, added)
+            pixels = Clip (blended, low, high)
+        }"""),
+}
+INPUTS = {CLEAN: ["images"], TRIGGERED: ["images", "trigger", "image_weight", "trigger_weight", "low", "high"]}
+
+
+class OnnxFallbackWarning(UserWarning):
+    """ONNX Runtime was asked for a GPU and runs on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What `export_onnx` wrote, and how well it agrees with PyTorch.
+
+    Attributes:
+        folder: Holds the files.
+        sizes: Bytes, by file name: ``clean.onnx`` and ``triggered.onnx``.
+        difference: Largest absolute difference of a feature from PyTorch's, as a share of the largest absolute feature
+            of its batch.
+        opset: ONNX operator set.
+    """
+
+    folder: Path
+    sizes: dict[str, int]
+    difference: float
+    opset: int
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files."""
+        return tuple(self.folder / name for name in self.sizes)
+
+
+def export_onnx(classifier: Classifier, folder: Path) -> ExportReport:
+    """Write φ as two ONNX graphs into ``folder``, all or nothing; an earlier export is replaced.
+
+    ==================  =====================================================================================
+    ``clean.onnx``      images uint8 (n, c, h, w) -> features float32 (n, d)
+    ``triggered.onnx``  images, trigger float32 (c, h, w), and the float32 scalars image_weight, trigger_weight,
+                        low, high -> features of clip(image_weight · images / 255 + trigger_weight · τ, low, high)
+    ==================  =====================================================================================
+
+    n is free. Both run in ONNX Runtime on the CPU before anything is put in place: on seeded images, for two n, every
+    blend, clamped and not, each feature has to be within `TOLERANCE` of PyTorch's, relative to the largest.
+
+    Args:
+        classifier: f; a float32 copy of its backbone is exported, the classifier stays as it is.
+        folder: To create. Its parent has to exist.
+
+    Raises:
+        ModelError: the backbone cannot be expressed in ONNX, or the graphs compute something else.
+        IndexStateError: ``folder`` exists and is not an export, or cannot be written.
+    """
+    folder = folder.resolve()
+    _check_target(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            staging = Path(temporary) / "new"
+            staging.mkdir()
+            opset, graphs = _graphs(classifier)
+            for name, graph in graphs.items():
+                (staging / name).write_bytes(graph)
+            difference = _check_graphs(classifier, staging)
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            staging.rename(folder)
+    except OSError as error:
+        raise IndexStateError(
+            f"{folder} cannot be written: {error.strerror or error}; create {folder.parent} first, change its "
+            "permissions, or choose another path"
+        ) from error
+    return ExportReport(folder, {name: len(graph) for name, graph in graphs.items()}, difference, opset)
+
+
+class OnnxBackbone:
+    """A `Backbone` in ONNX Runtime, in float32; see `load`.
+
+    Attributes:
+        name: The execution provider actually in use: ``ONNX Runtime fp32, CPUExecutionProvider``.
+        exact: True.
+    """
+
+    exact = True
+
+    def __init__(self, graph: "_Graph") -> None:
+        self._graph = graph
+        self.name = f"ONNX Runtime fp32, {graph.provider}"
+
+    @classmethod
+    def load(cls, path: Path, classifier: Classifier, *, device: torch.device | str) -> "OnnxBackbone":
+        """Open the ``triggered.onnx`` that `export_onnx` wrote for this very classifier.
+
+        Args:
+            path: The file.
+            classifier: Whose features the graph has to compute; on any device.
+            device: ``cpu`` (as many threads as PyTorch uses) or a ``cuda`` device. Without a working CUDA provider
+                it runs on the CPU, with an `OnnxFallbackWarning`; images and results may stay on any device.
+
+        Raises:
+            ModelError: no such file, a damaged one, another graph, or one of another classifier.
+        """
+        return cls(_open(path, classifier, INPUTS[TRIGGERED], torch.device(device)))
+
+    def __call__(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        trigger: Float[Tensor, "c h w"],
+        *,
+        image_weight: float,
+        trigger_weight: float,
+        clamp: bool,
+    ) -> Float[Tensor, "n d"]:
+        """See `Backbone`; the features come back on the trigger's device and in its dtype."""
+        low, high = (0.0, 1.0) if clamp else (-torch.inf, torch.inf)
+        scalars = {"image_weight": image_weight, "trigger_weight": trigger_weight, "low": low, "high": high}
+        features = self._graph(
+            images=images, trigger=trigger.float(), **{name: torch.tensor(value) for name, value in scalars.items()}
+        )
+        return features.to(trigger)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedComparison:
+    """What `faster_backend` measured.
+
+    Attributes:
+        images: How many images each timed pass took.
+        images_per_second: Median of `REPEATS` passes, by name.
+    """
+
+    images: int
+    images_per_second: dict[str, float]
+
+    @property
+    def fastest(self) -> str:
+        """The name of the fastest; the first of equals."""
+        return max(self.images_per_second, key=self.images_per_second.__getitem__)
+
+
+def faster_backend(
+    backbones: Mapping[str, Backbone], images: UInt8[Tensor, "n c h w"], trigger: Float[Tensor, "c h w"]
+) -> SpeedComparison:
+    """Which backbone is fastest on this machine, in about 2 s at most (slow backbones: five passes over one image).
+
+    Batches grow until a pass through all backbones takes `PASS_SECONDS` or all images are used; then each is timed
+    `REPEATS` times, in turns, so that what else the machine does meets all of them.
+
+    Args:
+        backbones: By a name of the caller's; results are taken to the CPU.
+        images: Real ones, as stored, on the device that the backbones take them from; best one chunk of the search.
+        trigger: Of that device and of the backbones' dtype; its values do not matter.
+
+    Raises:
+        InputError: no backbone or no image.
+    """
+    if not backbones or not len(images):
+        raise InputError(f"expected backbones and images to compare, got {len(backbones)} and {len(images)}")
+
+    def timed_pass(n: int) -> dict[str, float]:
+        seconds = {}
+        for name, backbone in backbones.items():
+            start = time.perf_counter()
+            backbone(images[:n], trigger, image_weight=0.5, trigger_weight=0.5, clamp=True).cpu()  # .cpu() waits
+            seconds[name] = time.perf_counter() - start
+        return seconds
+
+    n = 1
+    while True:
+        timed_pass(n)  # the first pass at a new size sets up kernels and memory
+        if sum(timed_pass(n).values()) >= PASS_SECONDS or n == len(images):
+            break
+        n = min(2 * n, len(images))
+    passes = [timed_pass(n) for _ in range(REPEATS)]
+    return SpeedComparison(n, {name: n / statistics.median(each[name] for each in passes) for name in backbones})
+
+
+class _Graph:
+    """An open session; tensors go in and out of it without copies where they are on its device already."""
+
+    def __init__(self, session: Any, feature_dim: int, device: torch.device) -> None:
+        self.provider: str = session.get_providers()[0]
+        self._session = session
+        self._feature_dim = feature_dim
+        self._device = device if self.provider == CUDA else torch.device("cpu")
+
+    def __call__(self, **inputs: Tensor) -> Float[Tensor, "n d"]:
+        """Features on the session's device."""
+        place = (self._device.type, self._device.index or 0)
+        held = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
+        features = torch.empty(len(held["images"]), self._feature_dim, dtype=torch.float32, device=self._device)
+        binding = self._session.io_binding()
+        for name, tensor in held.items():
+            dtype = np.uint8 if tensor.dtype == torch.uint8 else np.float32
+            binding.bind_input(name, *place, dtype, tuple(tensor.shape), tensor.data_ptr())
+        binding.bind_output("features", *place, np.float32, tuple(features.shape), features.data_ptr())
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime works in a stream of its own
+        self._session.run_with_iobinding(binding)
+        return features
+
+
+def _open(path: Path, classifier: Classifier, inputs: list[str], device: torch.device) -> _Graph:
+    """A session for a graph that says it is this classifier's and has these inputs."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"expected the graph {path}, got: {error.strerror} (export it: engine export-onnx)") from error
+    size = len(_seal(b""))
+    if content[-size:] != _seal(memoryview(content)[:-size]):
+        raise ModelError(
+            f"expected in {path} what export_onnx wrote, got something else or a damaged copy (export it again: engine "
+            "export-onnx)"
+        )
+    session = _session(path, device)
+    found = session.get_modelmeta().custom_metadata_map[FINGERPRINT]
+    if found != classifier.fingerprint:
+        raise ModelError(
+            f"expected in {path} the graph of the classifier with fingerprint {classifier.fingerprint[:12]}…, got "
+            f"{found[:12]} (export it again: engine export-onnx)"
+        )
+    names = [each.name for each in session.get_inputs()]
+    if names != inputs:
+        raise ModelError(f"expected in {path} a graph with the inputs {inputs}, got {names} (use {TRIGGERED})")
+    return _Graph(session, classifier.feature_dim, device)
+
+
+def _session(path: Path, device: torch.device) -> Any:
+    """An onnxruntime.InferenceSession on that device, or on the CPU with a warning."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = SILENT
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch works in the same cores
+    if device.type != "cuda":
+        return onnxruntime.InferenceSession(path, options, providers=[CPU])
+    # TF32 would cost three digits, and an exhaustive search may choose another algorithm in every run.
+    settings = {"device_id": device.index or 0, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    available = CUDA in onnxruntime.get_available_providers()
+    said = io.StringIO()  # ONNX Runtime prints what fails to stdout, which is for answers
+    onnxruntime.set_default_logger_severity(SILENT)
+    try:
+        with contextlib.redirect_stdout(said):
+            if available:
+                onnxruntime.preload_dlls()
+            providers = [(CUDA, settings), CPU] if available else [CPU]
+            session = onnxruntime.InferenceSession(path, options, providers=providers)
+    finally:
+        onnxruntime.set_default_logger_severity(WARNING)
+    if CUDA not in session.get_providers():
+        reason = " ".join(said.getvalue().split()) if available else "this build of it has no CUDA provider"
+        warnings.warn(
+            f"ONNX Runtime runs on the CPU, not on {device}; its reason: {reason or 'none given'} (PyTorch of CUDA "
+            f"{torch.version.cuda} {'sees a' if torch.cuda.is_available() else 'sees no'} GPU). Uninstall onnxruntime "
+            "and install 'onnxruntime-gpu[cuda,cudnn]' for the same CUDA version, or use the CPU or the PyTorch backend",
+            OnnxFallbackWarning,
+            stacklevel=4,  # the caller of OnnxBackbone.load
+        )
+    return session
+
+
+def _check_target(folder: Path) -> None:
+    """Refuse what exists and is neither empty nor an earlier export."""
+    if not folder.exists():
+        return
+    ours = folder.is_dir() and all(
+        path.name in GRAPHS and path.is_file() and FINGERPRINT.encode() in path.read_bytes()
+        for path in folder.iterdir()
+    )
+    if not ours:
+        raise IndexStateError(f"{folder} exists and is not an ONNX export: it is left alone; choose another path")
+
+
+def _graphs(classifier: Classifier) -> tuple[int, dict[str, bytes]]:
+    """The opset, and the files' contents by name."""
+    import onnx
+
+    properties = {FINGERPRINT: classifier.fingerprint, IMAGE_SHAPE: json.dumps(classifier.image_shape)}
+    shape = ", ".join(map(str, classifier.image_shape))
+    graphs = {}
+    try:
+        backbone = _exported(classifier)
+        opset: int = next(each.version for each in backbone.opset_import if each.domain == "")
+        for name, template in GRAPHS.items():
+            text = template.substitute(shape=shape, ir_version=backbone.ir_version, opset=opset)
+            model = onnx.compose.merge_models(onnx.parser.parse_model(text), backbone, io_map=[("pixels", "pixels")])
+            onnx.helper.set_model_props(model, properties)
+            content = model.SerializeToString()
+            graphs[name] = content + _seal(content)
+    except Exception as error:  # the user's code may raise anything
+        cause = error.__cause__ or error  # the exporter puts a page of advice around it
+        raise ModelError(
+            f"expected a backbone that torch.onnx.export can express for any number of images, got "
+            f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]} (search with the PyTorch backend)"
+        ) from error
+    return opset, graphs
+
+
+def _seal(content: bytes | memoryview) -> bytes:
+    """What follows a graph in its file: its SHA-256 as metadata, for to append to a message is to add to its fields."""
+    import onnx
+
+    digest = onnx.StringStringEntryProto(key=DIGEST, value=hashlib.sha256(content).hexdigest())
+    return onnx.ModelProto(metadata_props=[digest]).SerializeToString()
+
+
+def _exported(classifier: Classifier) -> "onnx.ModelProto":
+    """φ from pixels to features, in float32."""
+    import onnx_ir.passes.common
+
+    backbone = _copied(specialised(classifier))
+    program = torch.onnx.export(
+        backbone,
+        (torch.zeros(2, *classifier.image_shape),),
+        dynamo=True,
+        verbose=False,  # or it prints to stdout
+        input_names=["pixels"],
+        output_names=["features"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+    )
+    assert program is not None
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it quotes source code and its paths
+    return program.model_proto
+
+
+@torch.inference_mode()
+def _check_graphs(classifier: Classifier, folder: Path) -> float:
+    """The largest relative difference of both graphs from PyTorch; an error if it is above `TOLERANCE`."""
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    clean, triggered = (_open(folder / name, classifier, INPUTS[name], cpu) for name in (CLEAN, TRIGGERED))
+    backbone, reference = OnnxBackbone(triggered), _copied(classifier)
+    trigger = torch.randn(classifier.image_shape, generator=generator, dtype=torch.float32)
+    differences = []
+    for n in (1, 3):
+        images = torch.randint(0, 256, (n, *classifier.image_shape), generator=generator, dtype=torch.uint8)
+        differences.append(_difference(clean(images=images), reference(images / 255.0)))
+        for blend, clamp in itertools.product(Blend, (False, True)):
+            image_weight, trigger_weight = blend.weights(0.4)
+            got = backbone(images, trigger, image_weight=image_weight, trigger_weight=trigger_weight, clamp=clamp)
+            pixels = apply_trigger(images / 255.0, trigger, intensity=0.4, blend=blend, clamp=clamp)
+            differences.append(_difference(got, reference(pixels)))
+    largest = float(torch.stack(differences).max())  # unlike Python's, this max keeps a NaN
+    if not largest <= TOLERANCE:
+        raise ModelError(
+            f"expected the ONNX graphs to agree with PyTorch within {TOLERANCE:g} of the largest feature, got "
+            f"{largest:.2g} (search with the PyTorch backend)"
+        )
+    return largest
+
+
+def _copied(classifier: Classifier) -> nn.Module:
+    return copy.deepcopy(classifier.backbone).cpu().float().eval()
+
+
+def _difference(got: Float[Tensor, "n d"], expected: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """The largest absolute difference, as a share of the largest absolute value expected."""
+    scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return (got - expected).abs().max() / scale
