@@ -1,11 +1,16 @@
 """The commands `engine bench …`. Nothing heavy is imported before one runs."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli import device_option, source_options
+from engine.cli import device_option, joined, numbers, source_options
+
+if TYPE_CHECKING:
+    from index.classifier import Classifier
+    from index.sources import ImageSource
 
 
 @click.group()
@@ -18,12 +23,19 @@ def bench() -> None:
     """
 
 
+classifier_options = joined(
+    click.option("--model", metavar="NAME", required=True, help="Architecture, as for build-index."),
+    click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint, as for build-index."),
+    click.option("--mean", callback=numbers, metavar="R,G,B", help="As for build-index."),
+    click.option("--std", callback=numbers, metavar="R,G,B", help="As for build-index."),
+    source_options,
+    device_option,
+)
+
+
 @bench.command()
 @click.argument("source")
-@click.option("--model", metavar="NAME", required=True, help="Architecture, as for build-index.")
-@click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint, as for build-index.")
-@source_options
-@device_option
+@classifier_options
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timings of each path.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write raw records, machine and versions.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture of time against exemplars.")
@@ -38,14 +50,8 @@ def latency(source: str, **options: Any) -> None:
     from bench.latency import LatencyBench
     from bench.latency_report import plot_growth, print_latency
     from engine.display import progress_bar
-    from engine.engine import choose_device
-    from index.classifier import Classifier
-    from index.sources import open_source
 
-    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
-    classifier = Classifier.from_architecture(
-        options["model"], image_shape=images.natural_shape(), weights=options["weights"]
-    ).to(choose_device(options["device"]))
+    images, classifier = _opened(source, options)
     with progress_bar() as progress:
         measured = LatencyBench(images, classifier, repeats=options["repeats"], progress=progress).run()
     print_latency(measured)
@@ -53,3 +59,45 @@ def latency(source: str, **options: Any) -> None:
         measured.save(options["json_path"])
     if options["plot"]:
         plot_growth(measured, options["plot"])
+
+
+@bench.command()
+@click.argument("source")
+@classifier_options
+@click.option("--queries", type=click.IntRange(min=1), default=20, show_default=True, help="Exemplars searched for.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write one JSON line per query and noise.")
+def candidates(source: str, **options: Any) -> None:
+    """Measure what candidate sets and the global trigger give up against exact search with the query's trigger.
+
+    \b
+    Example:
+      engine bench candidates mnist --root data --limit 10000 --model resnet18 --weights mnist.safetensors
+    """
+    from bench.candidates import measure_candidates, summarise
+    from engine.display import print_fields, progress_bar
+
+    images, classifier = _opened(source, options)
+    with progress_bar() as progress:
+        records = measure_candidates(images, classifier, queries=options["queries"], progress=progress)
+    for row in summarise(records):
+        print_fields({name: f"{value:.3g}" if isinstance(value, float) else value for name, value in row.items()})
+        click.echo()
+    if options["json_path"]:
+        lines = (json.dumps(record.to_json(), ensure_ascii=False) for record in records)
+        options["json_path"].write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _opened(source: str, options: dict[str, Any]) -> "tuple[ImageSource, Classifier]":
+    from engine.engine import choose_device
+    from index.classifier import Classifier
+    from index.sources import open_source
+
+    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    classifier = Classifier.from_architecture(
+        options["model"],
+        image_shape=images.natural_shape(),
+        weights=options["weights"],
+        mean=options["mean"],
+        std=options["std"],
+    )
+    return images, classifier.to(choose_device(options["device"]))

@@ -112,7 +112,7 @@ class LatencyBench:
         self.config = preset("paper")
         self.latency = Latency()
         self.global_trigger = make_global_trigger(source, classifier, self.config)
-        self.store = _store(source, classifier, self.global_trigger)
+        self.store = in_memory(source, classifier, self.global_trigger)
         self.sizes = sorted({min(size, len(self.store)) for size in SIZES})
         self.size = min(RATIO_SIZE, len(self.store))
         self.queries = self._noisy_exemplars(max(TOGETHER, AGREEMENT_QUERIES))
@@ -305,7 +305,8 @@ class LatencyBench:
         self.latency.records = [record for record in self.latency.records if record.path not in paths]
 
 
-def _store(source: ImageSource, classifier: Classifier, global_trigger: GlobalTrigger) -> MemoryStore:
+def in_memory(source: ImageSource, classifier: Classifier, global_trigger: GlobalTrigger) -> MemoryStore:
+    """A source's images, features and global-trigger features as arrays."""
     column, report = GlobalColumn(global_trigger, classifier), BuildReport()
     batches = list(embedded(source, classifier, report))
     return MemoryStore(

@@ -53,7 +53,9 @@ class _Group(click.Group):
             ctx.exit(130)
 
 
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def joined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in their order."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -62,7 +64,8 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-def _numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+def numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    """Parse `1,2,3`."""
     if text is None:
         return None
     try:
@@ -102,7 +105,7 @@ def _bytes(context: click.Context, parameter: click.Parameter, text: str) -> int
         raise click.BadParameter(f"expected a size like 512MiB or 4GiB, got {text!r}") from None
 
 
-source_options = _options(
+source_options = joined(
     click.option("--split", help="Split of a data set: train, test, … Default: train."),
     click.option(
         "--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."
@@ -153,8 +156,8 @@ def main() -> None:
 @click.option(
     "--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as the first image."
 )
-@click.option("--mean", callback=_numbers, metavar="R,G,B", help="Normalisation mean of pixels in [0, 1]. Default: 0.")
-@click.option("--std", callback=_numbers, metavar="R,G,B", help="Normalisation standard deviation. Default: 1.")
+@click.option("--mean", callback=numbers, metavar="R,G,B", help="Normalisation mean of pixels in [0, 1]. Default: 0.")
+@click.option("--std", callback=numbers, metavar="R,G,B", help="Normalisation standard deviation. Default: 1.")
 @click.option("--head", metavar="NAME", help="The final linear layer, where it is not found by itself.")
 @click.option(
     "--neighbours", default="Flat", show_default=True, metavar="FACTORY", help="FAISS factory string; Flat is exact."

@@ -80,7 +80,7 @@ class TmmConfig:
     intensity: float | None = None
     trigger_steps: int = 300
     trigger_lr: float = 0.015
-    trigger_tolerance: float = 0.05
+    trigger_tolerance: float = 0.04
     tuning_epochs: int = 1
     tuning_min_steps: int = 235
     tuning_lr: float = 1e-3

@@ -150,9 +150,9 @@ class TmmNN:
             progress: Told of exemplars passed through the backbone.
 
         Raises:
-            InputError: a label that is no class; or ω makes every triggered image the same, or leaves the trigger out (a
-                constant query image); or a
-                global trigger is asked for that the index does not have, or has for another blend.
+            InputError: a label that is no class; ω makes every triggered image the same or leaves the trigger out (a
+                constant query image); or a global trigger is asked for that the index does not have, or has for another
+                blend.
         """
         count, classes = len(queries), self.classifier.num_classes
         for label in labels or []:

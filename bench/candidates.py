@@ -1,0 +1,139 @@
+"""What a candidate set gives up: how much of exact TMM's top 10 each prefilter's candidates contain, clean and under noise.
+
+And what the global trigger gives up: the rank at which it, and the query's own trigger, find the true exemplar.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+
+from bench.latency import in_memory
+from index.classifier import Classifier
+from index.neighbours import Metric, Neighbours
+from index.progress import Progress, silent
+from index.sources import ImageSource
+from rerank.config import Trigger, preset
+from rerank.global_trigger import make_global_trigger
+from rerank.tmm import TmmNN
+
+TOP = 10
+SIZES = (200, 1_000, 5_000)
+"""M, the numbers of candidates."""
+
+Image = Float32[np.ndarray, "c h w"]
+
+
+def brightness(factor: float) -> Callable[[Image, np.random.Generator], Image]:
+    """x · factor."""
+    return lambda image, _: image * np.float32(factor)
+
+
+def gaussian(norm: float) -> Callable[[Image, np.random.Generator], Image]:
+    """x plus Gaussian noise of the given L2 norm, cut to [0, 1]."""
+
+    def add(image: Image, generator: np.random.Generator) -> Image:
+        noise = generator.standard_normal(image.shape).astype(np.float32)
+        return np.clip(image + noise * np.float32(norm / np.linalg.norm(noise)), 0, 1)
+
+    return add
+
+
+PERTURBATIONS = {
+    "clean": brightness(1.0),
+    "brightness 0.5": brightness(0.5),
+    "gaussian 2.5": gaussian(2.5),
+    "gaussian 5": gaussian(5.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRecord:
+    """One query under one perturbation.
+
+    Attributes:
+        query: The exemplar's id.
+        perturbation: What was done to it.
+        recall: Share of exact TMM's top 10 among the candidates, by prefilter and M: ``"cosine 1000"``.
+        rank_query: Rank of the true exemplar in the exact search with the query's own trigger; 0 is first.
+        rank_global: The same with the global trigger.
+        rank_cosine: The same by cosine similarity.
+    """
+
+    query: str
+    perturbation: str
+    recall: dict[str, float]
+    rank_query: int
+    rank_global: int
+    rank_cosine: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measure_candidates(
+    source: ImageSource, classifier: Classifier, *, queries: int, progress: Progress = silent
+) -> list[CandidateRecord]:
+    """Exact searches for seeded exemplars under every perturbation, and what each prefilter would have kept.
+
+    Args:
+        source: The exemplars; read into memory.
+        classifier: f.
+        queries: How many exemplars are searched for, each under every perturbation.
+        progress: Told of the searches done.
+    """
+    config = preset("paper")
+    by_global = replace(config, trigger=Trigger.GLOBAL)
+    shared = make_global_trigger(source, classifier, config)
+    store = in_memory(source, classifier, shared)
+    tmm = TmmNN(classifier, store, global_trigger=shared)
+    nearest = {metric: Neighbours(store, metric) for metric in Metric}
+    generator, n = np.random.default_rng(0), len(store)
+    records = []
+    for row in generator.choice(n, queries, replace=False):
+        for name, perturb in PERTURBATIONS.items():
+            image = perturb(store.images(np.array([row]))[0].astype(np.float32) / 255, generator)
+            query = torch.from_numpy(image)
+            with torch.inference_mode():
+                features = classifier.features(query[None]).numpy()
+            exact = tmm.rank(query, k=n, config=config).rows
+            rankings = {str(metric): found.search(features, k=n)[0][0] for metric, found in nearest.items()}
+            rankings["union"] = _union(rankings["l2"], rankings["cosine"])
+            rankings["global"] = tmm.rank(query, k=n, config=by_global).rows
+            recall = {
+                f"{prefilter} {size}": len(np.intersect1d(ranking[:size], exact[:TOP])) / TOP
+                for prefilter, ranking in rankings.items()
+                for size in SIZES
+                if size < n
+            }
+            ranks = [
+                int(np.flatnonzero(ranking == row)[0]) for ranking in (exact, rankings["global"], rankings["cosine"])
+            ]
+            records.append(CandidateRecord(str(store.ids[row]), name, recall, *ranks))
+            progress("searching", len(records), queries * len(PERTURBATIONS))
+    return records
+
+
+def summarise(records: Sequence[CandidateRecord]) -> list[dict[str, Any]]:
+    """For each perturbation: mean recall of every prefilter and M, and median ranks of the true exemplar."""
+    rows = []
+    for name in dict.fromkeys(record.perturbation for record in records):
+        chosen = [record for record in records if record.perturbation == name]
+        recall = {key: float(np.mean([record.recall[key] for record in chosen])) for key in chosen[0].recall}
+        ranks = {
+            f"median rank, {kind}": float(np.median([getattr(record, f"rank_{kind}") for record in chosen]))
+            for kind in ("query", "global", "cosine")
+        }
+        rows.append({"perturbation": name, "queries": len(chosen)} | recall | ranks)
+    return rows
+
+
+def _union(first: Int64[np.ndarray, "n"], second: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+    """Both rankings in turn, each row once."""
+    in_turn = [row for pair in zip_longest(first.tolist(), second.tolist()) for row in pair]
+    return np.array(list(dict.fromkeys(in_turn)))
