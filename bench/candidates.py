@@ -1,21 +1,21 @@
-"""What a candidate set gives up: how much of exact TMM's top 10 each prefilter's candidates contain, clean and under noise.
+"""What a candidate set gives up: how much of exact TMM's top 10 the candidates of each prefilter contain.
 
 And what the global trigger gives up: the rank at which it, and the query's own trigger, find the true exemplar.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 
 from bench.latency import in_memory
 from index.classifier import Classifier
 from index.neighbours import Metric, Neighbours
 from index.progress import Progress, silent
+from index.ranking import in_turn
 from index.sources import ImageSource
 from rerank.config import Trigger, preset
 from rerank.global_trigger import make_global_trigger
@@ -103,7 +103,7 @@ def measure_candidates(
                 features = classifier.features(query[None]).numpy()
             exact = tmm.rank(query, k=n, config=config).rows
             rankings = {str(metric): found.search(features, k=n)[0][0] for metric, found in nearest.items()}
-            rankings["union"] = _union(rankings["l2"], rankings["cosine"])
+            rankings["union"] = in_turn((rankings["l2"], rankings["cosine"]))
             rankings["global"] = tmm.rank(query, k=n, config=by_global).rows
             recall = {
                 f"{prefilter} {size}": len(np.intersect1d(ranking[:size], exact[:TOP])) / TOP
@@ -131,9 +131,3 @@ def summarise(records: Sequence[CandidateRecord]) -> list[dict[str, Any]]:
         }
         rows.append({"perturbation": name, "queries": len(chosen)} | recall | ranks)
     return rows
-
-
-def _union(first: Int64[np.ndarray, "n"], second: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-    """Both rankings in turn, each row once."""
-    in_turn = [row for pair in zip_longest(first.tolist(), second.tolist()) for row in pair]
-    return np.array(list(dict.fromkeys(in_turn)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.cli import device_option, joined, numbers, source_options
+from index.errors import InputError
 
 if TYPE_CHECKING:
     from index.classifier import Classifier
@@ -51,6 +52,7 @@ def latency(source: str, **options: Any) -> None:
     from bench.latency_report import plot_growth, print_latency
     from engine.display import progress_bar
 
+    _check_folders(options["json_path"], options["plot"])
     images, classifier = _opened(source, options)
     with progress_bar() as progress:
         measured = LatencyBench(images, classifier, repeats=options["repeats"], progress=progress).run()
@@ -76,6 +78,7 @@ def candidates(source: str, **options: Any) -> None:
     from bench.candidates import measure_candidates, summarise
     from engine.display import print_fields, progress_bar
 
+    _check_folders(options["json_path"])
     images, classifier = _opened(source, options)
     with progress_bar() as progress:
         records = measure_candidates(images, classifier, queries=options["queries"], progress=progress)
@@ -85,6 +88,13 @@ def candidates(source: str, **options: Any) -> None:
     if options["json_path"]:
         lines = (json.dumps(record.to_json(), ensure_ascii=False) for record in records)
         options["json_path"].write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Before the first measurement, not after the last."""
+    for path in files:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist; create it first")
 
 
 def _opened(source: str, options: dict[str, Any]) -> "tuple[ImageSource, Classifier]":

@@ -27,6 +27,7 @@ from bench.peak import peak_of_build, peak_of_search
 from index.batches import forward_batch_size
 from index.builder import BuildReport, build_index, embedded
 from index.classifier import Classifier
+from index.errors import InputError
 from index.neighbours import Metric, Neighbours
 from index.progress import Progress, silent
 from index.sources import ArraySource, ImageSource
@@ -103,6 +104,9 @@ class LatencyBench:
         classifier: f, on the device to measure.
         repeats: How often each path is measured.
         progress: Told of the groups done.
+
+    Raises:
+        InputError: too few exemplars to make the queries of.
     """
 
     def __init__(
@@ -223,16 +227,17 @@ class LatencyBench:
             if repeat == 0:
                 self._forget("exact by size", "candidates", "global")
         exact = {size: self.latency.median("exact by size", size) for size in self.sizes}
-        slope = np.polyfit(np.log(list(exact)), np.log(list(exact.values())), 1)[0] if len(exact) > 1 else float("nan")
         self.latency.figures |= {
             "candidates_over_exact": self.latency.median("candidates", largest) / exact[largest],
             "global_over_exact": self.latency.median("global", largest) / exact[largest],
-            "slope": float(slope),
         }
+        if len(exact) > 1:
+            slope, _ = np.polyfit(np.log(list(exact)), np.log(list(exact.values())), 1)
+            self.latency.figures["slope"] = float(slope)
 
     def _grow(self, searchers: dict[int, TmmNN], near: Neighbours, query: Float[Tensor, "c h w"]) -> None:
         def by_candidates() -> Ranking:
-            features = self.classifier.features(query[None]).detach().numpy()
+            features = self.classifier.features(query[None]).cpu().numpy()
             [(rows, _)] = near.search(features, k=CANDIDATES)
             return tmm.rank(query, k=10, config=self.config, candidates=rows)
 
@@ -246,7 +251,7 @@ class LatencyBench:
         """L2 and cosine beside FAISS called directly."""
         n = len(self.store)
         features = self.store.features(np.arange(n))
-        query = self.classifier.features(self.queries[:1]).detach().numpy()
+        query = self.classifier.features(self.queries[:1]).cpu().numpy()
         for metric in Metric:
             ours = Neighbours(self.store, metric)
             unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -295,6 +300,8 @@ class LatencyBench:
         )
 
     def _noisy_exemplars(self, count: int) -> Float[Tensor, "q c h w"]:
+        if len(self.store) < count:
+            raise InputError(f"expected at least {count} exemplars to time queries with, got {len(self.store)}")
         generator = np.random.default_rng(0)
         images = self.store.images(generator.choice(self.sizes[0], count, replace=False)).astype(np.float32) / 255
         noise = generator.standard_normal(images.shape).astype(np.float32)
@@ -334,7 +341,8 @@ def _forward(backbone: torch.nn.Module, images: Tensor, classifier: Classifier) 
     dtype = next(backbone.parameters()).dtype
     with torch.inference_mode():
         for batch in images.split(forward_batch_size(classifier.image_shape)):
-            backbone((batch.to(classifier.device).float() / 255.0).to(dtype))
+            features = backbone((batch.to(classifier.device).float() / 255.0).to(dtype))
+        features.cpu()  # waits for the device
 
 
 def _bf16(classifier: Classifier) -> torch.nn.Module:

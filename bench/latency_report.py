@@ -60,8 +60,9 @@ def plot_growth(latency: Latency, path: Path) -> None:
         raise InputError("plots need the 'bench' extra: pip install 'tmm-engine[bench]'") from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    slope = latency.figures.get("slope")  # none for a single size
     paths = {
-        "exact by size": f"exact, slope {latency.figures['slope']:.2f}",
+        "exact by size": "exact" if slope is None else f"exact, slope {slope:.2f}",
         "candidates": "1,000 candidates",
         "global": "global trigger",
     }

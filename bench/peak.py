@@ -14,6 +14,7 @@ from engine.engine import Engine
 from index.builder import build_index
 from index.classifier import Classifier
 from index.images import Shape
+from index.manifest import Manifest
 from index.sources import ImageRecord
 
 SHAPE: Shape = (1, 28, 28)
@@ -60,7 +61,8 @@ def _in_child(*arguments: str) -> float:
 
 
 def _search(index: Path) -> float:
-    engine = Engine.open(index, device="cpu")
+    spec = Manifest.read(index).model  # of an index that this run has built: its code may be imported
+    engine = Engine.open(index, device="cpu", model=spec.architecture if spec.is_user_code else None)
     query = engine.exemplar(str(engine.store.ids[0]))
     before = _idle()
     engine.search(query, k=10)

@@ -170,6 +170,11 @@ def main() -> None:
     is_flag=True,
     help="Also store features under one trigger for all: --set trigger=global then searches in milliseconds.",
 )
+@click.option(
+    "--compare-backends",
+    is_flag=True,
+    help="Export to ONNX, time it against PyTorch, and let searches use the faster.",
+)
 @click.option("--strict", is_flag=True, help="Fail at an unreadable image instead of skipping it.")
 @device_option
 def build_index_command(source: str, index: Path, **options: Any) -> None:
@@ -186,7 +191,7 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
       engine build-index mnist mnist.idx --root data --model mypackage.models:make_net --overwrite
     """
     from engine.display import progress_bar
-    from engine.engine import choose_device
+    from engine.engine import Engine, choose_device
     from index.builder import build_index
     from index.sources import open_source
     from index.target import check_target
@@ -216,6 +221,10 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
         click.echo(f"skipped {image.id}: {image.reason}", err=True)
     if report.skipped_count:
         click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+    if options["compare_backends"]:
+        with Engine.open(index, model=options["model"], device=options["device"]) as engine:
+            speeds = engine.compare_backends()
+        click.echo(", ".join(f"{name}: {speed:,.0f} images/s" for name, speed in speeds.items()), err=True)
     labels = "labels predicted by the model" if report.labels_predicted else "labels given"
     click.echo(f"{index}: {report.exemplars:,} exemplars of {images.name}, {labels}")
 
@@ -259,6 +268,12 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     show_default=True,
     help="tmm: fp32, or bf16, which is faster and scores the best again in fp32.",
 )
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="tmm: torch, onnx, or auto: what build-index --compare-backends found faster, else torch.",
+)
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
@@ -293,8 +308,11 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
         device=options["device"],
         cache_bytes=options["cache_images"],
         precision=options["precision"],
+        backend=options["backend"],
     )
     with opened as engine:
+        if "tmm" in options["modes"]:
+            click.echo(f"tmm on {engine.backend}", err=True)
         queries = _queries(engine, images, options)
         by_mode: list[list[SearchResult]] = []
         with progress_bar() as progress:
@@ -321,6 +339,32 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
         write_png(results, options["png"])
     for path in filter(None, (options["html"], options["png"])):
         click.echo(f"wrote {path}", err=True)
+
+
+@main.command("export-onnx")
+@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@model_option
+def export_onnx_command(index: Path, out: Path, model: str | None) -> None:
+    """Write the backbone of INDEX as ONNX graphs into the folder OUT, and check them against PyTorch.
+
+    clean.onnx takes images (uint8) and gives features; triggered.onnx also takes a trigger, the two weights of the
+    blend and the bounds of the clamp. The number of images is free.
+
+    \b
+    Example:
+      engine export-onnx photos.idx photos-onnx
+    """
+    from engine.backends import require_onnx
+    from engine.engine import Engine
+    from rerank.onnx_backbone import export_onnx
+
+    require_onnx()
+    with Engine.open(index, model=model, device="cpu", backend="torch") as engine:
+        report = export_onnx(engine.classifier, out)
+    for path in report.paths:
+        click.echo(f"{path}: {report.sizes[path.name] / 1e6:.1f} MB, opset {report.opset}")
+    click.echo(f"largest difference from PyTorch: {report.difference:.1e} of the largest feature", err=True)
 
 
 @main.command()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import nn
 
+from engine.backends import Backend, cached_onnx, compare_backends
 from engine.query import ImageLike, Query, as_query
 from engine.results import Hit, SearchResult
 from index.builder import BuildReport, check_fit, embedded, predict
@@ -23,6 +24,7 @@ from index.lance_store import LanceStore
 from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
 from index.neighbours import EXACT, Metric, Neighbours
 from index.progress import Progress, silent
+from index.ranking import in_turn
 from index.sources import ArraySource
 from index.store import ExemplarStore, MemoryStore
 from index.target import recover
@@ -109,6 +111,7 @@ class Engine:
         device: str = "auto",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         precision: str = Precision.FP32,
+        backend: str = Backend.AUTO,
     ) -> "Engine":
         """Open an index made by `build_index` or `engine build-index`.
 
@@ -119,6 +122,8 @@ class Engine:
             device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is one.
             cache_bytes: What may stay in memory on the device between searches, images first, then features.
             precision: ``fp32``, or ``bf16``: faster, with the best answers scored again in fp32.
+            backend: ``torch``, ``onnx`` (ONNX Runtime, fp32 only), or ``auto``: what a measurement when the index was
+                built found faster; ``torch`` where there was none, or in bf16.
 
         Raises:
             InputError: a device or precision that this machine does not have, or a cache smaller than one chunk of
@@ -154,6 +159,7 @@ class Engine:
             path=path,
             cache_bytes=cache_bytes,
             precision=precision,
+            backbone=_onnx(path, manifest, classifier, member(Backend, backend), member(Precision, precision)),
             global_trigger=GlobalTrigger.load(path / GLOBAL_TRIGGER) if manifest.global_trigger else None,
         )
 
@@ -199,6 +205,23 @@ class Engine:
 
     def __len__(self) -> int:
         return len(self.store)
+
+    @property
+    def backend(self) -> str:
+        """What passes exemplars through the backbone: software, precision, device."""
+        return self._tmm.backbone.name
+
+    def compare_backends(self) -> dict[str, float]:
+        """Time PyTorch and ONNX Runtime on this index, and note the images a second for ``backend="auto"``.
+
+        Raises:
+            InputError: the index is in memory only, or the 'onnx' extra is not installed.
+        """
+        if self.manifest is None or self.path is None:
+            raise InputError("an index in memory has no place for ONNX graphs; build one on disk")
+        speeds = compare_backends(self.path, self.classifier, self.store).images_per_second
+        replace(self.manifest, backend_speeds=speeds).write(self.path)
+        return speeds
 
     def exemplar(self, id_: str) -> Query:
         """A stored exemplar as a query, by its id.
@@ -310,7 +333,7 @@ class Engine:
             scored=answer.scored,
             exemplars=len(self),
             config=request.config.to_json() if ranking else None,
-            backend=self._tmm.backbone.name if ranking else "FAISS",
+            backend=self.backend if ranking else "FAISS",
             timings=answer.timings,
             notes=tuple(notes),
             query_image=np.rint(query.pixels * 255.0).astype(np.uint8),
@@ -340,15 +363,16 @@ class Engine:
         if count is None or count >= len(self):
             return [None] * len(answers)
         if request.prefilter is Prefilter.GLOBAL:
-            config = replace(request.config, trigger=Trigger.GLOBAL)
+            config = replace(request.config, trigger=Trigger.GLOBAL, intensity=None)
+            labels = [request.label] * len(answers)
             with _timed(answers, "prefilter"):
-                rankings = self._tmm.rank_many(pixels, k=count, config=config)
+                rankings = self._tmm.rank_many(pixels, k=count, config=config, labels=labels)
             return [ranking.rows for ranking in rankings]
         metrics = list(Metric) if request.prefilter is Prefilter.UNION else [Metric(request.prefilter)]
         searchers = [self._searcher(metric, answers) for metric in metrics]
         with _timed(answers, "prefilter"):
             found = [[rows for rows, _ in searcher.search(features, k=count)] for searcher in searchers]
-        return [_in_turn(rankings, count) for rankings in zip(*found, strict=True)]
+        return [in_turn(rankings)[:count] for rankings in zip(*found, strict=True)]
 
     def _searcher(self, metric: Metric, answers: "list[_Answer]") -> Neighbours:
         if metric not in self._neighbours:
@@ -399,6 +423,21 @@ class _Answer:
     timings: dict[str, float] = field(default_factory=dict)
 
 
+def _onnx(
+    path: Path, manifest: Manifest, classifier: Classifier, backend: Backend, precision: Precision
+) -> Backbone | None:
+    """The index in ONNX Runtime, if that is what is asked for."""
+    if backend is Backend.AUTO:
+        speeds = manifest.backend_speeds
+        fastest = max(speeds, key=speeds.__getitem__, default=Backend.TORCH)
+        backend = member(Backend, fastest) if precision is Precision.FP32 else Backend.TORCH
+    if backend is Backend.TORCH:
+        return None
+    if precision is not Precision.FP32:
+        raise InputError(f"ONNX Runtime passes exemplars in fp32, not {precision}; use --backend torch")
+    return cached_onnx(path, classifier, classifier.device)
+
+
 def choose_device(name: str) -> torch.device:
     """The device called ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
 
@@ -441,12 +480,6 @@ def _timed(answers: "list[_Answer]", step: str) -> Iterator[None]:
     seconds = (time.perf_counter() - start) / len(answers)
     for answer in answers:
         answer.timings[step] = answer.timings.get(step, 0.0) + seconds
-
-
-def _in_turn(rankings: tuple[Int64[np.ndarray, "_"], ...], count: int) -> Int64[np.ndarray, "candidates"]:
-    """The first `count` different rows of several rankings taken in turn: each one's first, each one's second, …"""
-    rows = np.stack([ranking[: min(map(len, rankings))] for ranking in rankings], axis=1).reshape(-1)
-    return np.array(list(dict.fromkeys(rows.tolist()))[:count])
 
 
 def _positive(name: str, value: int) -> int:

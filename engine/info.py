@@ -31,10 +31,18 @@ def describe_index(path: Path) -> dict[str, Any]:
         "model": manifest.model.architecture,
         "fingerprint": manifest.fingerprint,
         "neighbours": manifest.neighbours,
+        "backend": _backend(manifest.backend_speeds),
         "global_trigger": manifest.global_trigger,
         "version": manifest.lance_version,
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }
+
+
+def _backend(speeds: dict[str, float]) -> str:
+    if not speeds:
+        return "torch (not compared: build-index --compare-backends)"
+    measured = ", ".join(f"{name} {speed:,.0f} images/s" for name, speed in speeds.items())
+    return f"{max(speeds, key=speeds.__getitem__)} (when built: {measured})"
 
 
 def describe_system() -> dict[str, Any]:
@@ -47,5 +55,14 @@ def describe_system() -> dict[str, Any]:
         "platform": platform.platform(),
         **{name: version(name) for name in LIBRARIES},
         "threads": torch.get_num_threads(),
+        "onnx_runtime": _onnx_runtime(),
         "cuda_devices": devices or "none that torch can use",
     }
+
+
+def _onnx_runtime() -> str:
+    try:
+        import onnxruntime
+    except ImportError:
+        return "not installed (pip install 'tmm-engine[onnx]')"
+    return f"{onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}"

@@ -248,6 +248,7 @@ def _manifest(
         fingerprint=classifier.fingerprint,
         neighbours=neighbours,
         global_trigger=GLOBAL_TRIGGER in files,
+        backend_speeds={},
         lance_version=version,
         files=files,
     )

@@ -53,6 +53,7 @@ class Manifest:
         fingerprint: SHA-256 of the classifier: weights, architecture, preprocessing, head.
         neighbours: FAISS factory string.
         global_trigger: Whether there are a global trigger and its column of features.
+        backend_speeds: Images a second of each backend, where they were compared when the index was built.
         lance_version: The version of the exemplars that counts.
         files: Digest of every file but this one and the caches, by path relative to the index.
     """
@@ -69,6 +70,7 @@ class Manifest:
     fingerprint: str
     neighbours: str
     global_trigger: bool
+    backend_speeds: dict[str, float]
     lance_version: int
     files: dict[str, FileDigest]
 

@@ -1,5 +1,8 @@
 """The k best rows by score: larger is better, ties break by exemplar id."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
 
@@ -23,3 +26,9 @@ def best_first(
         contenders = np.arange(len(scores))
     order = np.lexsort((ids[rows[contenders]], -scores[contenders]))
     return contenders[order[:k]]
+
+
+def in_turn(rankings: Sequence[Int64[np.ndarray, "_"]]) -> Int64[np.ndarray, "union"]:
+    """The union of several rankings, taken in turn: each one's first, each one's second, …; every row once."""
+    taken = [row for level in zip_longest(*(ranking.tolist() for ranking in rankings)) for row in level]
+    return np.array([row for row in dict.fromkeys(taken) if row is not None], dtype=np.int64)

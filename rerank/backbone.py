@@ -84,7 +84,7 @@ class TorchBackbone:
         if clamp:
             triggered.clamp_(0.0, 1.0)
         network_dtype = trigger.dtype if self.exact else torch.bfloat16
-        pixels = self._normalise(triggered).to(network_dtype, memory_format=torch.channels_last)
+        pixels = self._normalise(triggered).to(network_dtype)
         return self._network(pixels).to(trigger.dtype)
 
 
@@ -93,9 +93,9 @@ def specialised(classifier: Classifier) -> Classifier:
     """The same f, cheaper to run at its image shape; differentiable, never trained.
 
     Batch norms are folded into the convolutions before them, kernels lose the taps that only ever meet padding (on a
-    1×1
-    map a 3×3 kernel is a 1×1 kernel), and weights are laid out channels last. A network that cannot be traced keeps its
-    batch norms. What comes out is compared with the original; if it differs, the original is returned.
+    1×1 map a 3×3 kernel is a 1×1 kernel), and weights are laid out channels last. What comes out is compared with the
+    original. If it differs, or if the network cannot be traced (its control flow depends on the images, say), the
+    original is returned.
     """
     normalise, original = classifier.backbone.get_submodule("normalise"), classifier.backbone.get_submodule("network")
     generator = torch.Generator().manual_seed(0)
@@ -103,22 +103,29 @@ def specialised(classifier: Classifier) -> Classifier:
     with torch.no_grad():
         pixels = normalise(probe.to(classifier.head.weight))
         expected = original(pixels)
-        network = _cut_kernels(_fold_batch_norms(copy.deepcopy(original)), pixels)
-        network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        difference = max(float((network(pixels[:n]) - expected[:n]).abs().max()) for n in (1, 2))
+        try:
+            network = _cut_kernels(_fold_batch_norms(_traced(copy.deepcopy(original))), pixels)
+            network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+            difference = max(float((network(pixels[:n]) - expected[:n]).abs().max()) for n in (1, 2))
+        except Exception:  # the user's code may hold anything
+            return classifier
     if not difference <= TOLERANCE * float(expected.abs().max()):
         return classifier
-    backbone = nn.Sequential(OrderedDict(normalise=normalise, network=network))
+    backbone = nn.Sequential(OrderedDict(normalise=normalise, network=network)).eval()
     return replace(classifier, backbone=backbone)
 
 
-def _fold_batch_norms(network: nn.Module) -> nn.Module:
-    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-        return network
-    try:
-        traced = fx.symbolic_trace(network)
-    except Exception:  # user code that FX cannot trace may raise anything
-        return network
+def _traced(network: nn.Module) -> fx.GraphModule:
+    """The network as a graph that takes any memory layout: `view`, which does not, becomes `reshape`."""
+    traced = fx.symbolic_trace(network)
+    for node in traced.graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"
+    traced.recompile()
+    return traced
+
+
+def _fold_batch_norms(traced: fx.GraphModule) -> fx.GraphModule:
     modules = dict(traced.named_modules())
     calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     for node in list(traced.graph.nodes):
@@ -131,6 +138,7 @@ def _fold_batch_norms(network: nn.Module) -> nn.Module:
             traced.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
 
@@ -164,6 +172,8 @@ def _cut_kernel(conv: nn.Conv2d, inputs: tuple[int, int], outputs: tuple[int, in
         kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
         starts = [position * stride - int(conv.padding[axis]) for position in range(outputs[axis])]
         taps = [tap for tap in range(kernel) if any(0 <= start + tap * dilation < inputs[axis] for start in starts)]
+        if not taps:  # a convolution of padding alone
+            return
         padding = -starts[0] - taps[0] * dilation
         extent = dilation * (taps[-1] - taps[0]) + 1
         if padding < 0 or (inputs[axis] + 2 * padding - extent) // stride + 1 != outputs[axis]:

@@ -45,8 +45,13 @@ class GlobalTrigger:
         """Refuse a configuration that the stored features were not made with.
 
         Raises:
-            InputError: another blend or clamping.
+            InputError: another blend, clamping or intensity.
         """
+        if config.intensity not in (None, self.intensity):
+            raise InputError(
+                f"the index's global trigger was blended with intensity={self.intensity:g}, the configuration says "
+                f"intensity={config.intensity:g}: leave the intensity out, or build the index with it"
+            )
         if (config.blend, config.clamp) != (self.blend, self.clamp):
             raise InputError(
                 f"the index's global trigger was blended with blend={self.blend}, clamp={self.clamp}, the "
@@ -71,6 +76,8 @@ class GlobalTrigger:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["global_trigger"])
                 trigger = file.get_tensor("trigger")
+            if trigger.dtype != torch.float32 or trigger.ndim != 3 or not trigger.isfinite().all():
+                raise ValueError(f"expected finite float32 (c, h, w), got {trigger.dtype} {tuple(trigger.shape)}")
             return cls(trigger, float(about["intensity"]), Blend(about["blend"]), bool(about["clamp"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise IndexStateError(f"{path}: damaged global trigger ({error}); build the index again") from error
@@ -115,13 +122,18 @@ def make_global_trigger(
         progress: Told of images read, then of steps.
 
     Raises:
-        InputError: no image can be read, or all are constant.
+        InputError: no image can be read; or ω makes every triggered image the same or leaves the trigger out (all
+            images are constant).
     """
     images, intensity = _sample(source, classifier, config, progress)
     if config.intensity is not None:
         intensity = config.intensity
-    if intensity < 1e-6:
-        raise InputError(f"{source.name}: every image is constant, so ω = {intensity:g}: no trigger can be blended in")
+    if min(config.blend.weights(intensity)) < 1e-6:
+        raise InputError(
+            f"{source.name}: the intensity ω = {intensity:g} (the mean standard deviation of the images' pixels, "
+            f"unless it was set) leaves out either image or trigger with the blend {str(config.blend)!r}: is every "
+            f"image constant? Give other images, the blend 'added', or an intensity between 0 and 1"
+        )
     trigger = _optimised(specialised(classifier), images, config, progress)
     return GlobalTrigger(trigger, intensity, config.blend, config.clamp)
 
@@ -156,13 +168,13 @@ def _optimised(
     held, batches = images[:HELD], _batches(images, generator)
     best, losses = trigger.detach().clone(), [float("inf")]
     optimiser = torch.optim.Adam([trigger], lr=config.trigger_lr)
-    for step in range(config.trigger_steps):
-        if step % PATIENCE == 0:
+    for step in range(config.trigger_steps + 1):
+        if step % PATIENCE == 0 or step == config.trigger_steps:
             with torch.no_grad():
                 loss = float(_loss(classifier, held, trigger))
             if loss < min(losses):
                 best = trigger.detach().clone()
-            if losses[-1] - loss < config.trigger_tolerance * losses[-1] and step > 0:
+            if step == config.trigger_steps or losses[-1] - loss < config.trigger_tolerance * losses[-1]:
                 break
             losses.append(loss)
         (trigger.grad,) = torch.autograd.grad(_loss(classifier, next(batches), trigger), trigger)

@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     import onnx
 
 CLEAN, TRIGGERED = "clean.onnx", "triggered.onnx"
-# Keys of the graphs' metadata.
-FINGERPRINT, IMAGE_SHAPE, DIGEST = "tmm_engine.fingerprint", "tmm_engine.image_shape", "tmm_engine.sha256"
+FINGERPRINT, IMAGE_SHAPE, DIGEST = (f"tmm_engine.{key}" for key in ("fingerprint", "image_shape", "sha256"))
 TOLERANCE = 1e-4  # of the largest feature; float32 rounding stays two orders of magnitude below
 PASS_SECONDS = 0.15  # of a timed pass through all backbones, at least; keeps a comparison within about 2 s
 REPEATS = 3
-SILENT, WARNING = 4, 2  # ONNX Runtime's log severities; the second is its default
+SILENT, WARNING = 4, 2  # ONNX Runtime's log severities; the second is the default
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 # What comes before φ, in ONNX's own textual syntax; $shape is c, h, w. Without a clamp the bounds are -inf and inf.
@@ -94,11 +93,9 @@ class ExportReport:
 def export_onnx(classifier: Classifier, folder: Path) -> ExportReport:
     """Write φ as two ONNX graphs into ``folder``, all or nothing; an earlier export is replaced.
 
-    ==================  =====================================================================================
-    ``clean.onnx``      images uint8 (n, c, h, w) -> features float32 (n, d)
-    ``triggered.onnx``  images, trigger float32 (c, h, w), and the float32 scalars image_weight, trigger_weight,
-                        low, high -> features of clip(image_weight · images / 255 + trigger_weight · τ, low, high)
-    ==================  =====================================================================================
+    ``clean.onnx``: images uint8 (n, c, h, w) -> features float32 (n, d).
+    ``triggered.onnx``: images, trigger float32 (c, h, w), and the float32 scalars image_weight, trigger_weight, low,
+    high -> features of clip(image_weight · images / 255 + trigger_weight · trigger, low, high).
 
     n is free. Both run in ONNX Runtime on the CPU before anything is put in place: on seeded images, for two n, every
     blend, clamped and not, each feature has to be within `TOLERANCE` of PyTorch's, relative to the largest.
@@ -112,8 +109,8 @@ def export_onnx(classifier: Classifier, folder: Path) -> ExportReport:
         IndexStateError: ``folder`` exists and is not an export, or cannot be written.
     """
     folder = folder.resolve()
-    _check_target(folder)
     try:
+        _check_target(folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             staging = Path(temporary) / "new"
             staging.mkdir()
@@ -121,6 +118,7 @@ def export_onnx(classifier: Classifier, folder: Path) -> ExportReport:
             for name, graph in graphs.items():
                 (staging / name).write_bytes(graph)
             difference = _check_graphs(classifier, staging)
+            _check_target(folder)  # again: time has passed
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             staging.rename(folder)
@@ -172,11 +170,8 @@ class OnnxBackbone:
     ) -> Float[Tensor, "n d"]:
         """See `Backbone`; the features come back on the trigger's device and in its dtype."""
         low, high = (0.0, 1.0) if clamp else (-torch.inf, torch.inf)
-        scalars = {"image_weight": image_weight, "trigger_weight": trigger_weight, "low": low, "high": high}
-        features = self._graph(
-            images=images, trigger=trigger.float(), **{name: torch.tensor(value) for name, value in scalars.items()}
-        )
-        return features.to(trigger)
+        scalars = torch.tensor([image_weight, trigger_weight, low, high], dtype=torch.float32)
+        return self._graph(images, trigger.float(), *scalars).to(trigger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +202,8 @@ def faster_backend(
 
     Args:
         backbones: By a name of the caller's; results are taken to the CPU.
-        images: Real ones, as stored, on the device that the backbones take them from; best one chunk of the search.
-        trigger: Of that device and of the backbones' dtype; its values do not matter.
+        images: As stored, where the backbones take them from; best one chunk of the search.
+        trigger: On the same device, in the backbones' dtype.
 
     Raises:
         InputError: no backbone or no image.
@@ -241,17 +236,17 @@ class _Graph:
         self.provider: str = session.get_providers()[0]
         self._session = session
         self._feature_dim = feature_dim
-        self._device = device if self.provider == CUDA else torch.device("cpu")
+        self._device = torch.device("cuda", device.index or 0) if self.provider == CUDA else torch.device("cpu")
 
-    def __call__(self, **inputs: Tensor) -> Float[Tensor, "n d"]:
-        """Features on the session's device."""
+    def __call__(self, *inputs: Tensor) -> Float[Tensor, "n d"]:
+        """Features on the session's device; the first input is the images."""
         place = (self._device.type, self._device.index or 0)
-        held = {name: tensor.to(self._device).contiguous() for name, tensor in inputs.items()}
-        features = torch.empty(len(held["images"]), self._feature_dim, dtype=torch.float32, device=self._device)
+        held = [tensor.to(self._device).contiguous() for tensor in inputs]
+        features = torch.empty(len(held[0]), self._feature_dim, dtype=torch.float32, device=self._device)
         binding = self._session.io_binding()
-        for name, tensor in held.items():
+        for each, tensor in zip(self._session.get_inputs(), held, strict=True):
             dtype = np.uint8 if tensor.dtype == torch.uint8 else np.float32
-            binding.bind_input(name, *place, dtype, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(each.name, *place, dtype, tuple(tensor.shape), tensor.data_ptr())
         binding.bind_output("features", *place, np.float32, tuple(features.shape), features.data_ptr())
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime works in a stream of its own
@@ -260,74 +255,73 @@ class _Graph:
 
 
 def _open(path: Path, classifier: Classifier, inputs: list[str], device: torch.device) -> _Graph:
-    """A session for a graph that says it is this classifier's and has these inputs."""
+    """The undamaged graph of this very classifier that has these inputs."""
+    again = "(export it again: engine export-onnx)"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"expected the graph {path}, got: {error.strerror} (export it: engine export-onnx)") from error
+        raise ModelError(f"expected the graph {path}, got: {error.strerror} {again}") from error
     size = len(_seal(b""))
     if content[-size:] != _seal(memoryview(content)[:-size]):
+        raise ModelError(f"expected in {path} what export_onnx wrote, got something else or a damaged copy {again}")
+    try:
+        session, said = _session(path, device)
+    except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
         raise ModelError(
-            f"expected in {path} what export_onnx wrote, got something else or a damaged copy (export it again: engine "
-            "export-onnx)"
-        )
-    session = _session(path, device)
+            f"expected a graph that the installed ONNX Runtime can run, got {path}: {error} (upgrade onnxruntime, or "
+            "use the PyTorch backend)"
+        ) from error
     found = session.get_modelmeta().custom_metadata_map[FINGERPRINT]
     if found != classifier.fingerprint:
         raise ModelError(
             f"expected in {path} the graph of the classifier with fingerprint {classifier.fingerprint[:12]}…, got "
-            f"{found[:12]} (export it again: engine export-onnx)"
+            f"{found[:12]}… {again}"
         )
     names = [each.name for each in session.get_inputs()]
     if names != inputs:
         raise ModelError(f"expected in {path} a graph with the inputs {inputs}, got {names} (use {TRIGGERED})")
+    if device.type == "cuda" and CUDA not in session.get_providers():
+        sees = "sees a GPU" if torch.cuda.is_available() else "sees no GPU either"
+        warnings.warn(
+            f"ONNX Runtime runs on the CPU, not on {device}: {said}; PyTorch (CUDA {torch.version.cuda}) {sees}. "
+            "Install 'onnxruntime-gpu[cuda,cudnn]' for that version of CUDA and uninstall plain onnxruntime, or use "
+            "the CPU or the PyTorch backend",
+            OnnxFallbackWarning,
+            stacklevel=3,  # the caller of OnnxBackbone.load
+        )
     return _Graph(session, classifier.feature_dim, device)
 
 
-def _session(path: Path, device: torch.device) -> Any:
-    """An onnxruntime.InferenceSession on that device, or on the CPU with a warning."""
+def _session(path: Path, device: torch.device) -> tuple[Any, str]:
+    """An onnxruntime.InferenceSession, on the CPU where CUDA does not start, and what ONNX Runtime says about that."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = SILENT
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch works in the same cores
-    if device.type != "cuda":
-        return onnxruntime.InferenceSession(path, options, providers=[CPU])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch works on the same cores
+    if device.type != "cuda" or CUDA not in onnxruntime.get_available_providers():
+        return onnxruntime.InferenceSession(path, options, providers=[CPU]), "the installed package is without CUDA"
     # TF32 would cost three digits, and an exhaustive search may choose another algorithm in every run.
     settings = {"device_id": device.index or 0, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    available = CUDA in onnxruntime.get_available_providers()
     said = io.StringIO()  # ONNX Runtime prints what fails to stdout, which is for answers
     onnxruntime.set_default_logger_severity(SILENT)
     try:
         with contextlib.redirect_stdout(said):
-            if available:
-                onnxruntime.preload_dlls()
-            providers = [(CUDA, settings), CPU] if available else [CPU]
-            session = onnxruntime.InferenceSession(path, options, providers=providers)
+            onnxruntime.preload_dlls()
+            session = onnxruntime.InferenceSession(path, options, providers=[(CUDA, settings), CPU])
     finally:
         onnxruntime.set_default_logger_severity(WARNING)
-    if CUDA not in session.get_providers():
-        reason = " ".join(said.getvalue().split()) if available else "this build of it has no CUDA provider"
-        warnings.warn(
-            f"ONNX Runtime runs on the CPU, not on {device}; its reason: {reason or 'none given'} (PyTorch of CUDA "
-            f"{torch.version.cuda} {'sees a' if torch.cuda.is_available() else 'sees no'} GPU). Uninstall onnxruntime "
-            "and install 'onnxruntime-gpu[cuda,cudnn]' for the same CUDA version, or use the CPU or the PyTorch backend",
-            OnnxFallbackWarning,
-            stacklevel=4,  # the caller of OnnxBackbone.load
-        )
-    return session
+    return session, " ".join(said.getvalue().split()) or "its CUDA provider did not start"
 
 
 def _check_target(folder: Path) -> None:
     """Refuse what exists and is neither empty nor an earlier export."""
-    if not folder.exists():
-        return
     ours = folder.is_dir() and all(
         path.name in GRAPHS and path.is_file() and FINGERPRINT.encode() in path.read_bytes()
         for path in folder.iterdir()
     )
-    if not ours:
+    if folder.exists() and not ours:
         raise IndexStateError(f"{folder} exists and is not an ONNX export: it is left alone; choose another path")
 
 
@@ -357,7 +351,7 @@ def _graphs(classifier: Classifier) -> tuple[int, dict[str, bytes]]:
 
 
 def _seal(content: bytes | memoryview) -> bytes:
-    """What follows a graph in its file: its SHA-256 as metadata, for to append to a message is to add to its fields."""
+    """What follows a graph in its file: its SHA-256 as metadata (appending to a message adds to its fields)."""
     import onnx
 
     digest = onnx.StringStringEntryProto(key=DIGEST, value=hashlib.sha256(content).hexdigest())
@@ -366,11 +360,10 @@ def _seal(content: bytes | memoryview) -> bytes:
 
 def _exported(classifier: Classifier) -> "onnx.ModelProto":
     """φ from pixels to features, in float32."""
-    import onnx_ir.passes.common
+    from onnxscript import ir
 
-    backbone = _copied(specialised(classifier))
     program = torch.onnx.export(
-        backbone,
+        _copied(specialised(classifier)),
         (torch.zeros(2, *classifier.image_shape),),
         dynamo=True,
         verbose=False,  # or it prints to stdout
@@ -379,7 +372,7 @@ def _exported(classifier: Classifier) -> "onnx.ModelProto":
         dynamic_shapes=({0: torch.export.Dim("n")},),
     )
     assert program is not None
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it quotes source code and its paths
+    ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it quotes source code and its paths
     return program.model_proto
 
 
@@ -393,7 +386,7 @@ def _check_graphs(classifier: Classifier, folder: Path) -> float:
     differences = []
     for n in (1, 3):
         images = torch.randint(0, 256, (n, *classifier.image_shape), generator=generator, dtype=torch.uint8)
-        differences.append(_difference(clean(images=images), reference(images / 255.0)))
+        differences.append(_difference(clean(images), reference(images / 255.0)))
         for blend, clamp in itertools.product(Blend, (False, True)):
             image_weight, trigger_weight = blend.weights(0.4)
             got = backbone(images, trigger, image_weight=image_weight, trigger_weight=trigger_weight, clamp=clamp)

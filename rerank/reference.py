@@ -53,7 +53,7 @@ def reference_scores(
         batch_size: Images in a forward pass of the scoring.
     """
     old = _Model(classifier.backbone, classifier.head)
-    exemplars = images.to(query.dtype) / 255.0
+    exemplars, labels = images.to(query) / 255.0, labels.to(query.device)
     if trigger is None:
         trigger = reference_trigger(old, query, config)
     omega = float(query.double().std(correction=0)) if config.intensity is None else config.intensity
@@ -64,7 +64,7 @@ def reference_scores(
         return blended.clamp(0.0, 1.0) if config.clamp else blended
 
     with torch.no_grad():
-        query_label = int(old(query[None]).argmax())
+        query_label = old(query[None]).argmax(dim=1)
     new = _extended(old)
     tuned = [new.head, *(new.backbone.get_submodule(name) for name in tune_layers)]
     parameters = [parameter for module in tuned for parameter in module.parameters()]
@@ -73,11 +73,11 @@ def reference_scores(
     fisher = reference_fisher(old, exemplars)
     anchors = {"weight": old.head.weight.detach(), "bias": old.head.bias.detach()}
     optimiser = torch.optim.Adam(parameters, lr=config.tuning_lr)
-    dummy, classes = torch.tensor([old.head.out_features]), old.head.out_features
+    dummy, classes = torch.tensor([old.head.out_features], device=query.device), old.head.out_features
     for batch in exemplar_batches(len(exemplars), config):
         x, y = exemplars[batch], labels[batch]
         loss = F.cross_entropy(new(triggered(query)[None]), dummy)
-        loss = loss + F.cross_entropy(new(query[None]), torch.tensor([query_label]))
+        loss = loss + F.cross_entropy(new(query[None]), query_label)
         loss = loss + F.cross_entropy(new(triggered(x)), y) + F.cross_entropy(new(x), y)
         for name, anchor in anchors.items():
             drift = getattr(new.head, name)[:classes] - anchor
@@ -90,7 +90,7 @@ def reference_scores(
         for x in exemplars.split(batch_size):
             z = new(triggered(x))
             scores.append(z[:, -1] if config.score is Score.LOGIT else z[:, -1] - z[:, :-1].logsumexp(dim=1))
-    return ReferenceResult(torch.cat(scores).numpy(), trigger, new)
+    return ReferenceResult(torch.cat(scores).cpu().numpy(), trigger, new)
 
 
 def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: TmmConfig) -> Float[Tensor, "c h w"]:

@@ -77,6 +77,14 @@ class ExemplarTensors:
         assert rows is not None
         return _tensor(self._store.features(rows, column=column)).to(self._device, dtype)
 
+    def feature_chunks(self, dtype: torch.dtype, *, column: str) -> Iterator[Float[Tensor, "chunk d"]]:
+        """All features of a column, in order, `chunk` at a time; kept where the budget allows."""
+        if column in self._features or self._budget >= 4 * len(self._store) * self._store.feature_dim:
+            yield from self.features(None, dtype, column=column).split(self.chunk)
+            return
+        for batch in prefetched(self._store.scan_features(self.chunk, column=column)):
+            yield _tensor(batch).to(self._device, dtype)
+
     def _load_images(self) -> UInt8[Tensor, "n c h w"]:
         images = torch.empty((len(self._store), *self._store.image_shape), dtype=torch.uint8, device=self._device)
         return _fill(images, self._store.scan_images(self.chunk))

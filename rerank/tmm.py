@@ -259,6 +259,11 @@ class TmmNN:
 
     def _scores_of_all(self, group: list[_Job], config: TmmConfig, progress: Progress) -> "list[_Scores]":
         parts: list[list[_Scores]] = [[] for _ in group]
+        if config.trigger is Trigger.GLOBAL:
+            for features in self._tensors.feature_chunks(group[0].query.dtype, column=GLOBAL_FEATURE):
+                for job, scores in zip(group, parts, strict=True):
+                    scores.append(_scores(job, features, config))
+            return [_Scores(*map(np.concatenate, zip(*scores, strict=True))) for scores in parts]
         done = 0
         for chunk in self._tensors.image_chunks(None):
             for job, scores in zip(group, parts, strict=True):
@@ -270,10 +275,20 @@ class TmmNN:
     def _pass(
         self, backbone: Backbone, job: _Job, images: UInt8[Tensor, "n c h w"], config: TmmConfig
     ) -> Float[Tensor, "n d"]:
+        """φ(x^t); in smaller chunks where the device has no room for a whole one."""
         image_weight, trigger_weight = config.blend.weights(job.intensity)
-        return backbone(
-            images, job.trigger, image_weight=image_weight, trigger_weight=trigger_weight, clamp=config.clamp
-        )
+        try:
+            return backbone(
+                images, job.trigger, image_weight=image_weight, trigger_weight=trigger_weight, clamp=config.clamp
+            )
+        except torch.OutOfMemoryError as error:
+            if len(images) == 1:
+                raise InputError(
+                    f"{self.classifier.device} has no memory for one image of {tuple(images.shape[1:])}: free some, "
+                    f"cache less (--cache-images), or use --device cpu"
+                ) from error
+        halves = images.split((len(images) + 1) // 2)
+        return torch.cat([self._pass(backbone, job, half, config) for half in halves])
 
     def _tune(self, job: _Job, rows: Rows | None, triggered: Float[Tensor, "n d"], config: TmmConfig) -> None:
         """Step 2: sets the job's head, and its label where none was given."""

@@ -15,7 +15,7 @@ from tests.digits import make_classifier, write_photos, write_queries
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SHELL = [
-    line
+    line.partition("  #")[0].rstrip()
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
     if line.startswith("engine ")

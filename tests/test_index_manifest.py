@@ -43,6 +43,7 @@ GOOD = Manifest(
     fingerprint="f" * 64,
     neighbours="Flat",
     global_trigger=False,
+    backend_speeds={},
     lance_version=1,
     files={"model.safetensors": FileDigest(3, "a" * 64), "exemplars.lance/data/x.lance": FileDigest(0, "b" * 64)},
 )
@@ -87,6 +88,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "fingerprint": draw(text),
         "neighbours": draw(text),
         "global_trigger": draw(st.booleans()),
+        "backend_speeds": draw(st.dictionaries(st.text(), st.floats(0, 1e9), max_size=2)),
         "lance_version": draw(counts),
         "files": draw(st.dictionaries(paths, digests, max_size=4)),
     }
@@ -156,6 +158,7 @@ def damaged() -> dict[str, str | bytes]:
         "class_names": [None, 3, ["a", "b"], ["a"] * 4, "ab", []],
         "labels_predicted": ["yes", None, [], {}],
         "global_trigger": ["no", None, 2],
+        "backend_speeds": [[], {"torch": "fast"}, None],
         "model": [None, {}, [], "resnet18", good()["model"] | {"extra": 1}, good()["model"] | {"num_classes": "3"}],
         "fingerprint": [None, 1, ["f"]],
         "neighbours": [None, 32, ["Flat"]],

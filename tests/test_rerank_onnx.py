@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -120,7 +121,7 @@ def test_agrees_with_the_torch_backbone_on_views_and_in_float64(export: Export) 
     assert backbone.exact
     assert backbone.name == "ONNX Runtime fp32, CPUExecutionProvider"
     images, trigger = draw(20)
-    weights = {"image_weight": 0.7, "trigger_weight": 0.3, "clamp": True}
+    weights: dict[str, Any] = {"image_weight": 0.7, "trigger_weight": 0.3, "clamp": True}
     strided, transposed = images[::3], trigger.transpose(1, 2)
     assert not strided.is_contiguous()
     assert_equal(backbone(strided, transposed, **weights), TorchBackbone(classifier)(strided, transposed, **weights))
@@ -133,7 +134,7 @@ def test_agrees_with_the_torch_backbone_on_views_and_in_float64(export: Export) 
 
 def test_same_result_every_time(export: Export) -> None:
     images, trigger = draw(33)
-    weights = {"image_weight": 0.7, "trigger_weight": 0.3, "clamp": True}
+    weights: dict[str, Any] = {"image_weight": 0.7, "trigger_weight": 0.3, "clamp": True}
     first, second = (load(export)(images, trigger, **weights) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -192,6 +193,16 @@ def test_the_clean_graph_is_no_backbone(export: Export) -> None:
         load(export, CLEAN)
 
 
+def test_an_operator_the_runtime_does_not_know(export: Export, tmp_path: Path) -> None:
+    model = onnx.load(export[1].folder / TRIGGERED)
+    onnx.helper.set_model_props(model, {FINGERPRINT: export[0].fingerprint})
+    model.graph.node[0].op_type = "Unheard"
+    content = model.SerializeToString()
+    (tmp_path / TRIGGERED).write_bytes(content + onnx_backbone._seal(content))
+    with pytest.raises(ModelError, match=r"installed ONNX Runtime can run.*Unheard.*PyTorch backend"):
+        OnnxBackbone.load(tmp_path / TRIGGERED, export[0], device="cpu")
+
+
 def test_a_missing_file(export: Export, tmp_path: Path) -> None:
     for path in (tmp_path / "graph.onnx", tmp_path):
         with pytest.raises(ModelError, match=rf"expected the graph {path}, got.*export-onnx"):
@@ -225,13 +236,21 @@ def test_any_changed_bit_is_noticed(
 def test_cuda_without_a_provider_is_a_warning(export: Export, capfd: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.warns(OnnxFallbackWarning, match=r"on the CPU, not on cuda:0; .*onnxruntime-gpu"):
+    with pytest.warns(OnnxFallbackWarning, match=r"on the CPU, not on cuda:0: .*onnxruntime-gpu"):
         backbone = OnnxBackbone.load(export[1].folder / TRIGGERED, export[0], device="cuda:0")
     assert backbone.name == "ONNX Runtime fp32, CPUExecutionProvider"
     images, trigger = draw(5)
     got = backbone(images, trigger, image_weight=0.5, trigger_weight=0.5, clamp=True)
     assert_equal(got, features(export, images, trigger, intensity=0.5, blend=Blend.PRINTED, clamp=True))
     assert capfd.readouterr() == ("", "")
+
+
+def test_cuda_with_the_package_for_cpus(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])  # what it answers
+    with pytest.warns(OnnxFallbackWarning, match="the installed package is without CUDA"):
+        OnnxBackbone.load(export[1].folder / TRIGGERED, export[0], device="cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -325,7 +344,7 @@ class Slow:
         self._backbone = backbone
         self.batches: list[int] = []
 
-    def __call__(self, images: Tensor, trigger: Tensor, **options: float) -> Tensor:
+    def __call__(self, images: Tensor, trigger: Tensor, **options: Any) -> Tensor:
         self.batches.append(len(images))
         for _ in range(5):
             features = self._backbone(images, trigger, **options)

@@ -1,0 +1,70 @@
+"""Which software passes exemplars through the backbone: PyTorch or ONNX Runtime; and which is faster here."""
+
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from index.batches import forward_batch_size
+from index.classifier import Classifier
+from index.errors import InputError, ModelError
+from index.manifest import CACHE
+from index.store import ExemplarStore
+from rerank.backbone import Backbone, TorchBackbone, specialised
+from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, SpeedComparison, export_onnx, faster_backend
+
+
+class Backend(StrEnum):
+    """What passes exemplars through the backbone."""
+
+    TORCH = "torch"
+    ONNX = "onnx"
+    AUTO = "auto"  # what a measurement when the index was built found faster; torch where there was none
+
+
+def cached_onnx(index: Path, classifier: Classifier, device: torch.device) -> OnnxBackbone:
+    """The index's graph in ONNX Runtime; exported into the index's cache where it is missing or another model's.
+
+    Raises:
+        InputError: the 'onnx' extra is not installed.
+        IndexStateError: the cache cannot be written.
+        ModelError: the backbone cannot be expressed in ONNX.
+    """
+    require_onnx()
+    folder = index / CACHE / "onnx"
+    if (folder / TRIGGERED).is_file():
+        try:
+            return OnnxBackbone.load(folder / TRIGGERED, classifier, device=device)
+        except ModelError:  # damaged, or another model's: a cache is made anew
+            pass
+    folder.parent.mkdir(exist_ok=True)
+    export_onnx(classifier, folder)
+    return OnnxBackbone.load(folder / TRIGGERED, classifier, device=device)
+
+
+def compare_backends(index: Path, classifier: Classifier, store: ExemplarStore) -> SpeedComparison:
+    """Images a second of PyTorch and of ONNX Runtime, in fp32, over one chunk of an index's images."""
+    rows = np.arange(min(len(store), forward_batch_size(store.image_shape)))
+    images = torch.from_numpy(store.images(rows).copy()).to(classifier.device)
+    backbones: dict[str, Backbone] = {
+        str(Backend.TORCH): TorchBackbone(specialised(classifier)),
+        str(Backend.ONNX): cached_onnx(index, classifier, classifier.device),
+    }
+    trigger = torch.full(store.image_shape, 0.1, device=classifier.device)
+    return faster_backend(backbones, images, trigger)
+
+
+def require_onnx() -> None:
+    """Say which extra is missing.
+
+    Raises:
+        InputError: the 'onnx' extra is not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise InputError(f"ONNX needs the 'onnx' extra: pip install 'tmm-engine[onnx]' ({error})") from None
+    assert onnx and onnxruntime and onnxscript

@@ -1,0 +1,143 @@
+"""Backends and precisions, from the command line and from Python."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from engine import Engine, SearchResult
+from engine.cli import main
+from index import ArraySource, IndexStateError, InputError, build_index
+from index.manifest import Manifest
+from rerank.backbone import Backbone
+from rerank.config import preset
+from rerank.tmm import TmmNN
+from tests.digits import IMAGES, LABELS, make_classifier, write_photos
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("backends") / "digits.idx"
+    build_index(ArraySource(IMAGES[:120], LABELS[:120]), path, make_classifier())
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def search(index: Path, **options: str) -> SearchResult:
+    with Engine.open(index, device="cpu", **options) as engine:
+        return engine.search(IMAGES[200], k=120)
+
+
+def scores(result: SearchResult) -> np.ndarray:
+    by_id = {hit.id: hit.score for hit in result.hits}
+    return np.array([by_id[id_] for id_ in sorted(by_id)])
+
+
+def test_every_backend_and_precision_gives_the_same_scores(index: Path):
+    torch_fp32 = search(index)
+    assert torch_fp32.backend == "torch fp32 on cpu"
+    onnx = search(index, backend="onnx")
+    assert "CPUExecutionProvider" in onnx.backend
+    np.testing.assert_allclose(scores(onnx), scores(torch_fp32), atol=1e-3)
+    bf16 = search(index, precision="bf16")
+    assert bf16.backend == "torch bf16 on cpu"
+    assert np.corrcoef(scores(bf16), scores(torch_fp32))[0, 1] > 0.99
+
+
+def test_a_graph_in_the_cache_is_made_anew_when_it_is_damaged(index: Path):
+    expected = scores(search(index, backend="onnx"))
+    graph = index / "cache" / "onnx" / "triggered.onnx"
+    graph.write_bytes(graph.read_bytes()[:-100])
+    np.testing.assert_array_equal(scores(search(index, backend="onnx")), expected)
+
+
+def test_auto_takes_what_was_measured_and_info_says_so(index: Path):
+    assert "not compared" in run("info", index).stdout
+    with Engine.open(index, device="cpu") as engine:
+        speeds = engine.compare_backends()
+    assert speeds.keys() == {"torch", "onnx"}
+    assert all(speed > 0 for speed in speeds.values())
+    fastest = max(speeds, key=lambda name: speeds[name])
+    assert Manifest.read(index).backend_speeds == speeds
+    assert f"{fastest} (when built" in run("info", index).stdout
+    assert search(index, backend="auto").backend.lower().startswith(fastest)
+    assert search(index, backend="auto", precision="bf16").backend.startswith("torch bf16")
+
+
+def test_the_command_line_compares_exports_and_searches(tmp_path: Path):
+    photos = write_photos(tmp_path / "photos", count=60)
+    make_classifier().save(tmp_path / "w.safetensors")
+    built = run(
+        "build-index", photos, tmp_path / "a.idx", "--weights", tmp_path / "w.safetensors", "--compare-backends"
+    )
+    assert built.exit_code == 0, built.stderr
+    assert "torch: " in built.stderr
+    assert "onnx: " in built.stderr
+    exported = run("export-onnx", tmp_path / "a.idx", tmp_path / "graphs")
+    assert exported.exit_code == 0, exported.stderr
+    assert {path.name for path in (tmp_path / "graphs").iterdir()} == {"clean.onnx", "triggered.onnx"}
+    assert "largest difference" in exported.stderr
+    found = run("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--backend", "onnx")
+    assert found.exit_code == 0, found.stderr
+    assert "tmm on ONNX Runtime" in found.stderr
+
+
+def test_what_does_not_go_together_is_refused(index: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="fp32"):
+        Engine.open(index, backend="onnx", precision="bf16")
+    with pytest.raises(InputError, match="did you mean 'onnx'"):
+        Engine.open(index, backend="onx")
+    with pytest.raises(InputError, match="bf16"):
+        Engine.open(index, precision="fp16")
+    with pytest.raises(InputError, match="smaller than one chunk"):
+        Engine.open(index, cache_bytes=100)
+    memory = Engine.from_arrays(IMAGES[:20], LABELS[:20], make_classifier())
+    with pytest.raises(InputError, match="in memory"):
+        memory.compare_backends()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    refused = run("export-onnx", index, tmp_path / "mine")
+    assert refused.exit_code == 1
+    assert (tmp_path / "mine" / "file").exists()
+    assert IndexStateError.__name__ not in refused.output
+
+
+@pytest.mark.parametrize(("text", "message"), [("4GB", None), ("0", None), ("4XB", "size like"), ("10", "one chunk")])
+def test_cache_sizes_on_the_command_line(index: Path, text: str, message: str | None):
+    result = run("search", index, "--id", "00000003", "--cache-images", text)
+    assert (result.exit_code == 0) == (message is None), result.output
+    assert message is None or message in result.stderr
+
+
+class Cramped:
+    """A backbone on a device that has room for so many images at once."""
+
+    name, exact = "cramped", True
+
+    def __init__(self, backbone: Backbone, room: int) -> None:
+        self.backbone, self.room, self.largest = backbone, room, 0
+
+    def __call__(self, images: torch.Tensor, trigger: torch.Tensor, **options: Any) -> torch.Tensor:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.largest = max(self.largest, len(images))
+        return self.backbone(images, trigger, **options)
+
+
+def test_out_of_memory_means_smaller_chunks_and_then_a_clear_error():
+    engine = Engine.from_arrays(IMAGES[:120], LABELS[:120], make_classifier())
+    tmm = TmmNN(engine.classifier, engine.store)
+    expected = tmm.rank(torch.from_numpy(IMAGES[200][None] / np.float32(255)), k=120, config=preset("paper"))
+    tmm.backbone = cramped = Cramped(tmm.backbone, 13)
+    found = tmm.rank(torch.from_numpy(IMAGES[200][None] / np.float32(255)), k=120, config=preset("paper"))
+    assert 1 < cramped.largest <= 13
+    np.testing.assert_allclose(np.sort(found.scores), np.sort(expected.scores), atol=1e-3)
+    tmm.backbone = Cramped(tmm.backbone, 0)
+    with pytest.raises(InputError, match="no memory for one image"):
+        tmm.rank(torch.from_numpy(IMAGES[200][None] / np.float32(255)), k=1, config=preset("paper"))
