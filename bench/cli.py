@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.cli import device_option, joined, numbers, source_options
+from engine.options import device_option, joined, numbers, source_options
 from index.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _check_folders(*files: Path | None) -> None:
 
 
 def _opened(source: str, options: dict[str, Any]) -> "tuple[ImageSource, Classifier]":
-    from engine.engine import choose_device
+    from engine.backends import choose_device
     from index.classifier import Classifier
     from index.sources import open_source
 

@@ -8,10 +8,10 @@ import torch
 
 from index.batches import forward_batch_size
 from index.classifier import Classifier
-from index.errors import InputError, ModelError
-from index.manifest import CACHE
+from index.errors import InputError, ModelError, member
+from index.manifest import CACHE, Manifest
 from index.store import ExemplarStore
-from rerank.backbone import Backbone, TorchBackbone, specialised
+from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
 from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, SpeedComparison, export_onnx, faster_backend
 
 
@@ -21,6 +21,43 @@ class Backend(StrEnum):
     TORCH = "torch"
     ONNX = "onnx"
     AUTO = "auto"  # what a measurement when the index was built found faster; torch where there was none
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}; expected cpu, cuda, cuda:N or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
+    return device
+
+
+def choose_backbone(
+    index: Path, manifest: Manifest, classifier: Classifier, *, backend: Backend, precision: Precision
+) -> Backbone | None:
+    """The index's backbone in ONNX Runtime where that is asked for, or measured to be faster; None for PyTorch.
+
+    Raises:
+        InputError: ONNX Runtime is asked for another precision than fp32, or not installed.
+        IndexStateError: see `cached_onnx`, also for the others.
+    """
+    if backend is Backend.AUTO:
+        speeds = manifest.backend_speeds
+        fastest = max(speeds, key=speeds.__getitem__, default=Backend.TORCH)
+        backend = member(Backend, fastest) if precision is Precision.FP32 else Backend.TORCH
+    if backend is Backend.TORCH:
+        return None
+    if precision is not Precision.FP32:
+        raise InputError(f"ONNX Runtime passes exemplars in fp32, not {precision}; use --backend torch")
+    return cached_onnx(index, classifier, classifier.device)
 
 
 def cached_onnx(index: Path, classifier: Classifier, device: torch.device) -> OnnxBackbone:

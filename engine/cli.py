@@ -4,14 +4,21 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted. Nothing h
 """
 
 import json
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from engine.options import (
+    cache_option,
+    device_option,
+    model_option,
+    modes,
+    numbers,
+    size,
+    source_options,
+)
 from index.errors import InputError, TmmEngineError
 
 if TYPE_CHECKING:
@@ -21,9 +28,6 @@ if TYPE_CHECKING:
     from index.classifier import Classifier
     from index.sources import ImageSource
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-MODES = ("tmm", "l2", "cosine")
 MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", "std", "head")
 
 
@@ -53,78 +57,6 @@ class _Group(click.Group):
             ctx.exit(130)
 
 
-def joined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, in their order."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:
-    """Parse `1,2,3`."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
-
-
-def _modes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
-    from index.errors import nearest
-
-    modes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for mode in modes:
-        if mode not in MODES:
-            raise click.BadParameter(f"unknown mode {mode!r}{nearest(mode, MODES)}; known: {', '.join(MODES)}")
-    return modes
-
-
-def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    try:
-        height, width = (int(side) for side in (text.split("x") if "x" in text else (text, text)))
-    except ValueError:
-        raise click.BadParameter(f"expected a side or HEIGHTxWIDTH, got {text!r}") from None
-    if min(height, width) < 1:
-        raise click.BadParameter(f"expected sides of at least 1, got {text!r}")
-    return height, width
-
-
-def _bytes(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", text.strip())
-    try:
-        return int(float(match[1]) * units[match[2].upper()]) if match else int(text)
-    except (KeyError, ValueError):
-        raise click.BadParameter(f"expected a size like 512MiB or 4GiB, got {text!r}") from None
-
-
-source_options = joined(
-    click.option("--split", help="Split of a data set: train, test, … Default: train."),
-    click.option(
-        "--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."
-    ),
-    click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
-)
-cache_option = click.option(
-    "--cache-images",
-    callback=_bytes,
-    default="4GiB",
-    show_default=True,
-    help="What may stay in memory between searches: images, then features.",
-)
-model_option = click.option(
-    "--model", metavar="NAME", help="torchvision architecture, vit_tiny_32, or package.module:factory."
-)
-device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="tmm-engine", message="%(package)s %(version)s")
 def main() -> None:
@@ -152,7 +84,7 @@ def main() -> None:
     default=None,
     help="First convolution 3x3, stride 1. Default: as the checkpoint says.",
 )
-@click.option("--image-size", callback=_size, metavar="N|HxW", help="Default: the first image's, at most 224.")
+@click.option("--image-size", callback=size, metavar="N|HxW", help="Default: the first image's, at most 224.")
 @click.option(
     "--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as the first image."
 )
@@ -190,8 +122,9 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
           --mean .4914,.4822,.4465 --std .2470,.2435,.2616
       engine build-index mnist mnist.idx --root data --model mypackage.models:make_net --overwrite
     """
+    from engine.backends import choose_device
     from engine.display import progress_bar
-    from engine.engine import Engine, choose_device
+    from engine.engine import Engine
     from index.builder import build_index
     from index.sources import open_source
     from index.target import check_target
@@ -240,7 +173,7 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     "modes",
     default="tmm",
     show_default=True,
-    callback=_modes,
+    callback=modes,
     help="tmm, l2, cosine, or several: tmm,l2,cosine.",
 )
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many exemplars to return.")

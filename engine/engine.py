@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import nn
 
-from engine.backends import Backend, cached_onnx, compare_backends
+from engine.backends import Backend, choose_backbone, choose_device, compare_backends
 from engine.query import ImageLike, Query, as_query
 from engine.results import Hit, SearchResult
 from index.builder import BuildReport, check_fit, embedded, predict
@@ -159,7 +159,9 @@ class Engine:
             path=path,
             cache_bytes=cache_bytes,
             precision=precision,
-            backbone=_onnx(path, manifest, classifier, member(Backend, backend), member(Precision, precision)),
+            backbone=choose_backbone(
+                path, manifest, classifier, backend=member(Backend, backend), precision=member(Precision, precision)
+            ),
             global_trigger=GlobalTrigger.load(path / GLOBAL_TRIGGER) if manifest.global_trigger else None,
         )
 
@@ -421,38 +423,6 @@ class _Answer:
     scored: int = 0
     ranking: Ranking | None = None
     timings: dict[str, float] = field(default_factory=dict)
-
-
-def _onnx(
-    path: Path, manifest: Manifest, classifier: Classifier, backend: Backend, precision: Precision
-) -> Backbone | None:
-    """The index in ONNX Runtime, if that is what is asked for."""
-    if backend is Backend.AUTO:
-        speeds = manifest.backend_speeds
-        fastest = max(speeds, key=speeds.__getitem__, default=Backend.TORCH)
-        backend = member(Backend, fastest) if precision is Precision.FP32 else Backend.TORCH
-    if backend is Backend.TORCH:
-        return None
-    if precision is not Precision.FP32:
-        raise InputError(f"ONNX Runtime passes exemplars in fp32, not {precision}; use --backend torch")
-    return cached_onnx(path, classifier, classifier.device)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-
-    Raises:
-        InputError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}; expected cpu, cuda, cuda:N or auto") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
 
 
 def _memory_store(source: ArraySource, classifier: Classifier, progress: Progress) -> MemoryStore:

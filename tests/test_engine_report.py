@@ -156,7 +156,8 @@ def test_marks_follow_the_true_label_or_else_the_prediction(
     tmp_path: Path, true_label: int | None, same: int | None
 ) -> None:
     true_class = None if true_label is None else f"class {true_label}"
-    page = Page(html_of([replace(make_result(), true_label=true_label, true_class=true_class)], tmp_path))
+    result = replace(make_result(), true_label=true_label, true_class=true_class)
+    page = Page(html_of([result], tmp_path))
     assert page.of_class("mark") == ["✓" if hit.label == same else "✗" for hit in result.hits]
     assert [alt.endswith("the query’s class") for alt, _ in page.pictures()[1:]] == [
         hit.label == same for hit in result.hits

@@ -1,6 +1,7 @@
 """A specialised network is the same function, the original stays as it was, and a pass is blending, then φ."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from torch.nn.utils import parametrizations
 
 from index.classifier import Classifier
 from index.errors import InputError, member
-from rerank import Blend
+from rerank import Blend, Score, TmmConfig, TmmNN
 from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
+from rerank.scoring import dummy_scores
 from rerank.trigger import apply_trigger
-from tests.conftest import SHAPE, classifier_of, network
+from rerank.tuning import TuningSet, tune_head
+from tests.conftest import SHAPE
 
 slow = pytest.mark.slow
 ARCHITECTURES = [
@@ -155,9 +158,9 @@ def test_a_convolution_of_any_geometry_gives_the_same_with_no_larger_a_kernel(
     cut = next(module for module in fast.backbone.modules() if isinstance(module, nn.Conv2d))
     assert all(now <= then for now, then in zip(cut.kernel_size, kernel, strict=True))
     assert tuple(cut.weight.shape[2:]) == cut.kernel_size
-    if size == (1, 1) and stride == (1, 1) and kernel[0] % 2 == kernel[1] % 2 == 1:
-        same = tuple(step * (side // 2) for step, side in zip(dilation, kernel, strict=True))
-        assert cut.kernel_size == (1, 1) or padding != same
+    centred = tuple(step * (side // 2) for step, side in zip(dilation, kernel, strict=True))
+    if size == (1, 1) and padding == centred and kernel[0] % 2 == kernel[1] % 2 == 1:
+        assert cut.kernel_size == (1, 1)
 
 
 # ---- any network
@@ -305,31 +308,23 @@ def test_what_cannot_be_rewritten_is_used_as_it_is(make):
     n=st.integers(1, 5),
     seed=st.integers(0, 100),
 )
-def test_a_pass_is_blending_then_features(precise, make_images, *, blend, clamp, intensity, scale, n, seed):
+def test_a_pass_is_blending_then_features(classifier, precise, make_images, *, blend, clamp, intensity, scale, n, seed):
     images = torch.tensor(make_images(n, seed=seed))
     trigger = scale * torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     image_weight, trigger_weight = blend.weights(intensity)
     given_bytes, trigger_bytes = images.numpy().tobytes(), trigger.numpy().tobytes()
-    for dtype, classifier, tolerance in ((torch.float64, precise, 1e-10), (torch.float32, to_single(precise), 1e-4)):
-        backbone = TorchBackbone(specialised(classifier))
+    for dtype, f, tolerance in ((torch.float64, precise, 1e-10), (torch.float32, classifier, 1e-4)):
+        backbone = TorchBackbone(specialised(f))
         found = backbone(
             images, trigger.to(dtype), image_weight=image_weight, trigger_weight=trigger_weight, clamp=clamp
         )
         x = apply_trigger(images.to(dtype) / 255.0, trigger.to(dtype), intensity=intensity, blend=blend, clamp=clamp)
-        expected = classifier.features(x)
+        expected = f.features(x)
         assert found.dtype == dtype
         assert not found.requires_grad
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
     assert images.numpy().tobytes() == given_bytes
     assert trigger.numpy().tobytes() == trigger_bytes
-
-
-_single: dict[str, Classifier] = {}
-
-
-def to_single(precise: Classifier) -> Classifier:
-    """The session's float32 twin of `precise`, made once."""
-    return _single.setdefault(precise.fingerprint, classifier_of(network()))
 
 
 def test_bfloat16_is_near_and_says_that_it_is_not_exact():
@@ -361,3 +356,49 @@ def test_features_that_are_not_finite_do_not_count_as_the_same():
     norm = next(module for module in classifier.backbone.modules() if isinstance(module, nn.BatchNorm2d))
     norm.running_var.fill_(np.nan)
     assert specialised(classifier) is classifier
+
+
+# ---- a ranking from a pass in bfloat16
+
+QUICK = TmmConfig(trigger_steps=12, tuning_min_steps=10, tuning_batch=16, tuning_lr=0.02)
+
+
+@pytest.mark.parametrize("score", Score)
+@pytest.mark.parametrize("candidates", [None, np.arange(590, 10, -1)])
+def test_the_best_of_a_bf16_pass_carry_fp32_scores(classifier, make_store, make_queries, score, candidates):
+    store, query = make_store(classifier, 600), make_queries(1, dtype=torch.float32)[0]
+    config = replace(QUICK, score=score, candidate_companions=0)
+    rough = TmmNN(classifier, store, precision=Precision.BF16)
+    ranking = rough.rank(query, k=20, config=config, candidates=candidates)
+    rows = np.arange(600) if candidates is None else candidates
+    blend = {"image_weight": ranking.intensity, "trigger_weight": 1.0 - ranking.intensity, "clamp": True}
+    trigger, images = torch.tensor(ranking.trigger), torch.tensor(store.images(rows))
+    coarse = rough.backbone(images, trigger, **blend)
+    fine = TmmNN(classifier, store).backbone(images, trigger, **blend)
+    with torch.no_grad():
+        x = torch.stack([torch.tensor(ranking.triggered_query), query])
+        of_query, clean = classifier.features(x), torch.tensor(store.features(rows))
+        data = TuningSet(*of_query, ranking.label, coarse, clean, torch.tensor(store.labels[rows]))
+        head = tune_head(classifier.head, data, config)
+        exact, inexact = (dummy_scores(head, features, score).numpy() for features in (fine, coarse))
+    assert ranking.scored == len(rows)
+    np.testing.assert_allclose(ranking.scores, np.sort(exact)[::-1][:20], rtol=1e-4, atol=1e-4)
+    position = {row: place for place, row in enumerate(rows)}
+    places = [position[row] for row in ranking.rows]
+    np.testing.assert_allclose(ranking.scores, exact[places], rtol=1e-4, atol=1e-4)
+    assert np.abs(inexact[places] - ranking.scores).max() > 1e-3, "bf16 alone would not do"
+
+
+def test_a_bf16_pass_finds_the_top_10_of_fp32(classifier, make_store, make_queries):
+    store = make_store(classifier, 600)
+    exact, rough = TmmNN(classifier, store), TmmNN(classifier, store, precision=Precision.BF16)
+    shares = []
+    for query in make_queries(8, dtype=torch.float32):
+        first, second = (tmm.rank(query, k=10, config=QUICK) for tmm in (exact, rough))
+        shares.append(len(np.intersect1d(first.rows, second.rows)) / 10)
+        np.testing.assert_array_equal(first.trigger, second.trigger)
+        assert set(first.timings) == set(second.timings)
+    assert np.mean(shares) >= 0.95
+    many = rough.rank(query, k=590, config=QUICK)  # more than are scored again by default
+    assert (len(set(many.rows.tolist())), many.scored) == (590, 600)
+    assert (np.diff(many.scores) <= 0.0).all()

@@ -133,6 +133,20 @@ def test_queries_ranked_together_are_ranked_as_alone(precise, make_store, make_q
     assert sorted(mixed[2].rows) == [2, 30]
 
 
+def test_mixed_candidates_are_ranked_as_alone(precise, make_store, make_queries):
+    tmm, queries = TmmNN(precise, make_store(precise, 40)), make_queries(4)
+    candidates = [np.arange(5), None, np.array([30, 2]), None]
+    config = replace(QUICK, candidate_companions=6)
+    mixed = tmm.rank_many(queries, k=40, config=config, candidates=candidates, labels=[None, 2, 1, None])
+    for query, rows, label, one in zip(queries, candidates, [None, 2, 1, None], mixed, strict=True):
+        other = tmm.rank(query, k=40, config=config, candidates=rows, label=label)
+        assert one.rows.tolist() == other.rows.tolist()
+        assert (one.label, one.scored, one.tuned_on) == (other.label, other.scored, other.tuned_on)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(one.confidences, other.confidences, rtol=1e-6, atol=1e-6)
+        assert set(one.timings) == set(other.timings)
+
+
 # ---- who tunes, who is scored
 
 

@@ -1,0 +1,430 @@
+"""One trigger for an index: how it is made, kept and stored, and that a search with it is the slow search."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from safetensors.torch import save
+
+from engine import Engine
+from engine.cli import main
+from index.builder import build_index
+from index.classifier import Classifier
+from index.errors import IndexStateError, InputError
+from index.manifest import GLOBAL_TRIGGER
+from index.progress import silent
+from index.sources import ArraySource, open_source
+from index.store import GLOBAL_FEATURE, MemoryStore
+from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
+from rerank import global_trigger as made
+from rerank.backbone import Precision
+from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from rerank.reference import reference_scores
+from rerank.trigger import apply_trigger
+from tests.builders import beside, opened
+from tests.conftest import SHAPE
+from tests.digits import IMAGES, write_photos, write_queries
+
+QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=10, tuning_batch=16, tuning_lr=0.02)
+BY_GLOBAL = replace(QUICK, trigger=Trigger.GLOBAL)
+SOME_IMAGES = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), *map(st.just, SHAPE)))
+
+
+def source_of(images: np.ndarray) -> ArraySource:
+    return ArraySource(images, None)
+
+
+@pytest.fixture(scope="module")
+def shared(classifier, make_images) -> GlobalTrigger:
+    """τ of 60 images."""
+    return make_global_trigger(source_of(make_images(60)), classifier, QUICK)
+
+
+def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier) -> MemoryStore:
+    """The same exemplars, with the column of the global trigger."""
+    every = np.arange(len(store))
+    return MemoryStore(
+        store.images(every),
+        store.features(every),
+        store.labels,
+        ids=store.ids.tolist(),
+        global_features=GlobalColumn(shared, classifier).features(store.images(every).copy()),
+    )
+
+
+def equation_2(classifier: Classifier, images: np.ndarray, trigger: torch.Tensor) -> float:
+    x = torch.tensor(images).float() / 255.0
+    with torch.no_grad():
+        clean, triggered = (classifier.logits(classifier.features(pixels)) for pixels in (x, x + trigger))
+    return float((triggered - clean).square().mean() + 1.0 / trigger.norm() ** 2)
+
+
+# ---- how it is made
+
+
+def test_the_loss_falls_and_more_steps_never_make_it_rise(classifier, make_images):
+    images = make_images(60)
+    losses = []
+    for steps in (0, 3, 10, 20, 40):
+        config = replace(QUICK, trigger_steps=steps, trigger_tolerance=0.0)
+        found = make_global_trigger(source_of(images), classifier, config)
+        losses.append(equation_2(classifier, images, found.trigger))
+        assert (found.blend, found.clamp) == (config.blend, config.clamp)
+    assert losses[1] < 0.95 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]
+    assert losses[2:] == sorted(losses[2:], reverse=True)  # 3 is not among the steps at which the others are watched
+
+
+def test_it_stops_early_and_says_how_far_it_came(classifier, make_images):
+    told: list[tuple[str, int, int]] = []
+    config = replace(QUICK, trigger_steps=200, trigger_tolerance=0.3)
+    source = source_of(make_images(30))
+    make_global_trigger(source, classifier, config, progress=lambda *step: told.append(step))
+    assert [step for step in told if step[0] == "reading"] == [("reading", n, 30) for n in range(1, 31)]
+    steps = [done for name, done, _ in told if name != "reading"]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) < 200
+    assert len(steps) % 10 == 0
+
+
+def test_the_seed_and_nothing_else_decides(classifier, make_images):
+    source = source_of(make_images(30))
+    before = [value.numpy().tobytes() for value in classifier.backbone.state_dict().values()]
+    first = make_global_trigger(source, classifier, QUICK)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again = make_global_trigger(source, classifier, QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.trigger.numpy().tobytes() == again.trigger.numpy().tobytes()
+    assert first.intensity == again.intensity
+    other = make_global_trigger(source, classifier, replace(QUICK, seed=1))
+    assert float((other.trigger - first.trigger).abs().max()) > 1e-3
+    assert [value.numpy().tobytes() for value in classifier.backbone.state_dict().values()] == before
+
+
+@settings(max_examples=50, deadline=None)
+@given(images=SOME_IMAGES)
+def test_the_intensity_is_the_mean_of_the_images_standard_deviations(classifier, images):
+    config = replace(QUICK, trigger_steps=0, blend=Blend.ADDED)
+    found = make_global_trigger(source_of(images), classifier, config)
+    expected = np.mean([image.astype(np.float64).std() / 255.0 for image in images])
+    assert found.intensity == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert make_global_trigger(source_of(images), classifier, replace(config, intensity=0.25)).intensity == 0.25
+
+
+def test_images_that_cannot_be_read_do_not_count(tmp_path):
+    folder = write_photos(tmp_path / "photos", count=12)
+    (folder / "digit-0" / "0000.png").write_bytes(b"not an image")
+    classifier = small_resnet()
+    found = make_global_trigger(open_source(str(folder)), classifier, replace(QUICK, trigger_steps=0))
+    expected = np.mean([(image / 255.0).std() for image in IMAGES[1:12]])
+    assert found.intensity == pytest.approx(expected, rel=1e-9)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(InputError, match="no image could be read"):
+        make_global_trigger(open_source(str(folder)), classifier, QUICK)
+
+
+def test_above_its_limit_the_sample_is_uniform_and_follows_the_seed(classifier, make_images, monkeypatch):
+    monkeypatch.setattr(made, "SAMPLE", 8)
+    images = make_images(32)
+    source = source_of(images)
+    number_of = {image.tobytes(): number for number, image in enumerate(images)}
+
+    def sample(seed: int) -> list[int]:
+        kept, _ = made._sample(source, classifier, replace(QUICK, seed=seed), silent)
+        return [number_of[image.tobytes()] for image in (255.0 * kept).round().byte().numpy()]
+
+    samples = [sample(seed) for seed in range(200)]
+    assert all(len(set(rows)) == 8 for rows in samples)
+    assert samples[:5] == [sample(seed) for seed in range(5)]
+    counts = np.bincount(np.concatenate(samples), minlength=32)
+    assert np.abs(counts - 50).max() < 5 * np.sqrt(200 * 0.25 * 0.75)  # 5 standard deviations around 200 · 8/32
+    monkeypatch.setattr(made, "SAMPLE", 32)
+    assert sample(0) == list(range(32))
+
+
+@pytest.mark.parametrize("blend", [Blend.PRINTED, Blend.SWAPPED, Blend.SCALED])
+def test_constant_images_are_refused_where_the_intensity_matters(classifier, blend):
+    images = np.repeat(np.array([0, 90, 255], np.uint8), 192).reshape(3, *SHAPE)
+    config = replace(QUICK, blend=blend)
+    with pytest.raises(InputError, match=rf"ω = 0 .*'{blend}'.*is every image constant\? .*'added'"):
+        make_global_trigger(source_of(images), classifier, config)
+    found = make_global_trigger(source_of(images), classifier, replace(config, intensity=0.5))
+    assert found.intensity == 0.5
+    assert make_global_trigger(source_of(images), classifier, replace(QUICK, blend=Blend.ADDED)).intensity == 0.0
+    if blend is Blend.PRINTED:
+        with pytest.raises(InputError, match="ω = 1 "):
+            make_global_trigger(source_of(images), classifier, replace(config, intensity=1.0))
+
+
+# ---- how it is kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    trigger=hnp.arrays(np.float32, SHAPE, elements=st.floats(-10, 10, width=32)),
+    intensity=st.floats(0, 1),
+    blend=st.sampled_from(Blend),
+    clamp=st.booleans(),
+)
+def test_it_survives_a_file(tmp_path_factory, *, trigger, intensity, blend, clamp):
+    path = tmp_path_factory.mktemp("trigger") / "trigger.safetensors"
+    written = GlobalTrigger(torch.tensor(trigger), intensity, blend, clamp)
+    written.save(path)
+    read = GlobalTrigger.load(path)
+    np.testing.assert_array_equal(read.trigger, trigger)
+    assert (read.intensity, read.blend, read.clamp) == (intensity, blend, clamp)
+
+
+def damaged_files(shared: GlobalTrigger, folder: Path) -> Iterator[tuple[str, bytes]]:
+    path = folder / "whole"
+    shared.save(path)
+    whole = path.read_bytes()
+    about = {"global_trigger": json.dumps({"intensity": 0.5, "blend": "printed", "clamp": True})}
+    tensor = shared.trigger.clone()
+    yield from ((f"cut to {size}", whole[:size]) for size in (0, 1, 8, 100, len(whole) // 2, len(whole) - 1))
+    yield "longer", whole + b"\0"
+    yield "noise", np.random.default_rng(0).bytes(len(whole))
+    yield "no metadata", save({"trigger": tensor})
+    yield "no tensor", save({"other": tensor}, about)
+    yield "not JSON", save({"trigger": tensor}, {"global_trigger": "{"})
+    yield "a list", save({"trigger": tensor}, {"global_trigger": "[]"})
+    yield "no blend", save({"trigger": tensor}, {"global_trigger": '{"intensity": 1, "clamp": true}'})
+    yield "unknown blend", save({"trigger": tensor}, {"global_trigger": about["global_trigger"].replace("prin", "")})
+    yield "half precision", save({"trigger": tensor.half()}, about)
+    yield "flat", save({"trigger": tensor.flatten()}, about)
+    tensor[0, 0, 0] = torch.nan
+    yield "not a number", save({"trigger": tensor}, about)
+
+
+def test_damage_is_told(shared, tmp_path):
+    path = tmp_path / "trigger.safetensors"
+    with pytest.raises(IndexStateError, match=r"trigger\.safetensors: damaged global trigger.*build the index again"):
+        GlobalTrigger.load(path)
+    for name, content in damaged_files(shared, tmp_path):
+        path.write_bytes(content)
+        with pytest.raises(IndexStateError, match="damaged global trigger"):
+            pytest.fail(f"{name}: {GlobalTrigger.load(path)}")
+
+
+# ---- the column in an index
+
+
+@pytest.mark.parametrize(("blend", "clamp"), [(Blend.PRINTED, True), (Blend.ADDED, False), (Blend.SCALED, True)])
+def test_the_stored_column_is_what_the_trigger_makes_of_the_images(tmp_path, classifier, make_images, blend, clamp):
+    images = make_images(50)
+    shared = make_global_trigger(source_of(images), classifier, replace(QUICK, blend=blend, clamp=clamp))
+    build_index(source_of(images), tmp_path / "a.idx", classifier, global_column=GlobalColumn(shared, classifier))
+    manifest, store = opened(tmp_path / "a.idx")
+    assert manifest.global_trigger
+    assert GLOBAL_TRIGGER in manifest.files
+    kept = GlobalTrigger.load(tmp_path / "a.idx" / GLOBAL_TRIGGER)
+    x = torch.tensor(images).float() / 255.0
+    expected = classifier.features(apply_trigger(x, kept.trigger, intensity=kept.intensity, blend=blend, clamp=clamp))
+    rows = np.arange(50)
+    np.testing.assert_allclose(store.features(rows, column=GLOBAL_FEATURE), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(store.features(rows), classifier.features(x), rtol=1e-4, atol=1e-5)
+
+
+def test_triggered_features_that_are_not_finite_are_refused(tmp_path, classifier, make_images):
+    broken = GlobalTrigger(torch.full(SHAPE, torch.inf), 0.5, Blend.ADDED, clamp=False)
+    with pytest.raises(InputError, match=r"0: the model's features are not finite numbers"):
+        build_index(
+            source_of(make_images(20)), tmp_path / "a.idx", classifier, global_column=GlobalColumn(broken, classifier)
+        )
+    assert not (tmp_path / "a.idx").exists()
+    assert not beside(tmp_path / "a.idx")
+
+
+# ---- a search with it
+
+
+@pytest.mark.parametrize("score", Score)
+def test_a_search_is_the_slow_search_with_that_trigger(classifier, shared, make_store, make_queries, score):
+    store = make_store(classifier, 60)
+    tmm = TmmNN(classifier, store_with(shared, store, classifier), global_trigger=shared)
+    config = replace(BY_GLOBAL, score=score)
+    for query in make_queries(3, dtype=torch.float32):
+        told: list[object] = []
+        ranking = tmm.rank(query, k=60, config=config, progress=lambda *step: told.append(step))  # noqa: B023
+        slow = reference_scores(
+            classifier,
+            query,
+            torch.tensor(store.images(np.arange(60))),
+            torch.tensor(store.labels),
+            replace(config, trigger=Trigger.QUERY, intensity=shared.intensity),
+            trigger=shared.trigger,
+        )
+        np.testing.assert_allclose(ranking.scores, slow.scores[ranking.rows], rtol=1e-4, atol=1e-4)
+        assert sorted(ranking.rows) == list(range(60))
+        np.testing.assert_array_equal(ranking.trigger, shared.trigger)
+        assert (ranking.intensity, ranking.trigger_steps) == (shared.intensity, 0)
+        assert np.isnan(ranking.trigger_loss).all()
+        assert not told, "no exemplar passes through the backbone"
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("precision", Precision)
+def test_where_a_sample_tunes_all_are_scored_from_the_column(
+    classifier, shared, make_store, make_queries, *, cache_bytes, precision
+):
+    store = store_with(shared, make_store(classifier, 1200), classifier)
+    query, config = make_queries(1, dtype=torch.float32)[0], replace(BY_GLOBAL, max_tuning_exemplars=100)
+    tmm = TmmNN(classifier, store, global_trigger=shared, cache_bytes=cache_bytes, precision=precision)
+    told: list[object] = []
+    ranking = tmm.rank(query, k=1200, config=config, progress=lambda *step: told.append(step))
+    assert not told, "no exemplar passes through the backbone"
+    assert (ranking.scored, ranking.tuned_on) == (1200, 100)
+    assert sorted(ranking.rows) == list(range(1200))
+    sample = np.sort(np.random.default_rng(config.seed).choice(1200, 100, replace=False))
+    tuned_on_sample = tmm.rank(
+        query, k=100, config=replace(config, candidate_companions=0), candidates=sample
+    )  # the same head
+    of_all = dict(zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True))
+    expected = [of_all[row] for row in tuned_on_sample.rows.tolist()]
+    np.testing.assert_allclose(tuned_on_sample.scores, expected, rtol=1e-5, atol=1e-5)
+    together = tmm.rank_many(torch.stack([query, query]), k=1200, config=config)
+    for other in together:
+        np.testing.assert_array_equal(other.rows, ranking.rows)
+
+
+def test_another_blend_clamping_or_intensity_is_refused(classifier, shared, make_store, make_queries):
+    tmm = TmmNN(classifier, store_with(shared, make_store(classifier, 20), classifier), global_trigger=shared)
+    query = make_queries(1, dtype=torch.float32)[0]
+    for change, message in (
+        ({"blend": Blend.ADDED}, r"blend=printed, clamp=True.*blend=added, clamp=True.*build the index with"),
+        ({"clamp": False}, r"clamp=True.*clamp=False"),
+        ({"intensity": 0.9}, r"intensity=0\.\d+.*intensity=0\.9: leave the intensity out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tmm.rank(query, k=3, config=replace(BY_GLOBAL, **change))
+    told = tmm.rank(query, k=3, config=replace(BY_GLOBAL, intensity=shared.intensity))
+    assert told.rows.tolist() == tmm.rank(query, k=3, config=BY_GLOBAL).rows.tolist()
+
+
+def test_an_index_without_one_is_refused(classifier, make_store, make_queries):
+    tmm = TmmNN(classifier, make_store(classifier, 20))
+    with pytest.raises(InputError, match=r"has no global trigger; build it with --global-trigger.*trigger=query"):
+        tmm.rank(make_queries(1, dtype=torch.float32)[0], k=3, config=BY_GLOBAL)
+
+
+# ---- on the command line
+
+
+def small_resnet() -> Classifier:
+    return Classifier.from_architecture("resnet18", image_shape=(1, 8, 8), seed=0, num_classes=10)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with photos/, queries/, weights.safetensors, plain.idx and global.idx."""
+    folder = tmp_path_factory.mktemp("global")
+    write_photos(folder / "photos", count=80)
+    write_queries(folder / "queries")
+    small_resnet().save(folder / "weights.safetensors")
+    options = ("--model", "resnet18", "--weights", folder / "weights.safetensors")
+    for name, more in (("plain", ()), ("global", ("--global-trigger",))):
+        built = run("build-index", folder / "photos", folder / f"{name}.idx", *options, *more)
+        assert built.exit_code == 0, built.stderr
+    return folder
+
+
+def test_an_index_says_whether_it_has_one(work):
+    for name, expected in (("plain", False), ("global", True)):
+        described = json.loads(run("info", work / f"{name}.idx", "--json").stdout)
+        assert described["global_trigger"] is expected
+        assert (work / f"{name}.idx" / GLOBAL_TRIGGER).exists() is expected
+
+
+def test_the_command_line_searches_with_it_as_python_does(work):
+    query = work / "queries" / "query-200.png"
+    result = run("search", work / "global.idx", query, "--set", "trigger=global", "-k", 7, "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["config"]["trigger"] == "global"
+    assert answer["scored"] == 80
+    with Engine.open(work / "global.idx", device="cpu") as engine:
+        found = engine.search(query, k=7, config=TmmConfig(trigger=Trigger.GLOBAL))
+        kept = GlobalTrigger.load(work / "global.idx" / GLOBAL_TRIGGER)
+        np.testing.assert_array_equal(found.trigger, kept.trigger)
+        with pytest.raises(InputError, match="blend=added"):
+            engine.search(query, config=TmmConfig(trigger=Trigger.GLOBAL, blend=Blend.ADDED))
+    assert [(hit["id"], hit["score"]) for hit in answer["hits"]] == [(hit.id, hit.score) for hit in found.hits]
+
+
+@pytest.mark.parametrize(
+    ("index", "options", "message"),
+    [
+        ("plain", ("--set", "trigger=global"), "no global trigger; build it with --global-trigger"),
+        ("plain", ("--prefilter", "global", "--candidates", 5), "no global trigger; build it with --global-trigger"),
+        ("global", ("--set", "trigger=global", "--set", "blend=added"), "blend=added"),
+        ("global", ("--prefilter", "global", "--candidates", 5, "--set", "clamp=false"), "clamp=False"),
+        ("global", ("--set", "trigger=global", "--set", "intensity=0.9"), "intensity=0.9"),
+    ],
+)
+def test_the_command_line_refuses_what_does_not_fit(work, index, options, message):
+    result = run("search", work / f"{index}.idx", work / "queries", *options)
+    assert result.exit_code == 1
+    assert not result.stdout
+    assert message in result.stderr
+
+
+def test_the_prefilter_hands_over_the_best_of_the_global_trigger(work):
+    queries = sorted((work / "queries").iterdir())
+    with Engine.open(work / "global.idx", device="cpu") as engine:
+        by_global = engine.search(list(queries), k=12, config=TmmConfig(trigger=Trigger.GLOBAL))
+        config = TmmConfig(intensity=0.4, trigger_steps=5)  # the query's own trigger may have another intensity
+        found = engine.search(list(queries), k=12, candidates=12, prefilter="global", config=config)
+        labelled = engine.search(queries[0], k=12, candidates=12, prefilter="global", label=3)
+        same_label = engine.search(queries[0], k=12, config=TmmConfig(trigger=Trigger.GLOBAL), label=3)
+    for first, second in zip([*by_global, same_label], [*found, labelled], strict=True):
+        assert second.scored == 12
+        assert {hit.id for hit in second.hits} == {hit.id for hit in first.hits}
+        assert "prefilter" in second.timings
+    assert found[0].config is not None
+    assert found[0].config["trigger"] == "query"
+
+
+def test_a_damaged_trigger_is_told_when_the_index_is_opened(work, tmp_path):
+    built = tmp_path / "copy.idx"
+    assert run(
+        "build-index", work / "photos", built, "--weights", work / "weights.safetensors", "--model", "resnet18",
+        "--limit", 20, "--global-trigger",
+    ).exit_code == 0  # fmt: skip
+    path = built / GLOBAL_TRIGGER
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert "is damaged" in run("search", built, work / "queries").stderr
+    path.write_bytes(whole.replace(b"printed", b"prinTed"))
+    result = run("search", built, work / "queries")
+    assert result.exit_code == 1
+    assert "damaged global trigger" in result.stderr
+    path.unlink()
+    assert "is missing" in run("search", built, work / "queries").stderr
+
+
+def test_a_folder_of_black_images_gets_no_global_trigger(work, tmp_path):
+    folder = tmp_path / "black" / "digit-0"
+    folder.mkdir(parents=True)
+    for number in range(10):
+        (tmp_path / "black" / f"digit-{number}").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black" / f"digit-{number}" / "0.png")
+    options = ("--model", "resnet18", "--weights", work / "weights.safetensors", "--global-trigger")
+    result = run("build-index", tmp_path / "black", tmp_path / "a.idx", *options)
+    assert result.exit_code == 1
+    assert "is every image constant?" in result.stderr
+    assert not (tmp_path / "a.idx").exists()
