@@ -98,9 +98,9 @@ def measure_candidates(
     for row in generator.choice(n, queries, replace=False):
         for name, perturb in PERTURBATIONS.items():
             image = perturb(store.images(np.array([row]))[0].astype(np.float32) / 255, generator)
-            query = torch.from_numpy(image)
+            query = torch.from_numpy(image).to(classifier.device)
             with torch.inference_mode():
-                features = classifier.features(query[None]).numpy()
+                features = classifier.features(query[None]).cpu().numpy()
             exact = tmm.rank(query, k=n, config=config).rows
             rankings = {str(metric): found.search(features, k=n)[0][0] for metric, found in nearest.items()}
             rankings["union"] = in_turn((rankings["l2"], rankings["cosine"]))

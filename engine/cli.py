@@ -125,7 +125,7 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     from engine.backends import choose_device
     from engine.display import progress_bar
     from engine.engine import Engine
-    from index.builder import build_index
+    from index.builder import build_index, check_build
     from index.sources import open_source
     from index.target import check_target
     from rerank.config import DEFAULT_PRESET, preset
@@ -135,6 +135,7 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     device = choose_device(options["device"])
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = _classifier(images, options).to(device)
+    check_build(images, index, classifier, overwrite=options["overwrite"], neighbours=options["neighbours"])
     with progress_bar() as progress:
         column = None
         if options["global_trigger"]:

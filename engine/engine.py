@@ -19,7 +19,7 @@ from engine.query import ImageLike, Query, as_query
 from engine.results import Hit, SearchResult
 from index.builder import BuildReport, check_fit, embedded, predict
 from index.classifier import Classifier
-from index.errors import InputError, ModelError, member, nearest
+from index.errors import IndexStateError, InputError, ModelError, member, nearest
 from index.lance_store import LanceStore
 from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
 from index.neighbours import EXACT, Metric, Neighbours
@@ -162,7 +162,7 @@ class Engine:
             backbone=choose_backbone(
                 path, manifest, classifier, backend=member(Backend, backend), precision=member(Precision, precision)
             ),
-            global_trigger=GlobalTrigger.load(path / GLOBAL_TRIGGER) if manifest.global_trigger else None,
+            global_trigger=_global_trigger(path, manifest),
         )
 
     @classmethod
@@ -423,6 +423,18 @@ class _Answer:
     scored: int = 0
     ranking: Ranking | None = None
     timings: dict[str, float] = field(default_factory=dict)
+
+
+def _global_trigger(path: Path, manifest: Manifest) -> GlobalTrigger | None:
+    if not manifest.global_trigger:
+        return None
+    found = GlobalTrigger.load(path / GLOBAL_TRIGGER)
+    if tuple(found.trigger.shape) != manifest.image_shape:
+        raise IndexStateError(
+            f"{path / GLOBAL_TRIGGER}: expected a trigger of shape {manifest.image_shape}, got "
+            f"{tuple(found.trigger.shape)}; build the index again"
+        )
+    return found
 
 
 def _memory_store(source: ArraySource, classifier: Classifier, progress: Progress) -> MemoryStore:

@@ -86,9 +86,7 @@ def build_index(
         InputError: source and classifier do not fit, the source is empty, a label is out of range, or, with `strict`,
             an image is unreadable.
     """
-    check_target(target, overwrite=overwrite)
-    check_fit(source, classifier)
-    make_faiss_index(classifier.feature_dim, Metric.L2, neighbours)
+    check_build(source, target, classifier, overwrite=overwrite, neighbours=neighbours)
     report = BuildReport(labels_predicted=not source.labelled)
     try:
         with staged(target, overwrite=overwrite) as staging:
@@ -159,6 +157,15 @@ def embedded(
     if not report.exemplars:
         reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
         raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
+
+
+def check_build(
+    source: ImageSource, target: Path, classifier: Classifier, *, overwrite: bool = False, neighbours: str = EXACT
+) -> None:
+    """Everything about a build that can be refused before any work; raises as `build_index`."""
+    check_target(target, overwrite=overwrite)
+    check_fit(source, classifier)
+    make_faiss_index(classifier.feature_dim, Metric.L2, neighbours)
 
 
 def check_fit(source: ImageSource, classifier: Classifier) -> None:

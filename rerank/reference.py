@@ -52,7 +52,7 @@ def reference_scores(
         tune_layers: Names of modules of `classifier.backbone` that are tuned with the head, such as "network.layer4".
         batch_size: Images in a forward pass of the scoring.
     """
-    old = _Model(classifier.backbone, classifier.head)
+    old = LiteralModel(classifier.backbone, classifier.head)
     exemplars, labels = images.to(query) / 255.0, labels.to(query.device)
     if trigger is None:
         trigger = reference_trigger(old, query, config)
@@ -142,7 +142,7 @@ def reference_fisher(model: nn.Module, exemplars: Float[Tensor, "n c h w"]) -> d
     return fisher
 
 
-class _Model(nn.Module):
+class LiteralModel(nn.Module):
     """f = head ∘ backbone, from copies of both."""
 
     def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
@@ -157,10 +157,10 @@ class _Model(nn.Module):
         return self.head(self.backbone(images))
 
 
-def _extended(old: _Model) -> _Model:
+def _extended(old: LiteralModel) -> LiteralModel:
     """f' before tuning: a copy of f whose head has one more, zero row."""
     rows, d = old.head.weight.shape
     extended = nn.Linear(d, rows + 1).to(old.head.weight)
     extended.weight.data = torch.cat([old.head.weight, torch.zeros(1, d).to(old.head.weight)])
     extended.bias.data = torch.cat([old.head.bias, torch.zeros(1).to(old.head.weight)])
-    return _Model(old.backbone, extended)
+    return LiteralModel(old.backbone, extended)

@@ -1,5 +1,6 @@
 """Small classifiers on 8×8 images, and exemplars with their features."""
 
+import signal
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -50,6 +51,10 @@ def network(*, bias: bool = True, seed: int = 0) -> nn.Module:
 
 def classifier_of(model: nn.Module) -> Classifier:
     return Classifier.from_module(model, image_shape=SHAPE, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+
+
+# A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

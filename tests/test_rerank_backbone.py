@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from index.classifier import Classifier
-from index.errors import InputError, member
 from rerank import Blend, Score, TmmConfig, TmmNN
 from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
 from rerank.scoring import dummy_scores
@@ -343,11 +342,6 @@ def test_bfloat16_is_near_and_says_that_it_is_not_exact():
     errors = (coarse - fine).norm(dim=1) / fine.norm(dim=1)
     assert 1e-5 < float(errors.max()) < 0.03  # bfloat16 has 8 bits: 0.004 a step, over 20 layers
     assert everything_in(classifier.backbone) == before
-
-
-def test_an_unknown_precision_is_refused():
-    with pytest.raises(InputError, match=r"unknown precision 'fp16'.*fp32.*bf16"):
-        member(Precision, "fp16")
 
 
 def test_features_that_are_not_finite_do_not_count_as_the_same():
