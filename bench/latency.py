@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.machine import describe_machine
 from bench.peak import peak_of_build, peak_of_search
+from engine.backends import require_onnx
 from index.batches import forward_batch_size
 from index.builder import BuildReport, build_index, embedded
 from index.classifier import Classifier
@@ -35,6 +36,7 @@ from index.store import MemoryStore
 from rerank.backbone import Precision
 from rerank.config import Trigger, preset
 from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
 from rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
 from rerank.tmm import Ranking, TmmNN
 from rerank.trigger import make_trigger
@@ -46,7 +48,7 @@ TOGETHER = 16
 CANDIDATES = 1_000
 AGREEMENT_QUERIES = 10
 REFERENCE_BATCHES = (256, 1024)
-BUILD_SIZES = (2_000, 8_000)
+BUILD_SIZES = (30_000, 90_000)  # both beyond what a build holds before it writes
 NOISE = 2.5  # L2 norm of what is added to an exemplar to make a query
 
 
@@ -135,6 +137,7 @@ class LatencyBench:
         """Exact search beside bare forward passes over the same images."""
         n, time_ = self.size, self.latency.time
         tmm, rough = self._tmm(n), self._tmm(n, precision=Precision.BF16)
+        onnx = self._onnx(n)
         plain = self.classifier.backbone
         half = _bf16(self.classifier)
         images = torch.from_numpy(self.store.images(np.arange(n)))
@@ -143,8 +146,10 @@ class LatencyBench:
             time_("forward bf16", n, lambda: _forward(half, images, self.classifier))
             time_("exact", n, lambda: tmm.rank(self.queries[0], k=10, config=self.config))
             time_("exact bf16", n, lambda: rough.rank(self.queries[0], k=10, config=self.config))
+            if onnx is not None:
+                time_("exact onnx", n, lambda: onnx.rank(self.queries[0], k=10, config=self.config))
             if repeat == 0:
-                self._forget("forward fp32", "forward bf16", "exact", "exact bf16")
+                self._forget("forward fp32", "forward bf16", "exact", "exact bf16", "exact onnx")
         latency = self.latency
         forward = latency.median("forward fp32", n)
         whole, exact = latency.median("exact", n), latency.median("exact", n, without_trigger=True)
@@ -157,6 +162,8 @@ class LatencyBench:
             / latency.median("forward bf16", n),
             "forward_images_per_second": n / forward,
         }
+        if onnx is not None:
+            latency.figures["onnx_over_forward"] = latency.median("exact onnx", n, without_trigger=True) / forward
 
     def agreement(self) -> None:
         """Share of the fp32 top 10 that the bf16 pass with re-scoring finds."""
@@ -296,6 +303,19 @@ class LatencyBench:
             precision=precision,
             global_trigger=self.global_trigger,
         )
+
+    def _onnx(self, exemplars: int) -> TmmNN | None:
+        """Exact search with ONNX Runtime, where it is installed."""
+        try:
+            require_onnx()
+        except InputError:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(self.classifier, Path(folder) / "onnx")
+            backbone = OnnxBackbone.load(
+                Path(folder) / "onnx" / TRIGGERED, self.classifier, device=self.classifier.device
+            )
+        return TmmNN(self.classifier, _first(self.store, exemplars), backbone=backbone)
 
     def _noisy_exemplars(self, count: int) -> Float[Tensor, "q c h w"]:
         if len(self.store) < count:

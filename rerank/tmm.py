@@ -29,6 +29,7 @@ from rerank.tuning import Fisher, TuningSet, fisher_diagonal, tune_head
 Rows = Int64[np.ndarray, "rows"]
 
 RESCORED = 256  # of the best of an inexact pass, scored again exactly; or twice k, if that is more
+TRIGGERS_TOGETHER = 32  # queries whose triggers are optimised jointly
 TOGETHER_BYTES = 512 << 20  # triggered features of the queries that share a pass
 
 
@@ -182,9 +183,14 @@ class TmmNN:
             intensities = [intensity_of(query, config) for query in queries]
             for intensity in intensities:
                 _refuse_degenerate(intensity, config)
-            found = make_trigger(self.classifier, queries, config)
-            triggers, steps = found.trigger, found.steps.tolist()
-            losses = list(zip(found.initial_loss.tolist(), found.loss.tolist(), strict=True))
+            found = [make_trigger(self.classifier, part, config) for part in queries.split(TRIGGERS_TOGETHER)]
+            triggers = torch.cat([part.trigger for part in found])
+            steps = torch.cat([part.steps for part in found]).tolist()
+            losses = [
+                (float(first), float(last))
+                for part in found
+                for first, last in zip(part.initial_loss, part.loss, strict=True)
+            ]
         jobs = [
             _Job(*parts)
             for parts in zip(queries, candidates, intensities, triggers, losses, steps, labels, strict=True)

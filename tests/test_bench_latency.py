@@ -53,6 +53,7 @@ PATHS = {  # path -> (exemplars, times)
     "forward bf16": (40, REPEATS),
     "exact": (40, REPEATS),
     "exact bf16": (40, REPEATS),
+    "exact onnx": (40, REPEATS),
     "candidates": (48, REPEATS),
     "global": (48, REPEATS),
     "reference, Fisher alone": (40, 1),
@@ -168,7 +169,7 @@ def test_every_path_is_recorded_as_often_as_asked_without_the_warm_up(measured):
     assert {key: len(latency.seconds(*key)) for key in latency.paths()} == expected
     assert all(record.seconds > 0.0 for record in latency.records)
     with_trigger = {record.path for record in latency.records if record.trigger_seconds > 0.0}
-    assert with_trigger == {"exact", "exact bf16", "exact by size", "candidates", "global"}
+    assert with_trigger == {"exact", "exact bf16", "exact onnx", "exact by size", "candidates", "global"}
     assert all(record.trigger_seconds < record.seconds for record in latency.records)
 
 
@@ -190,6 +191,7 @@ def test_figures_are_what_the_records_say(measured):
         "bf16_over_fp32_forward": rough / forward,
         "bf16_over_bf16_forward": rough / median("forward bf16"),
         "forward_images_per_second": 40 / forward,
+        "onnx_over_forward": median("exact onnx", without_trigger=True) / forward,
         "reference_over_exact": reference / exact,
         "trigger_over_eager": median("trigger") / median("trigger, plain loop"),
         "batched_trigger": median("16 triggers together") / median("16 triggers apart"),
