@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
+from rich.console import Console
+from rich.table import Table
 
 from bench.latency import in_memory
 from index.classifier import Classifier
@@ -131,3 +133,19 @@ def summarise(records: Sequence[CandidateRecord]) -> list[dict[str, Any]]:
         }
         rows.append({"perturbation": name, "queries": len(chosen)} | recall | ranks)
     return rows
+
+
+def print_candidates(records: Sequence[CandidateRecord]) -> None:
+    """The summary as a table on stdout: a column for each perturbation."""
+    columns = summarise(records)
+    table = Table("", *(column["perturbation"] for column in columns), box=None)
+    for name in list(columns[0])[2:]:
+        recall = not name.startswith("median")
+        label = f"recall, {name}" if recall else f"{name} trigger" if "cosine" not in name else name
+        table.add_row(label, *(f"{column[name]:.2f}" if recall else f"{column[name]:,.1f}" for column in columns))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{columns[0]['queries']} queries; recall of exact TMM's top {TOP} in the candidates; rank 0 is first",
+        highlight=False,
+    )

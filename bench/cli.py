@@ -75,16 +75,14 @@ def candidates(source: str, **options: Any) -> None:
     Example:
       engine bench candidates mnist --root data --limit 10000 --model resnet18 --weights mnist.safetensors
     """
-    from bench.candidates import measure_candidates, summarise
-    from engine.display import print_fields, progress_bar
+    from bench.candidates import measure_candidates, print_candidates
+    from engine.display import progress_bar
 
     _check_folders(options["json_path"])
     images, classifier = _opened(source, options)
     with progress_bar() as progress:
         records = measure_candidates(images, classifier, queries=options["queries"], progress=progress)
-    for row in summarise(records):
-        print_fields({name: f"{value:.3g}" if isinstance(value, float) else value for name, value in row.items()})
-        click.echo()
+    print_candidates(records)
     if options["json_path"]:
         lines = (json.dumps(record.to_json(), ensure_ascii=False) for record in records)
         options["json_path"].write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -75,6 +75,9 @@ def plot_growth(latency: Latency, path: Path) -> None:
         ]
         axes.errorbar(sizes, medians, yerr=spread, marker="o", capsize=3, label=label)
     axes.set(xscale="log", yscale="log", xlabel="exemplars", ylabel="seconds a query, trigger included")
+    sizes = sorted({exemplars for name, exemplars in latency.paths() if name in paths})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

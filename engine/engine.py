@@ -20,8 +20,9 @@ from engine.results import Hit, SearchResult
 from index.builder import BuildReport, check_fit, embedded, predict
 from index.classifier import Classifier
 from index.errors import IndexStateError, InputError, ModelError, member, nearest
+from index.faiss_cache import FaissCache
 from index.lance_store import LanceStore
-from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
+from index.manifest import CACHE, EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
 from index.neighbours import EXACT, Metric, Neighbours
 from index.progress import Progress, silent
 from index.ranking import in_turn
@@ -91,6 +92,7 @@ class Engine:
         self.manifest = manifest
         self.path = path
         self._factory = neighbours
+        self._cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
         self._neighbours: dict[Metric, Neighbours] = {}
         self._tmm = TmmNN(
             classifier,
@@ -379,7 +381,7 @@ class Engine:
     def _searcher(self, metric: Metric, answers: "list[_Answer]") -> Neighbours:
         if metric not in self._neighbours:
             with _timed(answers, "loading features"):
-                self._neighbours[metric] = Neighbours(self.store, metric, factory=self._factory)
+                self._neighbours[metric] = Neighbours(self.store, metric, factory=self._factory, cache=self._cache)
         return self._neighbours[metric]
 
     def _hits(self, answer: "_Answer") -> tuple[Hit, ...]:

@@ -74,6 +74,12 @@ class Manifest:
     lance_version: int
     files: dict[str, FileDigest]
 
+    @property
+    def content(self) -> str:
+        """SHA-256 over the digests of all files: the same for the same exemplars and model."""
+        listed = sorted((name, digest.sha256) for name, digest in self.files.items())
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
     def write(self, index: Path) -> None:
         """Replace `index.json` atomically."""
         content = asdict(self) | {"model": self.model.to_json()}

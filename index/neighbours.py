@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from index.errors import InputError
+from index.faiss_cache import FaissCache
 from index.ranking import best_first
 from index.store import ExemplarStore
 
@@ -32,27 +33,25 @@ class Neighbours:
         store: The exemplars.
         metric: L2 distance, or cosine similarity.
         factory: A FAISS factory string: ``Flat`` is exact; ``HNSW32``, ``IVF256,Flat`` and others are approximate.
+        cache: Where to keep what is not flat; without it, it is built anew.
 
     Raises:
         InputError: FAISS does not know the factory string, or cannot train or fill it with these exemplars.
     """
 
-    def __init__(self, store: ExemplarStore, metric: Metric, *, factory: str = EXACT) -> None:
+    def __init__(
+        self, store: ExemplarStore, metric: Metric, *, factory: str = EXACT, cache: FaissCache | None = None
+    ) -> None:
         self.metric = metric
         self._store = store
-        self._index = make_faiss_index(store.feature_dim, metric, factory)
-        try:
-            if not self._index.is_trained:
-                self._index.train(np.concatenate(list(self._scan())))
-            for features in self._scan():
-                self._index.add(features)
-            if (clusters := faiss.try_extract_index_ivf(self._index)) is not None:
-                clusters.nprobe = max(clusters.nprobe, math.isqrt(clusters.nlist))  # FAISS would look into one alone
-        except RuntimeError as error:
-            raise InputError(
-                f"FAISS cannot use {factory!r} for {len(store)} exemplars: {_reason(error)}; use fewer clusters, or "
-                f"{EXACT!r}"
-            ) from None
+        if factory == EXACT or cache is None:  # a flat index is the features themselves, read as fast as a file
+            self._index = self._built(factory)
+        else:
+            name = f"{metric} {factory}"
+            kept = cache.load(name)
+            self._index = kept or self._built(factory)
+            if kept is None:
+                cache.save(name, self._index)
 
     def search(
         self, queries: Float32[np.ndarray, "q d"], *, k: int
@@ -100,6 +99,22 @@ class Neighbours:
 
     def _features(self, rows: Int64[np.ndarray, "found"]) -> Float32[np.ndarray, "found d"]:
         return self._store.features(rows)
+
+    def _built(self, factory: str) -> faiss.Index:
+        index = make_faiss_index(self._store.feature_dim, self.metric, factory)
+        try:
+            if not index.is_trained:
+                index.train(np.concatenate(list(self._scan())))
+            for features in self._scan():
+                index.add(features)
+            if (clusters := faiss.try_extract_index_ivf(index)) is not None:
+                clusters.nprobe = max(clusters.nprobe, math.isqrt(clusters.nlist))  # FAISS would look into one alone
+        except RuntimeError as error:
+            raise InputError(
+                f"FAISS cannot use {factory!r} for {len(self._store)} exemplars: {_reason(error)}; use fewer clusters, "
+                f"or {EXACT!r}"
+            ) from None
+        return index
 
     def _scan(self) -> Iterator[Float32[np.ndarray, "batch d"]]:
         for features in self._store.scan_features(SCAN):
