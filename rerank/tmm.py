@@ -136,9 +136,10 @@ class TmmNN:
         config: TmmConfig,
         candidates: Sequence[Int64[np.ndarray, "_"] | None] | None = None,
         labels: Sequence[int | None] | None = None,
+        together: bool = False,
         progress: Progress = silent,
     ) -> list[Ranking]:
-        """For each query the k exemplars with the largest scores. Triggers are optimised together, passes are shared.
+        """For each query the k exemplars with the largest scores; queries share the pass over the images in memory.
 
         Args:
             queries: Pixels in [0, 1], on the classifier's device and in its dtype; one may equal an exemplar, which
@@ -148,6 +149,8 @@ class TmmNN:
             candidates: For each query the rows to score, None for all; the head is then tuned on them and on
                 `candidate_companions` random others.
             labels: y_q for each query; None takes the model's prediction.
+            together: Optimise the triggers jointly, several times as fast. Without it each query's answer is bit for
+                bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
             progress: Told of exemplars passed through the backbone.
 
         Raises:
@@ -159,7 +162,7 @@ class TmmNN:
         for label in labels or []:
             if label is not None and not 0 <= label < classes:
                 raise InputError(f"label: expected 0 to {classes - 1}, got {label}")
-        jobs = self._jobs(queries, candidates or [None] * count, labels or [None] * count, config)
+        jobs = self._jobs(queries, candidates or [None] * count, labels or [None] * count, config, together=together)
         rankings: list[Ranking] = []
         for group in self._groups(jobs, config):
             rankings += self._rank_group(group, k=k, config=config, progress=progress)
@@ -171,6 +174,8 @@ class TmmNN:
         candidates: Sequence[Int64[np.ndarray, "_"] | None],
         labels: Sequence[int | None],
         config: TmmConfig,
+        *,
+        together: bool,
     ) -> list[_Job]:
         """Step 1 for all queries."""
         start = time.perf_counter()
@@ -183,7 +188,8 @@ class TmmNN:
             intensities = [intensity_of(query, config) for query in queries]
             for intensity in intensities:
                 _refuse_degenerate(intensity, config)
-            found = [make_trigger(self.classifier, part, config) for part in queries.split(TRIGGERS_TOGETHER)]
+            parts = queries.split(TRIGGERS_TOGETHER if together else 1)
+            found = [make_trigger(self.classifier, part, config) for part in parts]
             triggers = torch.cat([part.trigger for part in found])
             steps = torch.cat([part.steps for part in found]).tolist()
             losses = [
