@@ -103,6 +103,13 @@ def main() -> None:
     help="Also store features under one trigger for all: --set trigger=global then searches in milliseconds.",
 )
 @click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of the global trigger: a TMM setting, e.g. blend=added; repeatable.",
+)
+@click.option(
     "--compare-backends",
     is_flag=True,
     help="Export to ONNX, time it against PyTorch, and let searches use the faster.",
@@ -131,15 +138,18 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     from rerank.config import DEFAULT_PRESET, preset
     from rerank.global_trigger import GlobalColumn, make_global_trigger
 
+    if options["settings"] and not options["global_trigger"]:
+        raise click.UsageError("--set needs --global-trigger: no other part of a build has TMM settings")
     check_target(index, overwrite=options["overwrite"])
     device = choose_device(options["device"])
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = _classifier(images, options).to(device)
+    config = preset(DEFAULT_PRESET).with_settings(list(options["settings"]))
     check_build(images, index, classifier, overwrite=options["overwrite"], neighbours=options["neighbours"])
     with progress_bar() as progress:
         column = None
         if options["global_trigger"]:
-            shared = make_global_trigger(images, classifier, preset(DEFAULT_PRESET), progress=progress)
+            shared = make_global_trigger(images, classifier, config, progress=progress)
             column = GlobalColumn(shared, classifier)
         report = build_index(
             images,

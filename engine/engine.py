@@ -67,7 +67,7 @@ class SearchOptions(TypedDict, total=False):
 
 
 class Engine:
-    """Searches one version of an index. Made by `Engine.open` or `Engine.from_arrays`.
+    """Searches one version of an index. Made by `Engine.open` or `Engine.from_arrays`::
 
     with Engine.open("idx") as engine:
         result = engine.search("query.png", k=10)

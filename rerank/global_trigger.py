@@ -55,9 +55,8 @@ class GlobalTrigger:
         if (config.blend, config.clamp) != (self.blend, self.clamp):
             raise InputError(
                 f"the index's global trigger was blended with blend={self.blend}, clamp={self.clamp}, the "
-                f"configuration says "
-                f"blend={config.blend}, clamp={config.clamp}: search with the former, or build the index with "
-                f"the latter"
+                f"configuration says blend={config.blend}, clamp={config.clamp}: search with the former, or build the "
+                f"index with the latter (--global-trigger --set blend={config.blend})"
             )
 
     def save(self, path: Path) -> None:

@@ -93,8 +93,8 @@ def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig, *, fisher: Fi
         CE(f'(x_q^t), C) + CE(f'(x_q), y_q) + mean_i CE(f'(x_i^t), y_i) + mean_i CE(f'(x_i), y_i) + λ/2 Σ F (θ − θ₀)²
 
     where f' is the new head on frozen features and F covers the old rows. The gradient is written out: with p the
-    softmax of a row's
-    logits and t its one-hot target, ∂CE/∂z = p − t, so one matrix product each way serves all four terms.
+    softmax of a row's logits and t its one-hot target, ∂CE/∂z = p − t, so one matrix product each way serves all four
+    terms.
 
     Args:
         head: The old head; not modified.

@@ -141,3 +141,23 @@ def test_out_of_memory_means_smaller_chunks_and_then_a_clear_error():
     tmm.backbone = Cramped(tmm.backbone, 0)
     with pytest.raises(InputError, match="no memory for one image"):
         tmm.rank(torch.from_numpy(IMAGES[200][None] / np.float32(255)), k=1, config=preset("paper"))
+
+
+def test_a_global_trigger_can_be_built_with_another_blend(tmp_path: Path):
+    photos = write_photos(tmp_path / "photos", count=60)
+    make_classifier().save(tmp_path / "w.safetensors")
+    arguments = (
+        "build-index",
+        photos,
+        tmp_path / "a.idx",
+        "--weights",
+        tmp_path / "w.safetensors",
+        "--set",
+        "blend=added",
+    )
+    assert run(*arguments).exit_code == 2
+    built = run(*arguments, "--global-trigger")
+    assert built.exit_code == 0, built.stderr
+    search_ = ("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--set", "trigger=global")
+    assert "--set blend=printed" in run(*search_).stderr
+    assert run(*search_, "--set", "blend=added").exit_code == 0
