@@ -36,6 +36,48 @@ classifier_options = joined(
 
 @bench.command()
 @click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", metavar="NAME", default="resnet18", show_default=True, help="torchvision's, or vit_tiny_32.")
+@click.option("--small-stem", is_flag=True, help="First convolution 3×3 with stride 1: better for small images.")
+@click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True)
+@click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--lr", type=float, default=2e-3, show_default=True, help="Largest of the one-cycle schedule.")
+@click.option("--flip/--no-flip", default=False, help="Mirror half of the images: not for digits or signs.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--test-source", help="Where to measure accuracy. Default: the split 'test' of SOURCE.")
+@source_options
+@device_option
+def train(source: str, out: Path, **options: Any) -> None:
+    """Train a classifier on the labelled images in SOURCE, write it to OUT (safetensors), print its accuracy.
+
+    \b
+    Examples:
+      engine bench train mnist mnist.safetensors --root data --epochs 3
+      engine bench train cifar10/ cifar10.safetensors --split train --small-stem --flip
+    """
+    from bench.train import LabelledImages, TrainConfig, accuracy, train_classifier
+    from engine.backends import choose_device
+    from engine.display import progress_bar
+    from index.sources import open_source
+
+    check_folders(out)
+    names = ("small_stem", "epochs", "batch", "lr", "flip", "seed")
+    config = TrainConfig(architecture=options["model"], **{name: options[name] for name in names})
+    held_out = open_source(
+        options["test_source"] or source, split=None if options["test_source"] else "test", root=options["root"]
+    )
+    images = open_source(source, split=options["split"] or "train", root=options["root"], limit=options["limit"])
+    with progress_bar() as progress:
+        test = LabelledImages.read(held_out, progress=progress)
+        data = LabelledImages.read(images, progress=progress)
+        classifier = train_classifier(data, config, device=choose_device(options["device"]), progress=progress)
+        classifier.save(out)
+    share = accuracy(classifier, test)
+    click.echo(f"{out}: {share:.2%} of the {len(test):,} images of {held_out.name}, trained on {len(data):,}")
+
+
+@bench.command()
+@click.argument("source")
 @classifier_options
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timings of each path.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write raw records, machine and versions.")
@@ -52,7 +94,7 @@ def latency(source: str, **options: Any) -> None:
     from bench.latency_report import plot_growth, print_latency
     from engine.display import progress_bar
 
-    _check_folders(options["json_path"], options["plot"])
+    check_folders(options["json_path"], options["plot"])
     images, classifier = _opened(source, options)
     with progress_bar() as progress:
         measured = LatencyBench(images, classifier, repeats=options["repeats"], progress=progress).run()
@@ -78,7 +120,7 @@ def candidates(source: str, **options: Any) -> None:
     from bench.candidates import measure_candidates, print_candidates
     from engine.display import progress_bar
 
-    _check_folders(options["json_path"])
+    check_folders(options["json_path"])
     images, classifier = _opened(source, options)
     with progress_bar() as progress:
         records = measure_candidates(images, classifier, queries=options["queries"], progress=progress)
@@ -88,7 +130,7 @@ def candidates(source: str, **options: Any) -> None:
         options["json_path"].write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _check_folders(*files: Path | None) -> None:
+def check_folders(*files: Path | None) -> None:
     """Before the first measurement, not after the last."""
     for path in files:
         if path is not None and not path.absolute().parent.is_dir():
