@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --editable ".[bench,onnx]" --group dev
+	$(BIN)/python -m pip install --editable ".[bench,onnx,oracle]" --group dev
 	touch $@
 
 clean:

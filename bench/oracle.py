@@ -1,0 +1,359 @@
+"""A judge from outside looks at the neighbours that each method found (§4.6, Table 1 of the paper).
+
+It sees a query and the neighbour sets of all methods blind: as A, B, C, …, in an order shuffled for every query. The
+judge is a vision-language model behind any endpoint that speaks OpenAI's protocol, or SSIM, which needs no network.
+"""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+
+from bench.records import RecordFile
+from bench.semantic import Neighbours, check_queries, read_neighbours, rows_of
+from bench.ssim import ssim
+from index.errors import InputError, TmmEngineError
+from index.images import to_uint8
+from index.progress import Progress, silent
+from index.store import ExemplarStore
+
+if TYPE_CHECKING:
+    from openai import APIStatusError
+    from openai.types.chat import ChatCompletionContentPartParam
+
+QUESTION = """\
+You compare image retrieval systems. The first picture is the query. After it come the answers of {n} systems, sets \
+{letters}: one picture for each set, showing the {k} images that the system found, the nearest first, in reading order.
+Judge what the images show: the kind of object and its form. Ignore brightness, contrast, noise, colour cast, \
+background and position.
+1. For each set: how many of its {k} images are semantically alike to the query, from 0 to {k}?
+2. Which set as a whole is semantically most alike to the query? Name several if they are equally good.
+Answer with JSON only, in this form: {example}"""
+"""What the judge is asked. The wording is ours: the paper reports the judgement, not its prompt."""
+
+COLUMNS = 5  # neighbours beside each other in the picture of a set
+GAP = 8
+SMALLEST, LARGEST = 128, 256  # pixels that an image's longer side is brought to: 28 are too few to see, 1,000 too many
+CHARACTERS_PER_TOKEN = 4
+PICTURE_TOKENS, TILE_TOKENS, TILE = 85, 170, 512  # OpenAI's rule for GPT-4o, the dearest of the usual ones
+RETRIES = 6  # after 0.5, 1, 2, 4, 8 and 8 seconds, or what the server asks for
+TIMEOUT = 120.0  # seconds
+LONGEST_REASON = 200
+ROUNDING = 1e-9  # of a mean SSIM: the same neighbours in another order are as good
+
+Query = Float32[np.ndarray, "c h w"]
+NeighbourSet = UInt8[np.ndarray, "k c h w"]
+
+
+class OracleError(TmmEngineError):
+    """The judge cannot be asked at all: a wrong key, an unknown model, an address where something else answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On the sets in the order in which they were shown.
+
+    Attributes:
+        alike: How many neighbours of each set are alike to the query, from 0 to k; None if there is no verdict.
+        preferred: Whether each set is the best or one of several equally good; None if there is no verdict.
+        reason: Why there is no verdict.
+    """
+
+    alike: tuple[int, ...] | None
+    preferred: tuple[bool, ...] | None
+    reason: str | None = None
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Whoever compares neighbour sets."""
+
+    def judge(self, query: Query, sets: Sequence[NeighbourSet]) -> Verdict:
+        """Compare sets of k neighbours each, not knowing whose they are.
+
+        Raises:
+            OracleError: asking again would be as futile.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What asking a vision-language model would take.
+
+    Attributes:
+        requests: One per query.
+        pictures: Of all requests.
+        input_tokens: Of all requests; providers count differently, by up to a factor of three.
+        price: For the input, in the currency of the price per million tokens; answers are some 50 tokens each.
+    """
+
+    requests: int
+    pictures: int
+    input_tokens: int
+    price: float
+
+
+class SsimJudge:
+    """Structural similarity: a set is preferred for its mean SSIM with the query.
+
+    SSIM knows no "alike", so a neighbour counts as alike if its SSIM is at least the median over all sets shown.
+    """
+
+    def judge(self, query: Query, sets: Sequence[NeighbourSet]) -> Verdict:
+        """As `Judge`; there is always a verdict."""
+        similar = np.stack([ssim(query, neighbours.astype(np.float32) / 255) for neighbours in sets])  # (sets, k)
+        alike = (similar >= np.median(similar)).sum(axis=1)
+        means = similar.mean(axis=1)
+        return Verdict(tuple(alike.tolist()), tuple((means >= means.max() - ROUNDING).tolist()))
+
+
+class VisionJudge:
+    """A vision-language model, asked `QUESTION` by the `openai` package, which retries and backs off by itself.
+
+    The key comes from the environment variable OPENAI_API_KEY.
+
+    Args:
+        model: As the endpoint calls it.
+        base_url: Of the endpoint, with ``/v1``; by default OPENAI_BASE_URL, else OpenAI's own.
+        temperature: None leaves it to the model: reasoning models refuse to be given one.
+        retries: After a failed connection, HTTP 408, 409, 429 and 5xx.
+        timeout: Of one attempt, in seconds.
+
+    Raises:
+        InputError: the extra 'oracle' is not installed, or there is no key.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        temperature: float | None = 0.0,
+        retries: int = RETRIES,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        try:
+            from openai import OpenAI
+        except ImportError:
+            raise InputError("a judge needs the 'oracle' extra: pip install 'tmm-engine[oracle]'") from None
+        if not os.environ.get("OPENAI_API_KEY"):
+            raise InputError(
+                "expected a key in OPENAI_API_KEY, got none; set it (to any text if the server needs none)"
+            )
+        self.model = model
+        self._sampling: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+        self._client = OpenAI(base_url=base_url, max_retries=retries, timeout=timeout)
+
+    def judge(self, query: Query, sets: Sequence[NeighbourSet]) -> Verdict:
+        """As `Judge`. Refusals, nonsense and servers that keep failing are no verdict.
+
+        Raises:
+            OracleError: the server refuses the key, the model or the request, or speaks another protocol.
+        """
+        from openai import APIStatusError, OpenAIError
+
+        content = make_content(query, sets)
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": content}], **self._sampling
+            )
+        except APIStatusError as error:
+            return self._no_verdict(error)
+        except (OpenAIError, ValueError) as error:  # no connection, or broken JSON
+            return _none(f"no answer: {error.__cause__ or error}")
+        if isinstance(completion, str):  # a web page, say: the package hands on whatever is not JSON
+            raise OracleError(
+                f"expected an answer in OpenAI's protocol from {self._client.base_url}, got {completion[:40]!r}; check "
+                "--base-url, which usually ends in /v1"
+            )
+        try:
+            choice = completion.choices[0]
+            refusal, answer = choice.message.refusal, choice.message.content or ""
+        except (AttributeError, IndexError, TypeError):  # the package does not check what servers leave out
+            return _none("the answer holds no message")
+        if refusal or choice.finish_reason == "content_filter":
+            return _none(f"refused: {refusal or 'content filter'}")
+        return read_verdict(answer, sets=len(sets), k=len(sets[0]))
+
+    def _no_verdict(self, error: "APIStatusError") -> Verdict:
+        """For a failure that may pass; an error for one that will meet every query."""
+        if error.code in ("content_filter", "content_policy_violation"):
+            return _none(f"refused: {error.message}")
+        passing = error.status_code >= 500 or error.status_code in (408, 409, 429)
+        if passing and error.code != "insufficient_quota":
+            return _none(error.message)
+        if error.status_code == 401:  # some servers quote the key
+            raise OracleError("the judge refused the key (HTTP 401); check OPENAI_API_KEY and --base-url") from None
+        raise OracleError(
+            f"the judge cannot be asked: {error.message[:LONGEST_REASON]}; check --judge-model ({self.model}), "
+            f"--base-url ({self._client.base_url}) and what the account may use"
+        ) from None
+
+
+def judge_neighbours(
+    semantic: Path,
+    queries: Float32[np.ndarray, "q c h w"],
+    exemplars: ExemplarStore,
+    judge: Judge,
+    record_file: RecordFile,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> None:
+    """Have the neighbour sets in the records of the semantic benchmark judged; append a record per query and method.
+
+    A record holds ``query``, ``method``, ``alike`` (count, or None without a verdict), ``k``, ``preferred`` (bool or
+    None), ``order`` (the methods as shown: A, B, C, …) and ``reason`` (why there is no verdict, or None).
+
+    Args:
+        semantic: Records of `bench.semantic.measure_semantic`.
+        queries: As measured there, pixels in [0, 1].
+        exemplars: As measured there.
+        judge: Asked once per query, unless the file has its records already.
+        record_file: Keyed by `bench.semantic.KEY`.
+        seed: Of the order in which each query's sets are shown.
+        progress: Told of the queries judged.
+
+    Raises:
+        InputError: the records are not of these queries and exemplars.
+        OracleError: the judge cannot be asked; what it said before is in the file.
+    """
+    found = read_neighbours(semantic)
+    shown = _shown(found, queries, exemplars, seed=seed)
+    for done, (query, order, sets) in enumerate(shown, start=1):
+        missing = [method for method in order if not record_file.done(query=query, method=method)]
+        if missing:
+            verdict = judge.judge(queries[query], sets)
+        for method in missing:
+            place = order.index(method)
+            record_file.append(
+                {
+                    "query": query,
+                    "method": method,
+                    "alike": None if verdict.alike is None else verdict.alike[place],
+                    "k": len(sets[place]),
+                    "preferred": None if verdict.preferred is None else verdict.preferred[place],
+                    "order": order,
+                    "reason": verdict.reason,
+                }
+            )
+        progress("judging", done, len(found))
+
+
+def estimate(
+    semantic: Path,
+    queries: Float32[np.ndarray, "q c h w"],
+    exemplars: ExemplarStore,
+    *,
+    price_per_million: float,
+) -> Estimate:
+    """What `judge_neighbours` with a `VisionJudge` would send, from the first query's request; nothing is sent.
+
+    Args:
+        semantic: Records of `bench.semantic.measure_semantic`.
+        queries: As measured there, pixels in [0, 1].
+        exemplars: As measured there.
+        price_per_million: Price of a million input tokens.
+
+    Raises:
+        InputError: the records are not of these queries and exemplars.
+    """
+    found = read_neighbours(semantic)
+    query, _, sets = next(_shown(found, queries, exemplars, seed=0))
+    pictures = make_pictures(queries[query], sets)
+    tiles = [-(-picture.width // TILE) * -(-picture.height // TILE) for picture in pictures]
+    text = len(make_question(len(sets), len(sets[0]))) // CHARACTERS_PER_TOKEN
+    tokens = len(found) * (text + sum(PICTURE_TOKENS + TILE_TOKENS * number for number in tiles))
+    return Estimate(len(found), len(found) * len(pictures), tokens, tokens * price_per_million / 1e6)
+
+
+def make_question(sets: int, k: int) -> str:
+    """`QUESTION` about so many sets of k neighbours."""
+    letters = ascii_uppercase[:sets]
+    example = json.dumps({"alike": dict.fromkeys(letters, 0), "best": [letters[0]]})
+    return QUESTION.format(n=sets, k=k, letters=", ".join(letters), example=example)
+
+
+def make_pictures(query: Query, sets: Sequence[NeighbourSet]) -> list[Image.Image]:
+    """The query, then each set as rows of five neighbours; small images are enlarged until a model can see them."""
+    return [_enlarged(to_uint8(query[None])[0]), *(_sheet(neighbours) for neighbours in sets)]
+
+
+def make_content(query: Query, sets: Sequence[NeighbourSet]) -> "list[ChatCompletionContentPartParam]":
+    """One message: the question, then every picture after its name; nothing in it tells the methods."""
+    content: list[ChatCompletionContentPartParam] = [
+        {"type": "text", "text": make_question(len(sets), len(sets[0]))},
+    ]
+    names = ["Query:", *(f"Set {letter}:" for letter in ascii_uppercase[: len(sets)])]
+    for name, picture in zip(names, make_pictures(query, sets), strict=True):
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        content += [{"type": "text", "text": name}, {"type": "image_url", "image_url": {"url": url}}]
+    return content
+
+
+def read_verdict(answer: str, *, sets: int, k: int) -> Verdict:
+    """The verdict in an answer: its last JSON object of the form asked for, whatever stands around it.
+
+    Counts may be written as text and a single best set without a list. Anything else that is missing, of unknown sets
+    or out of range makes it no verdict.
+    """
+    letters = ascii_uppercase[:sets]
+    decoder = json.JSONDecoder()
+    verdict = _none(f"no verdict in the answer: {answer.strip()!r}")
+    start = answer.find("{")
+    while start >= 0:
+        try:
+            found, _ = decoder.raw_decode(answer, start)
+            alike = tuple(int(str(found["alike"][letter])) for letter in letters)
+            best = set(found["best"])  # of a string its letters: "A"
+            if all(0 <= count <= k for count in alike) and best and best <= set(letters):
+                verdict = Verdict(alike, tuple(letter in best for letter in letters))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        start = answer.find("{", start + 1)
+    return verdict
+
+
+def _none(reason: str) -> Verdict:
+    return Verdict(None, None, reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 1] + "…")
+
+
+def _shown(
+    found: Neighbours, queries: Float32[np.ndarray, "q c h w"], exemplars: ExemplarStore, *, seed: int
+) -> Iterator[tuple[int, list[str], list[NeighbourSet]]]:
+    """Each query with the methods in the order in which they are shown, and their neighbours' images."""
+    check_queries(found, queries)
+    row_of = {name: row for row, name in enumerate(exemplars.ids)}
+    for query, sets in found.items():
+        if len(sets) > len(ascii_uppercase) or len({len(ids) for ids in sets.values()}) != 1:
+            raise InputError("expected at most 26 methods with equally many neighbours each; measure them in one run")
+        methods = sorted(sets)
+        order = [methods[place] for place in np.random.default_rng((seed, query)).permutation(len(methods))]
+        yield query, order, [exemplars.images(rows_of(sets[method], row_of)) for method in order]
+
+
+def _enlarged(image: UInt8[np.ndarray, "c h w"]) -> Image.Image:
+    picture = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, -1)))
+    side = min(max(*picture.size, SMALLEST), LARGEST)
+    return ImageOps.contain(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+
+
+def _sheet(neighbours: NeighbourSet) -> Image.Image:
+    tiles = [_enlarged(image) for image in neighbours]
+    width, height = (side + GAP for side in tiles[0].size)
+    lines = -(-len(tiles) // COLUMNS)
+    sheet = Image.new("RGB", (min(len(tiles), COLUMNS) * width - GAP, lines * height - GAP), "white")
+    for place, tile in enumerate(tiles):
+        sheet.paste(tile, (place % COLUMNS * width, place // COLUMNS * height))
+    return sheet

@@ -1,0 +1,78 @@
+"""Records as cells and tables of Markdown: groups, means and shares with their intervals."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Shaped
+
+from bench.records import Record
+from bench.statistics import bootstrap_interval, by_query, wilson_interval
+
+NONE = "–"
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of texts by column, the same columns in every row."""
+    if not rows:
+        return "No records."
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def folded(summary: str, block: str) -> list[str]:
+    """Markdown that a reader unfolds."""
+    return [f"<details><summary>{summary}</summary>", block, "</details>"]
+
+
+def grouped(records: Iterable[Record], *fields: str) -> dict[tuple[Any, ...], list[Record]]:
+    """Records by the values of some fields, in the order in which they first appear."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[field] for field in fields), []).append(record)
+    return groups
+
+
+def count(records: list[Record]) -> int:
+    """How many queries the records are of."""
+    return len({record["query"] for record in records})
+
+
+def queries_of(records: list[Record]) -> Shaped[np.ndarray, "n"]:
+    """The query of each record, as text."""
+    return np.array([str(record["query"]) for record in records])
+
+
+def values_of(records: list[Record], field: str) -> tuple[Float64[np.ndarray, "m"], Shaped[np.ndarray, "m"]]:
+    """A field of the records that have a value in it, and their queries."""
+    found = [record for record in records if record[field] is not None]
+    return np.array([float(record[field]) for record in found]), queries_of(found)
+
+
+def mean(records: list[Record], field: str, *, spec: str = "") -> str:
+    """The mean over queries of their own means, with its interval; a dash where no record has a value."""
+    values, queries = values_of(records, field)
+    return format(bootstrap_interval(by_query(values, queries)), spec) if len(values) else NONE
+
+
+def rate(flags: list[bool], records: list[Record]) -> str:
+    """The share of records with a flag, with its interval; a dash where there are none.
+
+    Wilson's for one record per query; with several, which are not independent, the bootstrap's over queries.
+    """
+    if not flags:
+        return NONE
+    if len(flags) == count(records):
+        return str(wilson_interval(sum(flags), len(flags)))
+    return str(bootstrap_interval(by_query(np.array(flags), queries_of(records))))
+
+
+def plain_text(value: Any) -> str:
+    """A JSON value in a cell."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain_text(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(plain_text, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return NONE if value is None else str(value)
