@@ -1,7 +1,7 @@
 """How long every path takes, side by side in one run on the same data, as ratios.
 
 Each path is measured several times, all paths in turn, so that a slow moment of the machine meets all of them; the
-medians make the ratios.
+medians make the ratios. On a GPU every timing waits until it has nothing left to do, before and after.
 """
 
 import copy
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.machine import describe_machine
 from bench.peak import peak_of_build, peak_of_search
@@ -33,7 +34,7 @@ from index.neighbours import Metric, Neighbours
 from index.progress import Progress, silent
 from index.sources import ArraySource, ImageSource
 from index.store import MemoryStore
-from rerank.backbone import Precision
+from rerank.backbone import Precision, TorchBackbone, specialised
 from rerank.config import Trigger, preset
 from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
 from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
@@ -49,6 +50,7 @@ CANDIDATES = 1_000
 AGREEMENT_QUERIES = 10
 REFERENCE_BATCHES = (256, 1024)
 BUILD_SIZES = (30_000, 90_000)  # both beyond what a build holds before it writes
+MATRIX, PRODUCTS = 8192, 20  # side of a matrix large enough for a GPU's full rate, products of it in one timing
 NOISE = 2.5  # L2 norm of what is added to an exemplar to make a query
 
 
@@ -70,16 +72,23 @@ class Latency:
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     records: list[Record] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
 
     def time(self, path: str, exemplars: int, work: Callable[[], Any]) -> Any:
         """Run and record; a ranking's own account tells the trigger's share."""
+        self._wait()
         start = time.perf_counter()
         result = work()
+        self._wait()
         seconds = time.perf_counter() - start
         rankings = result if isinstance(result, list) else [result]
         trigger = sum(ranking.timings["trigger"] for ranking in rankings if isinstance(ranking, Ranking))
         self.records.append(Record(path, exemplars, seconds, trigger))
         return result
+
+    def _wait(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
 
     def seconds(self, path: str, exemplars: int, *, without_trigger: bool = False) -> list[float]:
         """All timings of a path."""
@@ -117,7 +126,7 @@ class LatencyBench:
     ) -> None:
         self.classifier, self.repeats, self.progress = classifier, repeats, progress
         self.config = preset("paper")
-        self.latency = Latency()
+        self.latency = Latency(device=str(classifier.device))
         self.global_trigger = make_global_trigger(source, classifier, self.config)
         self.store = in_memory(source, classifier, self.global_trigger)
         self.sizes = sorted({min(size, len(self.store)) for size in SIZES})
@@ -126,12 +135,42 @@ class LatencyBench:
 
     def run(self) -> Latency:
         """Everything, in an order that lets the cheap fail first."""
-        groups = (self.neighbours, self.triggers, self.forward, self.growth, self.agreement, self.reference, self.build)
+        groups = [self.neighbours, self.triggers, self.forward, self.growth, self.agreement, self.reference, self.build]
+        if self.classifier.device.type == "cuda":
+            groups.insert(0, self.card)
         for done, group in enumerate(groups):
             self.progress("measuring", done, len(groups))
             group()
         self.progress("measuring", len(groups), len(groups))
         return self.latency
+
+    def card(self) -> None:
+        """The bf16 pass over images on the device, as a share of the rate at which that multiplies large matrices.
+
+        Its operations are counted in the network that runs: of the specialised one, without taps that meet padding.
+        """
+        device, shape, n = self.classifier.device, self.classifier.image_shape, self.sizes[-1]
+        chunks = torch.from_numpy(self.store.images(np.arange(n))).to(device).split(forward_batch_size(shape))
+        backbone = TorchBackbone(specialised(self.classifier), Precision.BF16)
+        zeros = torch.zeros(shape, device=device)
+        passed = partial(backbone, trigger=zeros, image_weight=0.5, trigger_weight=0.5, clamp=True)
+        generator = torch.Generator(device).manual_seed(0)
+        factor = torch.randn(MATRIX, MATRIX, generator=generator, device=device).bfloat16()
+        multiply = partial(torch.matmul, factor, factor, out=torch.empty_like(factor))
+        for repeat in range(self.repeats + 1):
+            self.latency.time("pass bf16", n, lambda: [passed(images=chunk) for chunk in chunks])
+            self.latency.time("products bf16", MATRIX, lambda: [multiply() for _ in range(PRODUCTS)])
+            if repeat == 0:
+                self._forget("pass bf16", "products bf16")
+        with FlopCounterMode(display=False) as counter:
+            passed(images=chunks[0][:1])
+        rate = 2 * MATRIX**3 * PRODUCTS / self.latency.median("products bf16", MATRIX)  # operations a second
+        images_per_second = n / self.latency.median("pass bf16", n)
+        self.latency.figures |= {
+            "images_per_second": images_per_second,
+            "bf16_tflops": rate / 1e12,
+            "pass_of_bf16_rate": images_per_second * counter.get_total_flops() / rate,
+        }
 
     def forward(self) -> None:
         """Exact search beside bare forward passes over the same images."""
@@ -200,17 +239,13 @@ class LatencyBench:
         full = replace(self.config, trigger_steps=EAGER_STEPS, trigger_tolerance=0.0)
         tmm = self._tmm(self.sizes[0])
         model = torch.nn.Sequential(self.classifier.backbone, self.classifier.head)
-        several = self.queries[:TOGETHER]
+        several, time_ = self.queries[:TOGETHER], self.latency.time
         losses: dict[str, float] = {}
         for repeat in range(self.repeats + 1):
-            eager = self.latency.time("trigger, plain loop", 1, lambda: reference_trigger(model, several[0], full))
-            ours = self.latency.time("trigger", 1, lambda: make_trigger(tmm.classifier, several[:1], full))
-            self.latency.time("16 triggers together", TOGETHER, lambda: make_trigger(tmm.classifier, several, full))
-            self.latency.time(
-                "16 triggers apart",
-                TOGETHER,
-                lambda: [make_trigger(tmm.classifier, query[None], full) for query in several],
-            )
+            eager = time_("trigger, plain loop", 1, lambda: reference_trigger(model, several[0], full))
+            ours = time_("trigger", 1, lambda: make_trigger(tmm.classifier, several[:1], full))
+            time_("16 triggers together", TOGETHER, lambda: make_trigger(tmm.classifier, several, full))
+            time_("16 triggers apart", TOGETHER, lambda: [make_trigger(tmm.classifier, x[None], full) for x in several])
             losses = {"plain": _trigger_loss(model, several[0], eager), "ours": float(ours.loss[0])}
             if repeat == 0:
                 self._forget("trigger, plain loop", "trigger", "16 triggers together", "16 triggers apart")
@@ -271,27 +306,19 @@ class LatencyBench:
 
     def build(self) -> None:
         """Building an index beside a bare forward pass; peak memory of searching, and of building at two sizes."""
+        n, time_ = self.size, self.latency.time
         with tempfile.TemporaryDirectory() as folder:
-            source = ArraySource(self.store.images(np.arange(self.size)), self.store.labels[: self.size])
-            images = torch.from_numpy(self.store.images(np.arange(self.size)))
+            source = ArraySource(self.store.images(np.arange(n)), self.store.labels[:n])
+            images = torch.from_numpy(self.store.images(np.arange(n)))
             for _ in range(self.repeats):
-                self.latency.time(
-                    "build",
-                    self.size,
-                    lambda: build_index(source, Path(folder) / "a.idx", self.classifier, overwrite=True),
-                )
-                self.latency.time(
-                    "forward beside build",
-                    self.size,
-                    lambda: _forward(self.classifier.backbone, images, self.classifier),
-                )
+                time_("build", n, lambda: build_index(source, Path(folder) / "a.idx", self.classifier, overwrite=True))
+                time_("forward beside build", n, lambda: _forward(self.classifier.backbone, images, self.classifier))
             largest = ArraySource(self.store.images(np.arange(len(self.store))), self.store.labels)
             build_index(largest, Path(folder) / "b.idx", self.classifier)
             self.latency.figures["peak_mib"] = peak_of_search(Path(folder) / "b.idx")
         small, large = (peak_of_build(size) for size in BUILD_SIZES)
         self.latency.figures |= {
-            "build_over_forward": self.latency.median("forward beside build", self.size)
-            / self.latency.median("build", self.size),
+            "build_over_forward": self.latency.median("forward beside build", n) / self.latency.median("build", n),
             "build_peak_mib_small": small,
             "build_peak_mib_large": large,
         }

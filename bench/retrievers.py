@@ -3,15 +3,9 @@
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 
-from index.classifier import Classifier
-from index.neighbours import Metric
 from index.ranking import best_first
-from index.store import ExemplarStore
-from rerank.config import TmmConfig
-from rerank.tmm import TmmNN
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -11,8 +12,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from index.batches import forward_batch_size
 from index.classifier import Classifier
 from index.errors import InputError
+from rerank.graphs import graphed
 
 TOLERANCE = 1e-3  # of the largest feature; float32 rounding stays two orders of magnitude below
 
@@ -49,7 +52,7 @@ class Backbone(Protocol):
 
 
 class TorchBackbone:
-    """A `Backbone` in PyTorch.
+    """A `Backbone` in PyTorch. On a GPU full chunks are replayed from a CUDA graph: one call at a time there.
 
     Args:
         classifier: f, best `specialised`; not modified.
@@ -65,9 +68,15 @@ class TorchBackbone:
         self.name = f"torch {precision} on {classifier.device}"
         self.exact = precision is Precision.FP32
         self._normalise = classifier.backbone.get_submodule("normalise")
-        self._network = classifier.backbone.get_submodule("network")
+        self._dtype = classifier.head.weight.dtype if self.exact else torch.bfloat16
+        network = classifier.backbone.get_submodule("network")
         if precision is Precision.BF16:
-            self._network = copy.deepcopy(self._network).to(torch.bfloat16)
+            network = copy.deepcopy(network).to(torch.bfloat16)
+        self._forward: Callable[[Tensor], Tensor] = network
+        if classifier.device.type == "cuda":
+            chunk = (forward_batch_size(classifier.image_shape), *classifier.image_shape)
+            pixels = torch.zeros(chunk, dtype=self._dtype, device=classifier.device)
+            self._forward = FixedChunk(network, pixels, classifier.feature_dim)
 
     @torch.inference_mode()
     def __call__(
@@ -83,9 +92,33 @@ class TorchBackbone:
         triggered = images.to(trigger.dtype).mul_(image_weight / 255.0).add_(trigger * trigger_weight)
         if clamp:
             triggered.clamp_(0.0, 1.0)
-        network_dtype = trigger.dtype if self.exact else torch.bfloat16
-        pixels = self._normalise(triggered).to(network_dtype)
-        return self._network(pixels).to(trigger.dtype)
+        return self._forward(self._normalise(triggered).to(self._dtype)).to(trigger.dtype)
+
+
+class FixedChunk:
+    """φ of chunks of one length through buffers of its own, so that a GPU can replay it; of others as they come.
+
+    Chunks are small, 512 images of 32×32: on a large GPU launching their kernels may take longer than running them.
+
+    Args:
+        network: φ after normalisation; needs no gradients.
+        pixels: The buffer, as long as a full chunk.
+        feature_dim: d.
+    """
+
+    def __init__(self, network: nn.Module, pixels: Float[Tensor, "chunk c h w"], feature_dim: int) -> None:
+        features = pixels.new_zeros((len(pixels), feature_dim))
+        self._network, self._pixels, self._features = network, pixels, features
+        # Of the tensors, not of self: a cycle would keep the device's memory until the garbage collector runs.
+        self._fill = graphed(lambda: features.copy_(network(pixels)), pixels.device)
+
+    def __call__(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """Features of normalised pixels, in a tensor of their own."""
+        if len(pixels) != len(self._pixels):
+            return self._network(pixels)
+        self._pixels.copy_(pixels)
+        self._fill()
+        return self._features.clone()
 
 
 @torch.inference_mode(False)  # the copy must serve `make_trigger`'s gradients, whatever the caller's mode

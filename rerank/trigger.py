@@ -9,10 +9,12 @@ from torch import Tensor
 from index.classifier import Classifier
 from index.errors import InputError
 from rerank.config import Blend, TmmConfig, Trigger
+from rerank.graphs import graphed
 
 INITIAL_STD = 0.01  # τ₀ ~ N(0, 0.01²)
 PATCH = 3  # pixels a side, at the top-left (§4.8.1)
 PATIENCE = 10  # steps over which the loss has to fall by `trigger_tolerance`
+CHECK_EVERY = 10  # steps, on a GPU: to ask whether all queries have stopped makes the host wait for the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +67,9 @@ def make_trigger(classifier: Classifier, queries: Float[Tensor, "q c h w"], conf
     """
     if config.trigger is Trigger.GLOBAL:
         raise InputError("the global trigger belongs to an index, it is not made for a query: see make_global_trigger")
-    start, mask = _start(queries, config)
-    search = _Search(classifier, queries, start)
-    if config.trigger is Trigger.FIXED_PATCH:
-        search.evaluate()
-        return search.result()
-    optimiser = torch.optim.Adam([search.trigger], lr=config.trigger_lr)
-    for _ in range(config.trigger_steps):
-        loss = search.evaluate()
-        if search.stopped(config.trigger_tolerance):
-            break
-        (search.trigger.grad,) = torch.autograd.grad(loss.sum(), search.trigger)
-        search.trigger.grad *= mask
-        optimiser.step()
-    else:
-        search.evaluate()
+    search = _Search(classifier, queries, config)
+    steps = 0 if config.trigger is Trigger.FIXED_PATCH else config.trigger_steps
+    search.run(steps, check_every=CHECK_EVERY if queries.device.type == "cuda" else 1)
     return search.result()
 
 
@@ -101,44 +91,54 @@ def _start(
 
 
 class _Search:
-    """The state of one joint optimisation: current and best triggers, and which queries still move."""
+    """One joint optimisation as a *static step*: its tensors stay where they are, and no step reads one on the host.
 
-    def __init__(
-        self, classifier: Classifier, queries: Float[Tensor, "q c h w"], start: Float[Tensor, "q c h w"]
-    ) -> None:
-        self.classifier = classifier
-        self.queries = queries
-        self.trigger = start.requires_grad_()
-        self.best = start.detach().clone()
+    So a step can be recorded and replayed (`graphed`). Stops are decided on the device, for each query: one that is no
+    longer active keeps its best trigger, losses and count, however many steps follow.
+    """
+
+    def __init__(self, classifier: Classifier, queries: Float[Tensor, "q c h w"], config: TmmConfig) -> None:
+        self.classifier, self.queries, self.tolerance = classifier, queries, config.trigger_tolerance
+        self.trigger, self.mask = _start(queries, config)
+        self.gradient = self.trigger.grad = torch.zeros_like(self.trigger)
+        on_gpu = queries.device.type == "cuda"
+        self.optimiser = torch.optim.Adam([self.trigger], lr=config.trigger_lr, capturable=on_gpu)
         with torch.no_grad():
             self.target = classifier.logits(classifier.features(queries))
-        self.history: list[Float[Tensor, "q"]] = []  # the best loss so far, after each evaluation
-        self.initial: Float[Tensor, "q"] | None = None
+        self.initial = self._evaluate()
+        self.best = self.trigger.clone()
+        self.lowest = self.initial.repeat(PATIENCE + 1, 1)  # the best loss after each of the last evaluations
         self.active = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
-        self.steps = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+        self.steps = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
 
-    def evaluate(self) -> Float[Tensor, "q"]:
-        """Eq. 8 at the current triggers; keeps the best of those still active."""
-        logits = self.classifier.logits(self.classifier.features(self.queries + self.trigger))
-        loss = (logits - self.target).square().mean(dim=1) + 1.0 / self.trigger.square().sum(dim=(1, 2, 3))
-        seen = loss.detach()
-        if self.initial is None:
-            self.initial = seen
-            self.history.append(seen)
-        else:
-            better = self.active & (seen < self.history[-1])
-            self.best[better] = self.trigger.detach()[better]
-            self.history.append(torch.where(better, seen, self.history[-1]))
+    def run(self, steps: int, *, check_every: int) -> None:
+        """At most so many steps; fewer where all queries are found to have stopped, which is asked now and then."""
+        step = graphed(self.step, self.queries.device)
+        for done in range(1, steps + 1):
+            step()
+            if done % check_every == 0 and not bool(self.active.any()):
+                break
+
+    def step(self) -> None:
+        """Move all triggers; keep what is better, and retire those whose best loss hardly fell in the last steps."""
+        self.optimiser.step()
+        loss = self._evaluate()
+        better = self.active & (loss < self.lowest[-1])
+        self.best.copy_(torch.where(better[:, None, None, None], self.trigger, self.best))
+        self.lowest.copy_(torch.cat([self.lowest[1:], torch.where(better, loss, self.lowest[-1])[None]]))
         self.steps += self.active
-        return loss
+        before, now = self.lowest[0], self.lowest[-1]
+        self.active &= ((before - now) >= self.tolerance * before) | (self.steps <= PATIENCE)
 
-    def stopped(self, tolerance: float) -> bool:
-        """Retire the queries whose best loss hardly fell in the last steps; True once none is left."""
-        if len(self.history) > PATIENCE:
-            before, now = self.history[-1 - PATIENCE], self.history[-1]
-            self.active &= (before - now) >= tolerance * before
-        return not bool(self.active.any())
+    def _evaluate(self) -> Float[Tensor, "q"]:
+        """Eq. 8 at the current triggers; its gradient goes where the optimiser reads it."""
+        trigger = self.trigger.detach().requires_grad_()  # new: autograd ties a leaf to the stream of its first use
+        logits = self.classifier.logits(self.classifier.features(self.queries + trigger))
+        loss = (logits - self.target).square().mean(dim=1) + 1.0 / trigger.square().sum(dim=(1, 2, 3))
+        (gradient,) = torch.autograd.grad(loss.sum(), trigger)
+        self.gradient.copy_(gradient * self.mask)
+        return loss.detach()
 
     def result(self) -> TriggerResult:
-        assert self.initial is not None
-        return TriggerResult(self.best, self.initial, self.history[-1], self.steps)
+        """The best triggers, and how they were found."""
+        return TriggerResult(self.best, self.initial, self.lowest[-1], self.steps)

@@ -39,6 +39,8 @@ SMALL = {
     "CANDIDATES": 16,
     "AGREEMENT_QUERIES": 2,
     "BUILD_SIZES": (16, 32),
+    "MATRIX": 64,
+    "PRODUCTS": 3,
 }
 PATHS = {  # path -> (exemplars, times)
     "l2 by FAISS alone": (60, 20 * REPEATS),
@@ -128,7 +130,7 @@ def measured(tmp_path_factory) -> SimpleNamespace:
 
 def read_back(content: dict[str, Any]) -> Latency:
     records = [Record(**record) for record in content["records"]]
-    return Latency(content["machine"], content["started"], records, content["figures"])
+    return Latency(content["machine"], content["started"], records, content["figures"], content["device"])
 
 
 # ---- statistics
@@ -230,6 +232,7 @@ def test_the_record_names_the_machine_and_the_time(measured):
     machine, here = measured.content["machine"], describe_machine()
     assert machine == json.loads(json.dumps(here))
     assert machine["torch"] == version("torch")
+    assert measured.content["device"] == "cpu"
     assert {"processor", "threads", "python", "faiss-cpu"} <= machine.keys()
     assert measured.content["started"].endswith("+00:00")
 
@@ -267,6 +270,42 @@ def test_a_run_over_one_size_is_whole_json(tmp_path, monkeypatch):
     queries = bench.queries.numpy()
     assert queries.shape == (3, 1, 8, 8)
     assert 0.0 <= queries.min() < queries.max() <= 1.0
+
+
+# ---- the card
+
+
+def test_the_pass_is_a_share_of_the_cards_own_rate(monkeypatch, capsys):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setitem(PRESETS, "paper", QUICK)
+    bench = LatencyBench(digits(60), make_classifier(), repeats=REPEATS)
+    bench.card()
+    latency, figures = bench.latency, bench.latency.figures
+    assert {path: len(latency.seconds(*path)) for path in latency.paths()} == {
+        ("pass bf16", 48): REPEATS,
+        ("products bf16", 64): REPEATS,
+    }
+    images_per_second, rate = 48 / latency.median("pass bf16", 48), 3 * 2 * 64**3 / latency.median("products bf16", 64)
+    operations = 2 * (8 * 9 * 16 + 128 * 16)  # 8 kernels of 3×3 at 4×4 places, and the Linear layer before the head
+    assert figures == {
+        "images_per_second": pytest.approx(images_per_second),
+        "bf16_tflops": pytest.approx(rate / 1e12),
+        "pass_of_bf16_rate": pytest.approx(images_per_second * operations / rate),
+    }
+    print_latency(latency)
+    assert "pass_of_bf16_rate" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_timing_on_a_gpu_waits_for_it():
+    factor = torch.randn(4096, 4096, device="cuda")
+    latency = Latency(machine={}, device="cuda")
+    for path in ("warm-up", "queued"):
+        latency.time(path, 1, lambda: [factor @ factor for _ in range(50)])
+    latency.time("nothing", 1, lambda: None)
+    assert latency.median("queued", 1) > 0.005  # 7 · 10¹² operations
+    assert latency.median("nothing", 1) < latency.median("queued", 1) / 5
 
 
 # ---- refusals

@@ -8,11 +8,23 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from index.errors import InputError
 from rerank import Blend, TmmConfig, Trigger
+from rerank.backbone import specialised
 from rerank.config import MAX_SEED
-from rerank.trigger import apply_trigger, intensity_of, make_trigger
+from rerank.graphs import WARM_UP
+from rerank.trigger import (
+    INITIAL_STD,
+    PATCH,
+    PATIENCE,
+    TriggerResult,
+    _Search,
+    apply_trigger,
+    intensity_of,
+    make_trigger,
+)
 
 QUICK = TmmConfig(trigger_steps=15)
 KINDS = (Trigger.QUERY, Trigger.PATCH, Trigger.FIXED_PATCH)  # what is made for a query
@@ -23,6 +35,53 @@ def equation_8(classifier, query, trigger):
     with torch.no_grad():
         triggered, clean = classifier.logits(classifier.features(torch.stack([query + trigger, query])))
     return float((triggered - clean).square().mean() + 1.0 / trigger.norm() ** 2)
+
+
+def plain_loop(classifier, queries, config):
+    """What the static step must do, bit for bit: an ordinary loop that reads on the host whenever it likes."""
+    mask = torch.ones_like(queries[0])
+    if config.trigger is Trigger.PATCH:
+        mask = torch.zeros_like(mask)
+        mask[:, :PATCH, :PATCH] = 1.0
+    generator = torch.Generator().manual_seed(config.seed)
+    start = INITIAL_STD * torch.randn(mask.shape, generator=generator, dtype=torch.float64).to(queries) * mask
+    trigger = start.expand(queries.shape).clone().requires_grad_()
+    optimiser = torch.optim.Adam([trigger], lr=config.trigger_lr)
+    with torch.no_grad():
+        target = classifier.logits(classifier.features(queries))
+    best, lowest = trigger.detach().clone(), []
+    active, steps = [True] * len(queries), [0] * len(queries)
+    for step in range(config.trigger_steps + 1):
+        logits = classifier.logits(classifier.features(queries + trigger))
+        loss = (logits - target).square().mean(dim=1) + 1.0 / trigger.square().sum(dim=(1, 2, 3))
+        lowest.append(lowest[-1].clone() if lowest else loss.detach().clone())
+        for i in range(len(queries)):
+            steps[i] += active[i]
+            if active[i] and loss[i] < lowest[-1][i]:
+                best[i], lowest[-1][i] = trigger.detach()[i], loss.detach()[i]
+            if step >= PATIENCE:
+                before = lowest[-1 - PATIENCE][i]
+                active[i] = active[i] and bool(before - lowest[-1][i] >= config.trigger_tolerance * before)
+        if not any(active):
+            break
+        (gradient,) = torch.autograd.grad(loss.sum(), trigger)
+        trigger.grad = gradient * mask
+        optimiser.step()
+    return TriggerResult(best, lowest[0], lowest[-1], torch.tensor(steps))
+
+
+def result_bytes(found):
+    return [getattr(found, name).numpy().tobytes() for name in ("trigger", "initial_loss", "loss", "steps")]
+
+
+class HostReads(TorchDispatchMode):
+    """Refuses what makes a host wait for its device, and so cannot be recorded."""
+
+    REFUSED = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::index")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not function.name().startswith(self.REFUSED), function.name()
+        return function(*args, **(kwargs or {}))
 
 
 def state_bytes(classifier):
@@ -101,6 +160,65 @@ def test_triggers_optimised_together_are_those_of_separate_runs_each_with_its_ow
 def test_the_tolerance_decides_when_to_stop(precise, make_queries, tolerance, steps):
     config = TmmConfig(trigger_steps=40, trigger_tolerance=tolerance)
     assert make_trigger(precise, make_queries(2), config).steps.tolist() == [steps, steps]
+
+
+# ---- the static step
+
+
+@pytest.mark.parametrize("kind", [Trigger.QUERY, Trigger.PATCH])
+@pytest.mark.parametrize(("tolerance", "steps"), [(0.04, 60), (0.2, 60), (0.0, 20), (1.0, 20), (0.04, 0), (0.04, 1)])
+def test_it_does_what_a_plain_loop_does_bit_for_bit(classifier, make_queries, *, kind, tolerance, steps):
+    queries = torch.cat([make_queries(5), torch.zeros(1, 3, 8, 8, dtype=torch.float64)]).float()
+    config = TmmConfig(trigger=kind, trigger_steps=steps, trigger_lr=0.1, trigger_tolerance=tolerance)
+    for f in (classifier, specialised(classifier)):
+        assert result_bytes(make_trigger(f, queries, config)) == result_bytes(plain_loop(f, queries, config))
+
+
+def test_steps_after_all_have_stopped_change_nothing(classifier, make_queries):
+    queries = torch.cat([make_queries(4), torch.zeros(1, 3, 8, 8, dtype=torch.float64)]).float()
+    config = TmmConfig(trigger_steps=60, trigger_lr=0.1, trigger_tolerance=0.3)
+    expected = make_trigger(classifier, queries, config)
+    assert expected.steps.max() < 50, "all must stop early"
+    assert len(set(expected.steps.tolist())) > 1, "not all at once"
+    for check_every in (7, 10, 1000):
+        search = _Search(classifier, queries, config)
+        search.run(60, check_every=check_every)
+        assert result_bytes(search.result()) == result_bytes(expected)
+        assert not torch.equal(search.trigger, expected.trigger)
+    with_them = make_trigger(classifier, queries, replace(config, trigger_tolerance=0.0))
+    assert (with_them.loss < expected.loss).any(), "those steps must have something to change"
+
+
+def test_a_step_keeps_its_tensors_in_place_and_reads_none_on_the_host(classifier, make_queries):
+    search = _Search(classifier, make_queries(3, dtype=torch.float32), QUICK)
+    kept = {name: value.data_ptr() for name, value in vars(search).items() if isinstance(value, torch.Tensor)}
+    assert {"trigger", "gradient", "best", "lowest", "active", "steps"} < kept.keys()
+    trigger = search.trigger.clone()
+    search.optimiser = torch.optim.SGD([search.trigger], lr=0.1)  # Adam counts on the host, unless on a GPU
+    with HostReads():
+        for _ in range(3):
+            search.step()
+    assert search.trigger.grad is search.gradient
+    assert {name: getattr(search, name).data_ptr() for name in kept} == kept
+    assert not torch.equal(search.trigger, trigger)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), HostReads():
+        search.run(1, check_every=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_replays_what_it_does_step_by_step(classifier, make_queries):
+    f, queries = classifier.to("cuda").double(), make_queries(3).cuda()
+    config = TmmConfig(trigger_steps=WARM_UP + 30, trigger_tolerance=0.0)
+    found = make_trigger(f, queries, config)
+    search = _Search(f, queries, config)
+    for _ in range(config.trigger_steps):
+        search.step()
+    expected = search.result()
+    torch.testing.assert_close(found.trigger, expected.trigger, rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0.0)
+    assert found.steps.tolist() == expected.steps.tolist()
+    on_cpu = make_trigger(classifier.double(), queries.cpu(), config)
+    torch.testing.assert_close(found.loss.cpu(), on_cpu.loss, rtol=1e-3, atol=0.0)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_trigger(classifier, make_queries):
