@@ -1,11 +1,27 @@
 """What the benchmarks compare: ways to score every exemplar for a query, all with one face."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 
+from index.classifier import Classifier
+from index.errors import InputError, nearest
+from index.neighbours import Metric, exact_scores
+from index.progress import Progress, silent
 from index.ranking import best_first
+from index.sources import ArraySource
+from index.store import MemoryStore
+from rerank.config import PRESETS, TmmConfig, Trigger, preset
+from rerank.contrast import stretch_contrast
+from rerank.global_trigger import GlobalColumn, make_global_trigger
+from rerank.tmm import Ranking, TmmNN
+
+Image = Float32[np.ndarray, "c h w"]
 
 
 @runtime_checkable
@@ -16,6 +32,140 @@ class Retriever(Protocol):
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """A score for every exemplar row; larger is better, no NaN. `query` is in pixels of [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to retrieve, by name.
+
+    Attributes:
+        name: As it was given: ``l2``, ``cosine``, ``cosine,stretch=true``, or a preset with settings, as
+            ``paper,blend=added,score=logit``.
+        metric: Of a baseline; None for TMM-NN.
+        stretch: Whether a baseline stretches the query's contrast first.
+        config: Of TMM-NN; None for a baseline.
+    """
+
+    name: str
+    metric: Metric | None
+    stretch: bool
+    config: TmmConfig | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Method":
+        """From its name.
+
+        Raises:
+            InputError: neither a metric nor a preset, or settings that it does not have.
+        """
+        kind, *settings = text.split(",")
+        if kind in list(Metric):
+            if any(setting not in ("stretch=true", "stretch=false") for setting in settings):
+                raise InputError(f"{text}: a baseline takes only stretch=true, got {', '.join(settings)}")
+            return cls(text, Metric(kind), "stretch=true" in settings, None)
+        if kind not in PRESETS:
+            known = [*Metric, *PRESETS]
+            raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
+        return cls(text, None, False, preset(kind).with_settings(settings))
+
+    def settings(self) -> dict[str, Any]:
+        """For the records."""
+        return {"stretch": self.stretch} if self.config is None else self.config.to_json()
+
+
+class MetricRetriever:
+    """L2 or cosine between features, in float64: the slow, plain version of the FAISS search."""
+
+    def __init__(self, method: Method, classifier: Classifier, store: MemoryStore) -> None:
+        assert method.metric is not None
+        self.name = method.name
+        self._metric, self._stretch = method.metric, method.stretch
+        self._classifier = classifier
+        self._features = store.features(np.arange(len(store)))
+
+    def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
+        """Minus the distance, or the similarity."""
+        pixels = torch.from_numpy(query)[None].to(self._classifier.device)
+        with torch.inference_mode():
+            features = self._classifier.features(stretch_contrast(pixels) if self._stretch else pixels)
+        return exact_scores(features[0].cpu().numpy(), self._features, self._metric)
+
+
+class TmmRetriever:
+    """TMM-NN over all exemplars."""
+
+    def __init__(self, method: Method, tmm: TmmNN) -> None:
+        assert method.config is not None
+        self.name, self.config, self.tmm = method.name, method.config, tmm
+
+    def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
+        """The scores of the configuration."""
+        config = replace(self.config, seed=seed)
+        return _by_row(self.tmm.rank(self._pixels(query), k=len(self.tmm.store), config=config))
+
+    def scores_beside(
+        self, others: "Sequence[TmmRetriever]", query: Float32[np.ndarray, "c h w"]
+    ) -> list[Float[np.ndarray, "n"]]:
+        """Its own and those of others that share the trigger and the pass."""
+        configs = [self.config, *(other.config for other in others)]
+        rankings = self.tmm.rank_variants(self._pixels(query), k=len(self.tmm.store), configs=configs)
+        return [_by_row(ranking) for ranking in rankings]
+
+    def _pixels(self, query: Image) -> torch.Tensor:
+        return torch.from_numpy(query).to(self.tmm.classifier.device)
+
+
+def make_retrievers(
+    methods: Sequence[Method], classifier: Classifier, store: MemoryStore, *, progress: Progress = silent
+) -> list[Retriever]:
+    """A retriever for each method; those with the same global trigger share its features.
+
+    Args:
+        methods: With different names.
+        classifier: f.
+        store: Exemplars and their clean features.
+        progress: Told of the global triggers' optimisation.
+
+    Raises:
+        InputError: two methods of one name.
+    """
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise InputError(f"expected different methods, got {', '.join(names)}")
+    engines: dict[Any, TmmNN] = {}
+    retrievers: list[Retriever] = []
+    for method in methods:
+        if method.config is None:
+            retrievers.append(MetricRetriever(method, classifier, store))
+            continue
+        by_global = method.config.trigger is Trigger.GLOBAL
+        kind = _global_settings(method.config) if by_global else None
+        if kind not in engines:
+            engines[kind] = (
+                _with_global(classifier, store, method.config, progress) if by_global else TmmNN(classifier, store)
+            )
+        retrievers.append(TmmRetriever(method, engines[kind]))
+    return retrievers
+
+
+def scores_of_all(retrievers: Sequence[Retriever], query: Image) -> Iterator[tuple[Retriever, Float[np.ndarray, "n"]]]:
+    """Every retriever's scores; those of TMM-NN that share trigger and pass are computed together."""
+
+    def shared(retriever: Retriever) -> Any:
+        return (
+            (id(retriever.tmm), retriever.config.before_tuning)
+            if isinstance(retriever, TmmRetriever)
+            else retriever.name
+        )
+
+    order = list(dict.fromkeys(shared(retriever) for retriever in retrievers))
+    for _, members in groupby(sorted(retrievers, key=lambda one: order.index(shared(one))), key=shared):
+        first, *others = members
+        if isinstance(first, TmmRetriever):
+            group = [first, *(other for other in others if isinstance(other, TmmRetriever))]
+            yield from zip(group, first.scores_beside(group[1:], query), strict=True)
+        else:
+            yield first, first.scores(query)
 
 
 def top(
@@ -32,3 +182,32 @@ def rank_of(scores: Float[np.ndarray, "n"], ids: Shaped[np.ndarray, "n"], row: i
     """How many exemplars come before this one; 0 is first."""
     tied = scores == scores[row]
     return int((scores > scores[row]).sum() + (ids[tied] < ids[row]).sum())
+
+
+def _global_settings(config: TmmConfig) -> tuple[Any, ...]:
+    """What a global trigger and its features depend on."""
+    return (
+        config.blend,
+        config.clamp,
+        config.intensity,
+        config.trigger_steps,
+        config.trigger_lr,
+        config.trigger_tolerance,
+        config.seed,
+    )
+
+
+def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, progress: Progress) -> TmmNN:
+    rows = np.arange(len(store))
+    images = store.images(rows)
+    shared = make_global_trigger(ArraySource(images), classifier, config, progress=progress)
+    column = GlobalColumn(shared, classifier).features(images)
+    ids = [str(id_) for id_ in store.ids]
+    triggered = MemoryStore(images, store.features(rows), store.labels, ids=ids, global_features=column)
+    return TmmNN(classifier, triggered, global_trigger=shared)
+
+
+def _by_row(ranking: Ranking) -> Float[np.ndarray, "n"]:
+    scores = np.empty(len(ranking.rows), dtype=ranking.scores.dtype)
+    scores[ranking.rows] = ranking.scores
+    return scores

@@ -43,8 +43,15 @@ class Trigger(StrEnum):
     PATCH = "patch"  # T2: the same patch, its pixels optimised            §4.8.1
 
 
+class Tuning(StrEnum):
+    """How the dummy class's row of the head is found."""
+
+    ADAM = "adam"  # the whole head, by steps on Eq. 3                        §4.3.1
+    DISCRIMINANT = "discriminant"  # that row alone, in closed form: see rerank.discriminant
+
+
 class Score(StrEnum):
-    """What exemplars are ranked by."""
+    """What exemplars are ranked by, where the head was tuned by steps."""
 
     LOG_ODDS = "log-odds"  # z_C − logsumexp(z_0..C−1): ranks as P(dummy) does, without its ties  Eq. 4
     LOGIT = "logit"  # z_C
@@ -58,7 +65,10 @@ class TmmConfig:
         blend: How image and trigger are combined.
         clamp: Whether a triggered image is clamped to the pixel range [0, 1].
         trigger: Where the trigger comes from.
-        score: What exemplars are ranked by.
+        stretch: Whether the query's contrast is stretched to [0, 1] first (`rerank.contrast`).
+        tuning: How the dummy class's row of the head is found.
+        score: What exemplars are ranked by; with `Tuning.DISCRIMINANT` always the decorrelated similarity.
+        fusion: Above 0, exemplars are ranked by confidence + fusion · cosine similarity of clean features.
         intensity: ω in [0, 1]; None takes the standard deviation of the query's pixels (§4.3.2).
         trigger_steps: At most so many Adam steps on Eq. 8.
         trigger_lr: Adam's learning rate for the trigger, in pixel units.
@@ -68,6 +78,7 @@ class TmmConfig:
         tuning_lr: Adam's learning rate for the head.
         tuning_batch: Exemplars in a step; both query terms are in every step.
         ewc_lambda: λ of the EWC penalty.
+        shrinkage: Added to every variance of the discriminant, as a share of the mean variance.
         max_tuning_exemplars: Above it a seeded random sample tunes the head; all are still scored.
         candidate_companions: With a candidate set, so many random other exemplars join it for the tuning.
         seed: Of the trigger's start, the batches and the samples; at most 2⁶³−1.
@@ -76,7 +87,10 @@ class TmmConfig:
     blend: Blend = Blend.PRINTED
     clamp: bool = True
     trigger: Trigger = Trigger.QUERY
+    stretch: bool = False
+    tuning: Tuning = Tuning.ADAM
     score: Score = Score.LOG_ODDS
+    fusion: float = 0.0
     intensity: float | None = None
     trigger_steps: int = 300
     trigger_lr: float = 0.015
@@ -86,22 +100,25 @@ class TmmConfig:
     tuning_lr: float = 1e-3
     tuning_batch: int = 256
     ewc_lambda: float = 1.0
+    shrinkage: float = 0.1
     max_tuning_exemplars: int = 60_000
     candidate_companions: int = 1_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (("blend", Blend), ("trigger", Trigger), ("score", Score)):
+        for name, kind in (("blend", Blend), ("trigger", Trigger), ("tuning", Tuning), ("score", Score)):
             object.__setattr__(self, name, member(kind, getattr(self, name)))
-        if not isinstance(self.clamp, bool):
-            raise InputError(f"clamp: expected True or False, got {self.clamp!r}")
+        for name in ("clamp", "stretch"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("trigger_steps", "tuning_epochs", "candidate_companions"):
             _require(name, getattr(self, name), minimum=0)
         _require("seed", self.seed, minimum=0, maximum=MAX_SEED)
         for name in ("tuning_min_steps", "tuning_batch", "max_tuning_exemplars"):
             _require(name, getattr(self, name), minimum=1)
-        for name in ("trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda"):
+        for name in ("trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda", "fusion"):
             _require(name, getattr(self, name), minimum=0.0)
+        _require("shrinkage", self.shrinkage, minimum=1e-6)
         if self.intensity is not None:
             _require("intensity", self.intensity, minimum=0.0, maximum=1.0)
 
@@ -121,6 +138,23 @@ class TmmConfig:
             changes[name] = _parse(name, text.strip(), known[name])
         return replace(self, **changes)
 
+    @property
+    def before_tuning(self) -> tuple[Any, ...]:
+        """What the triggered features of a query's exemplars depend on: configurations with the same share them."""
+        return (
+            self.stretch,
+            self.blend,
+            self.clamp,
+            self.trigger,
+            self.intensity,
+            self.trigger_steps,
+            self.trigger_lr,
+            self.trigger_tolerance,
+            self.max_tuning_exemplars,
+            self.candidate_companions,
+            self.seed,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the attributes."""
         return {name: str(value) if isinstance(value, StrEnum) else value for name, value in asdict(self).items()}
@@ -135,7 +169,7 @@ def _require(name: str, value: int | float, *, minimum: int | float, maximum: in
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
-    if kind in (Blend, Trigger, Score):
+    if kind in (Blend, Trigger, Tuning, Score):
         return member(kind, text)
     try:
         if kind is bool:

@@ -6,8 +6,8 @@ Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm 1.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from index.progress import Progress, silent
 from index.ranking import best_first
 from index.store import GLOBAL_FEATURE, ExemplarStore
 from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
-from rerank.config import Score, TmmConfig, Trigger
+from rerank.config import TmmConfig, Trigger, Tuning
+from rerank.contrast import stretch_contrast
+from rerank.discriminant import Discriminant
 from rerank.global_trigger import GlobalTrigger
-from rerank.scoring import DEFAULT_CACHE_BYTES, ExemplarTensors, dummy_scores
+from rerank.scorers import DiscriminantScorer, FusedScorer, HeadScorer, Scorer, Scores
+from rerank.scoring import DEFAULT_CACHE_BYTES, ExemplarTensors
 from rerank.trigger import apply_trigger, intensity_of, make_trigger
 from rerank.tuning import Fisher, TuningSet, fisher_diagonal, tune_head
 
@@ -40,7 +43,7 @@ class Ranking:
     Attributes:
         rows: The best exemplars' rows, best first; ties in order of id.
         scores: Their scores; larger is better.
-        confidences: Their P(dummy class), in [0, 1].
+        confidences: Their P(dummy class), or the positive part of their decorrelated similarity; in [0, 1].
         scored: How many exemplars were scored.
         tuned_on: How many exemplars the head was tuned on.
         label: y_q.
@@ -77,7 +80,7 @@ class _Job:
     trigger_loss: tuple[float, float]
     trigger_steps: int
     label: int | None
-    head: nn.Linear | None = None
+    scorer: Scorer | None = None  # what step 2 finds
     timings: dict[str, float] = field(default_factory=dict)
 
 
@@ -111,6 +114,7 @@ class TmmNN:
         self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
         self._labels = torch.tensor(store.labels, device=classifier.device)  # a copy: a store's may be read-only
         self._fisher_of_all: Fisher | None = None
+        self._global_discriminants: dict[float, tuple[Discriminant, Tensor]] = {}
 
     def rank(
         self,
@@ -168,6 +172,31 @@ class TmmNN:
             rankings += self._rank_group(group, k=k, config=config, progress=progress)
         return rankings
 
+    def rank_variants(
+        self, query: Float[Tensor, "c h w"], *, k: int, configs: Sequence[TmmConfig], label: int | None = None
+    ) -> list[Ranking]:
+        """One query under several configurations that share the trigger and the pass over all exemplars.
+
+        Args:
+            query: As in `rank_many`.
+            k: At least 1.
+            configs: They differ only in what follows the pass.
+            label: y_q; None takes the model's prediction.
+
+        Raises:
+            InputError: configurations with different triggered features; or as `rank_many`.
+        """
+        first = configs[0]
+        if any(config.before_tuning != first.before_tuning for config in configs):
+            raise InputError("expected configurations that differ only after the pass: in tuning, score or fusion")
+        [job] = self._jobs(query[None], [None], [label], first, together=False)
+        tuning_rows, _ = self._rows(None, first)
+        triggered = self._triggered([job], tuning_rows, first, silent)
+        return [
+            self._rank_triggered([replace(job, timings=dict(job.timings))], triggered, k, config, silent)[0]
+            for config in configs
+        ]
+
     def _jobs(
         self,
         queries: Float[Tensor, "q c h w"],
@@ -179,6 +208,8 @@ class TmmNN:
     ) -> list[_Job]:
         """Step 1 for all queries."""
         start = time.perf_counter()
+        if config.stretch:
+            queries = stretch_contrast(queries)
         if config.trigger is Trigger.GLOBAL:
             shared = self._global_trigger(config)
             triggers = shared.trigger.to(queries).expand(queries.shape)
@@ -205,10 +236,22 @@ class TmmNN:
         return jobs
 
     def _rank_group(self, group: list[_Job], *, k: int, config: TmmConfig, progress: Progress) -> list[Ranking]:
-        """Steps 2 and 3 for queries that share their exemplars."""
-        tuning_rows, scored_rows = self._rows(group[0].candidates, config)
+        """The pass, and steps 2 and 3, for queries that share their exemplars."""
+        tuning_rows, _ = self._rows(group[0].candidates, config)
         with _timed(group, "pass"):
             triggered = self._triggered(group, tuning_rows, config, progress)
+        return self._rank_triggered(group, triggered, k, config, progress)
+
+    def _rank_triggered(
+        self,
+        group: list[_Job],
+        triggered: list[Float[Tensor, "n d"]],
+        k: int,
+        config: TmmConfig,
+        progress: Progress,
+    ) -> list[Ranking]:
+        """Steps 2 and 3."""
+        tuning_rows, scored_rows = self._rows(group[0].candidates, config)
         for job, features in zip(group, triggered, strict=True):
             with _timed([job], "tuning"), torch.inference_mode():
                 self._tune(job, tuning_rows, features, config)
@@ -217,7 +260,7 @@ class TmmNN:
                 scores = self._scores_of_all(group, config, progress)
             else:
                 kept = len(self.store) if scored_rows is None else len(scored_rows)
-                scores = [_scores(job, features[:kept], config) for job, features in zip(group, triggered, strict=True)]
+                scores = [_scores(job, part[:kept], scored_rows) for job, part in zip(group, triggered, strict=True)]
             rows = np.arange(len(self.store)) if scored_rows is None else scored_rows
             return [
                 self._ranking(job, both, rows=rows, tuned_on=len(triggered[0]), k=k, config=config)
@@ -269,20 +312,22 @@ class TmmNN:
             progress("triggering exemplars", done, n)
         return features
 
-    def _scores_of_all(self, group: list[_Job], config: TmmConfig, progress: Progress) -> "list[_Scores]":
-        parts: list[list[_Scores]] = [[] for _ in group]
+    def _scores_of_all(self, group: list[_Job], config: TmmConfig, progress: Progress) -> list[Scores]:
+        parts: list[list[Scores]] = [[] for _ in group]
+        done, n = 0, len(self.store)
         if config.trigger is Trigger.GLOBAL:
-            for features in self._tensors.feature_chunks(group[0].query.dtype, column=GLOBAL_FEATURE):
-                for job, scores in zip(group, parts, strict=True):
-                    scores.append(_scores(job, features, config))
-            return [_Scores(*map(np.concatenate, zip(*scores, strict=True))) for scores in parts]
-        done = 0
-        for chunk in self._tensors.image_chunks(None):
+            chunks = self._tensors.feature_chunks(group[0].query.dtype, column=GLOBAL_FEATURE)
+        else:
+            chunks = self._tensors.image_chunks(None)
+        for chunk in chunks:
+            rows = np.arange(done, done + len(chunk))
             for job, scores in zip(group, parts, strict=True):
-                scores.append(_scores(job, self._pass(self.backbone, job, chunk, config), config))
+                triggered = chunk if config.trigger is Trigger.GLOBAL else self._pass(self.backbone, job, chunk, config)
+                scores.append(_scores(job, triggered, rows))
             done += len(chunk)
-            progress("scoring exemplars", done, len(self.store))
-        return [_Scores(*map(np.concatenate, zip(*scores, strict=True))) for scores in parts]
+            if config.trigger is not Trigger.GLOBAL:
+                progress("scoring exemplars", done, n)
+        return [Scores(*map(torch.cat, zip(*scores, strict=True))) for scores in parts]
 
     def _pass(
         self, backbone: Backbone, job: _Job, images: UInt8[Tensor, "n c h w"], config: TmmConfig
@@ -303,32 +348,60 @@ class TmmNN:
         return torch.cat([self._pass(backbone, job, half, config) for half in halves])
 
     def _tune(self, job: _Job, rows: Rows | None, triggered: Float[Tensor, "n d"], config: TmmConfig) -> None:
-        """Step 2: sets the job's head, and its label where none was given."""
+        """Step 2: sets the job's scorer, and its label where none was given."""
         both = self.classifier.features(torch.stack([_triggered_query(job, config), job.query]))
         if job.label is None:
             job.label = int(self.classifier.logits(both[1:]).argmax())
+        if config.tuning is Tuning.DISCRIMINANT:
+            job.scorer = self._discriminant_scorer(both[0], triggered, config)
+        else:
+            job.scorer = HeadScorer(self._tuned_head(job.label, both, rows, triggered, config), config.score)
+        if config.fusion > 0:
+            clean = partial(self._tensors.features, dtype=triggered.dtype)
+            job.scorer = FusedScorer(job.scorer, config.fusion, both[1], clean)
+
+    def _tuned_head(
+        self,
+        label: int,
+        query: Float[Tensor, "2 d"],
+        rows: Int64[np.ndarray, "n"] | None,
+        triggered: Float[Tensor, "n d"],
+        config: TmmConfig,
+    ) -> nn.Linear:
         labels = self._labels if rows is None else self._labels[torch.from_numpy(rows).to(self.classifier.device)]
         clean = self._tensors.features(rows, triggered.dtype)
         if rows is None and self._fisher_of_all is None:
             self._fisher_of_all = fisher_diagonal(self.classifier.head, clean)
-        data = TuningSet(both[0], both[1], job.label, triggered, clean, labels)
-        fisher = self._fisher_of_all if rows is None else None
-        job.head = tune_head(self.classifier.head, data, config, fisher=fisher)
+        data = TuningSet(query[0], query[1], label, triggered, clean, labels)
+        return tune_head(self.classifier.head, data, config, fisher=self._fisher_of_all if rows is None else None)
 
-    def _ranking(
-        self, job: _Job, scores: "_Scores", *, rows: Rows, tuned_on: int, k: int, config: TmmConfig
-    ) -> Ranking:
+    def _discriminant_scorer(
+        self, query: Float[Tensor, "d"], triggered: Float[Tensor, "n d"], config: TmmConfig
+    ) -> DiscriminantScorer:
+        """Under the global trigger, of all exemplars and fitted once, whatever the candidates."""
+        if config.trigger is not Trigger.GLOBAL:
+            return DiscriminantScorer(Discriminant.fit([triggered], shrinkage=config.shrinkage), query)
+        if config.shrinkage not in self._global_discriminants:
+            features = partial(self._tensors.feature_chunks, triggered.dtype, column=GLOBAL_FEATURE)
+            fitted = Discriminant.fit(features(), shrinkage=config.shrinkage)
+            lengths = torch.cat([fitted.lengths(chunk) for chunk in features()])
+            self._global_discriminants[config.shrinkage] = fitted, lengths
+        fitted, lengths = self._global_discriminants[config.shrinkage]
+        return DiscriminantScorer(fitted, query, lengths)
+
+    def _ranking(self, job: _Job, scores: Scores, *, rows: Rows, tuned_on: int, k: int, config: TmmConfig) -> Ranking:
         scored = len(rows)
         if not self.backbone.exact and config.trigger is not Trigger.GLOBAL:
-            rows = rows[best_first(scores.scores, rows, self.store.ids, k=max(RESCORED, 2 * k))]
+            rows = rows[best_first(scores.scores.cpu().numpy(), rows, self.store.ids, k=max(RESCORED, 2 * k))]
             chunks = [self._pass(self._exact, job, chunk, config) for chunk in self._tensors.image_chunks(rows)]
-            scores = _scores(job, torch.cat(chunks), config)
-        best = best_first(scores.scores, rows, self.store.ids, k=k)
+            scores = _scores(job, torch.cat(chunks), rows)
+        values, confidences = scores.scores.cpu().numpy(), scores.confidences.cpu().numpy()
+        best = best_first(values, rows, self.store.ids, k=k)
         assert job.label is not None
         return Ranking(
             rows=rows[best],
-            scores=scores.scores[best],
-            confidences=torch.sigmoid(torch.from_numpy(scores.log_odds[best])).numpy(),
+            scores=values[best],
+            confidences=confidences[best],
             scored=scored,
             tuned_on=tuned_on,
             label=job.label,
@@ -350,18 +423,9 @@ class TmmNN:
         return self.global_trigger
 
 
-class _Scores(NamedTuple):
-    """What exemplars are ranked by, and the log-odds of the dummy class: the same unless `Score.LOGIT` is asked for."""
-
-    scores: Float[np.ndarray, "n"]
-    log_odds: Float[np.ndarray, "n"]
-
-
-def _scores(job: _Job, features: Float[Tensor, "n d"], config: TmmConfig) -> _Scores:
-    assert job.head is not None
-    log_odds = dummy_scores(job.head, features, Score.LOG_ODDS)
-    scores = log_odds if config.score is Score.LOG_ODDS else dummy_scores(job.head, features, config.score)
-    return _Scores(scores.cpu().numpy(), log_odds.cpu().numpy())
+def _scores(job: _Job, triggered: Float[Tensor, "n d"], rows: Int64[np.ndarray, "n"] | None) -> Scores:
+    assert job.scorer is not None
+    return job.scorer.score(triggered, rows)
 
 
 def _triggered_query(job: _Job, config: TmmConfig) -> Float[Tensor, "c h w"]:

@@ -1,0 +1,110 @@
+"""Does a perturbed exemplar still find itself, and its kind? (Figs. 3 and 6, §4.9.)
+
+The query is an exemplar, perturbed; the exemplar itself stays in the set (§4.4).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from bench.noise import Family, Perturbation
+from bench.records import RecordFile
+from bench.retrievers import Retriever, rank_of, scores_of_all, top
+from index.classifier import Classifier
+from index.errors import InputError
+from index.progress import Progress, silent
+from index.store import MemoryStore
+
+KEY = ("query", "perturbation", "method")
+
+
+def measure_self_retrieval(
+    retrievers: Sequence[Retriever],
+    queries: Int64[np.ndarray, "q"],
+    store: MemoryStore,
+    perturbations: Sequence[Perturbation],
+    record_file: RecordFile,
+    *,
+    classifier: Classifier,
+    k: int = 10,
+    seed: int = 0,
+    extra: dict[str, dict[str, Any]] | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Append a record for every query × perturbation × method that has none yet.
+
+    A record holds the ``rank`` of the exemplar that the query is (0 is first), its ``reciprocal_rank`` 1/(1 + rank),
+    the ``overlap`` of the top k with the method's own for the clean query, in [0, 1], and ``label_precision``: the
+    share, of the k best other exemplars, that bears the query's label.
+
+    Args:
+        retrievers: All see the same queries and the same noise.
+        queries: Rows of the store.
+        store: The exemplars.
+        perturbations: What is done to each; the clean query comes first, whether it is among them or not.
+        record_file: Opened with KEY.
+        classifier: For adversarial perturbations.
+        k: Neighbours looked at.
+        seed: Of the noise; each query draws its own.
+        extra: Fields to add to a method's records.
+        progress: Told of searches done.
+
+    Raises:
+        InputError: k is not below the number of exemplars.
+    """
+    if not 1 <= k < len(store):
+        raise InputError(f"expected k in [1, {len(store) - 1}], fewer than the {len(store)} exemplars, got {k}")
+    clean = Perturbation(Family.CLEAN, 0.0)
+    ordered = [clean, *(one for one in perturbations if one != clean)]
+    total, done = len(queries) * len(ordered), 0
+    for row in queries.tolist():
+        image = store.images(np.array([row]))[0].astype(np.float32) / np.float32(255.0)
+        noise = int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
+        id_, answers = str(store.ids[row]), dict[str, Int64[np.ndarray, "k"]]()
+        for perturbation in ordered:
+            key = {"query": id_, "perturbation": perturbation.name}
+            missing = [one for one in retrievers if not record_file.done(**key, method=one.name)]
+            if perturbation is clean and _unfinished(retrievers, ordered, id_, record_file):
+                missing = list(retrievers)  # the others' overlap is with it
+            if missing:
+                query = perturbation.apply(image, seed=noise, classifier=classifier)
+                for retriever, scores in scores_of_all(missing, query):
+                    name = retriever.name
+                    best = top(scores, store.ids, k)
+                    answers.setdefault(name, best)
+                    if not record_file.done(**key, method=name):
+                        about = {"family": str(perturbation.family), "level": perturbation.level}
+                        found = _measured(scores, store, row=row, best=best, clean=answers[name])
+                        record_file.append(key | about | {"method": name} | found | (extra or {}).get(name, {}))
+            done += 1
+            progress("searching", done, total)
+
+
+def _unfinished(
+    retrievers: Sequence[Retriever], perturbations: Sequence[Perturbation], query: str, record_file: RecordFile
+) -> bool:
+    return any(
+        not record_file.done(query=query, perturbation=one.name, method=retriever.name)
+        for retriever in retrievers
+        for one in perturbations
+    )
+
+
+def _measured(
+    scores: Float[np.ndarray, "n"],
+    store: MemoryStore,
+    *,
+    row: int,
+    best: Int64[np.ndarray, "k"],
+    clean: Int64[np.ndarray, "k"],
+) -> dict[str, float]:
+    rank, k = rank_of(scores, store.ids, row), len(best)
+    others = top(scores, store.ids, k, without=row)
+    return {
+        "rank": rank,
+        "reciprocal_rank": 1.0 / (1.0 + rank),
+        "overlap": len(np.intersect1d(best, clean)) / k,
+        "label_precision": float((store.labels[others] == store.labels[row]).mean()),
+    }
