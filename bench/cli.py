@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from engine.options import device_option, joined, numbers, source_options
-from index.errors import InputError
-
-if TYPE_CHECKING:
-    from index.classifier import Classifier
-    from index.sources import ImageSource
+from bench.options import check_folders, classifier_options, opened
+from bench.quality_cli import radius, robustness
+from engine.options import device_option, source_options
 
 
 @click.group()
@@ -22,16 +19,6 @@ def bench() -> None:
     Example:
       engine bench latency mnist --root data --model resnet18 --weights mnist.safetensors --json latency.json
     """
-
-
-classifier_options = joined(
-    click.option("--model", metavar="NAME", required=True, help="Architecture, as for build-index."),
-    click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint, as for build-index."),
-    click.option("--mean", callback=numbers, metavar="R,G,B", help="As for build-index."),
-    click.option("--std", callback=numbers, metavar="R,G,B", help="As for build-index."),
-    source_options,
-    device_option,
-)
 
 
 @bench.command()
@@ -95,7 +82,7 @@ def latency(source: str, **options: Any) -> None:
     from engine.display import progress_bar
 
     check_folders(options["json_path"], options["plot"])
-    images, classifier = _opened(source, options)
+    images, classifier = opened(source, options)
     with progress_bar() as progress:
         measured = LatencyBench(images, classifier, repeats=options["repeats"], progress=progress).run()
     print_latency(measured)
@@ -121,7 +108,7 @@ def candidates(source: str, **options: Any) -> None:
     from engine.display import progress_bar
 
     check_folders(options["json_path"])
-    images, classifier = _opened(source, options)
+    images, classifier = opened(source, options)
     with progress_bar() as progress:
         records = measure_candidates(images, classifier, queries=options["queries"], progress=progress)
     print_candidates(records)
@@ -130,24 +117,5 @@ def candidates(source: str, **options: Any) -> None:
         options["json_path"].write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def check_folders(*files: Path | None) -> None:
-    """Before the first measurement, not after the last."""
-    for path in files:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: its folder does not exist; create it first")
-
-
-def _opened(source: str, options: dict[str, Any]) -> "tuple[ImageSource, Classifier]":
-    from engine.backends import choose_device
-    from index.classifier import Classifier
-    from index.sources import open_source
-
-    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
-    classifier = Classifier.from_architecture(
-        options["model"],
-        image_shape=images.natural_shape(),
-        weights=options["weights"],
-        mean=options["mean"],
-        std=options["std"],
-    )
-    return images, classifier.to(choose_device(options["device"]))
+for command in (robustness, radius):
+    bench.add_command(command)

@@ -264,6 +264,7 @@ def measure_radius(
     classifier: Classifier,
     features: Float32[np.ndarray, "n d"],
     k: int = 10,
+    kinds: Sequence[Kind] = tuple(Kind),
     directions: int = 3,
     largest_norm: float = 5.0,
     tolerance: float = 0.02,
@@ -285,6 +286,7 @@ def measure_radius(
         classifier: φ.
         features: φ of all exemplars.
         k: Size of the set; fewer than n.
+        kinds: Of radius.
         directions: Of Gaussian noise, for each query.
         largest_norm: L2 norm at which paths of noise end; darkening ends at 0.05 of the brightness.
         tolerance: Of a radius along a path, in L2 norm.
@@ -298,12 +300,12 @@ def measure_radius(
     if len(queries) != len(images):
         raise InputError(f"expected an image for each of {len(queries)} queries, got {len(images)}")
     precise = features.astype(np.float64)
-    total = len(queries) * sum(len(list(_kinds(retriever, directions))) for retriever in retrievers)
+    total = len(queries) * sum(len(list(_kinds(retriever, kinds, directions))) for retriever in retrievers)
     done = 0
     for row, image in zip(queries.tolist(), images, strict=True):
         query = _Query(image, row, ids, classifier, precise, k, largest_norm, tolerance, seed)
         for retriever in retrievers:
-            for kind, direction in _kinds(retriever, directions):
+            for kind, direction in _kinds(retriever, kinds, directions):
                 key = {"query": str(ids[row]), "method": retriever.name, "kind": str(kind), "direction": direction}
                 if not record_file.done(**key):
                     radius = query.radius(retriever, kind, direction)
@@ -313,13 +315,11 @@ def measure_radius(
                 progress("radii", done, total)
 
 
-def _kinds(retriever: Retriever, directions: int) -> Iterator[tuple[Kind, int]]:
-    for direction in range(directions):
-        yield Kind.GAUSSIAN, direction
-    for kind in (Kind.BRIGHTNESS, Kind.ADVERSARIAL, Kind.MARGIN, Kind.SEED):
-        yield kind, 0
-    if retriever.name in list(Metric):
-        yield Kind.FEATURE, 0
+def _kinds(retriever: Retriever, kinds: Sequence[Kind], directions: int) -> Iterator[tuple[Kind, int]]:
+    for kind in kinds:
+        if kind is not Kind.FEATURE or retriever.name in list(Metric):
+            for direction in range(directions if kind is Kind.GAUSSIAN else 1):
+                yield kind, direction
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""What the quality benchmarks share: exemplars in memory, seeded queries, retrievers, and a file of records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from bench.records import RecordFile, describe_run
+from bench.retrievers import Method, Retriever, make_retrievers
+from index.batches import forward_batch_size
+from index.builder import embed
+from index.classifier import Classifier
+from index.errors import InputError
+from index.progress import Progress, silent
+from index.records import ImageRecord
+from index.sources import ImageSource
+from index.store import MemoryStore
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """One data set and one classifier, ready to be measured.
+
+    Attributes:
+        data_set: The source's name, for people.
+        classifier: f.
+        store: A seeded random subset of the source's images, and their features.
+        order: A seeded permutation of the store's rows: queries are taken from its beginning, so that a larger run
+            goes on with a smaller one.
+        seed: Of subset, order and noise.
+    """
+
+    data_set: str
+    classifier: Classifier
+    store: MemoryStore
+    order: Int64[np.ndarray, "n"]
+    seed: int
+
+    @classmethod
+    def load(
+        cls,
+        source: ImageSource,
+        classifier: Classifier,
+        *,
+        exemplars: int,
+        seed: int = 0,
+        data_set: str | None = None,
+        progress: Progress = silent,
+    ) -> "Suite":
+        """Read a labelled source into memory.
+
+        Args:
+            source: The images.
+            classifier: f, for images of the same shape.
+            exemplars: How many of them, drawn at random; all where there are fewer.
+            seed: Of the draw.
+            data_set: Default: the source's name.
+            progress: Told of images read.
+
+        Raises:
+            InputError: no labels, or no image can be read.
+        """
+        if not source.labelled:
+            raise InputError(f"{source.name}: expected labelled images, got none with a label")
+        records = []
+        for record in source.read(classifier.image_shape):
+            if isinstance(record, ImageRecord):
+                records.append(record)
+            progress("reading", len(records), len(source))
+        if not records:
+            raise InputError(f"{source.name}: no image could be read")
+        generator = np.random.default_rng(seed)
+        chosen = np.sort(generator.permutation(len(records))[:exemplars])
+        kept = [records[row] for row in chosen]
+        images = np.stack([record.image for record in kept])
+        labels = np.array([record.label for record in kept], dtype=np.int64)
+        step = forward_batch_size(classifier.image_shape)
+        features = [embed(images[start : start + step], classifier) for start in range(0, len(images), step)]
+        store = MemoryStore(images, np.concatenate(features), labels, ids=[record.id for record in kept])
+        return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed)
+
+    def queries(self, count: int, *, skip: int = 0) -> Int64[np.ndarray, "q"]:
+        """Rows of `count` queries, after the first `skip` of the permutation.
+
+        Raises:
+            InputError: more than there are.
+        """
+        if skip + count > len(self.order):
+            raise InputError(f"expected at most {len(self.order)} queries, one per exemplar, got {skip} + {count}")
+        return self.order[skip : skip + count]
+
+    def retrievers(self, methods: Sequence[Method], *, progress: Progress = silent) -> list[Retriever]:
+        """One for each method."""
+        return make_retrievers(methods, self.classifier, self.store, progress=progress)
+
+    def records(
+        self, path: Path, benchmark: str, methods: Sequence[Method], key: tuple[str, ...], **settings: Any
+    ) -> RecordFile:
+        """The file of a benchmark's records; a rerun on the same exemplars with the same settings goes on with it.
+
+        Args:
+            path: JSON lines.
+            benchmark: Its name.
+            methods: Compared in this run; another run may add some.
+            key: What tells records apart.
+            settings: Of the benchmark; all must equal those of the file.
+
+        Raises:
+            InputError: as `RecordFile.open`.
+        """
+        identity = {
+            "benchmark": benchmark,
+            "data_set": self.data_set,
+            "model": self.classifier.spec.architecture,
+            "fingerprint": self.classifier.fingerprint,
+            "exemplars": len(self.store),
+            "seed": self.seed,
+            **settings,
+        }
+        about = {"methods": {method.name: method.settings() for method in methods}, **describe_run()}
+        return RecordFile.open(path, identity | about, key, tuple(identity))
