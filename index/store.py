@@ -4,7 +4,7 @@ A *row* is an exemplar's position, 0 to n−1, in one opened version of a store.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
@@ -12,6 +12,9 @@ from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from index.errors import InputError
 from index.images import Shape
 from index.sources import Metadata
+
+if TYPE_CHECKING:
+    import lance
 
 Rows = Int64[np.ndarray, "rows"]
 
@@ -40,6 +43,13 @@ class ExemplarStore(Protocol):
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
+
+    def matching(self, where: str) -> Rows:
+        """The rows for which a filter in SQL over id, label and metadata is true, ascending (`index.where`).
+
+        Raises:
+            InputError: not such a filter.
+        """
 
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
@@ -79,6 +89,7 @@ class MemoryStore:
         if global_features is not None:
             self._features[GLOBAL_FEATURE] = global_features
         self._metadata = [dict(row) for row in metadata] if metadata is not None else [{} for _ in range(n)]
+        self._filterable: "lance.LanceDataset | None" = None
         _, channels, height, width = images.shape
         self.image_shape = (channels, height, width)
         self.feature_dim = features.shape[1]
@@ -101,6 +112,15 @@ class MemoryStore:
         """Metadata of the given rows, in their order."""
         return [dict(self._metadata[row]) for row in rows]
 
+    def matching(self, where: str) -> Rows:
+        """The rows for which a filter is true; the one thing here that needs Lance."""
+        from index.lance_store import metadata_in_memory
+        from index.where import matching_positions
+
+        if self._filterable is None:
+            self._filterable = metadata_in_memory(self.ids, self.labels, self.label_is_predicted, self._metadata)
+        return matching_positions(self._filterable, where)
+
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
         for start in range(0, len(self), batch_size):
@@ -110,3 +130,50 @@ class MemoryStore:
         """All features in row order."""
         for start in range(0, len(self), batch_size):
             yield self._features[column][start : start + batch_size]
+
+
+class Subset:
+    """Some rows of a store as a store of their own: what a filter leaves.
+
+    Args:
+        store: All exemplars.
+        rows: Those that count, ascending; row i here is row `rows[i]` there.
+    """
+
+    def __init__(self, store: ExemplarStore, rows: Rows) -> None:
+        self._store = store
+        self._rows = rows
+        self.image_shape = store.image_shape
+        self.feature_dim = store.feature_dim
+        self.ids = store.ids[rows]
+        self.labels = store.labels[rows]
+        self.label_is_predicted = store.label_is_predicted[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def images(self, rows: Rows) -> UInt8[np.ndarray, "rows c h w"]:
+        """Images of the given rows, in their order."""
+        return self._store.images(self._rows[rows])
+
+    def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
+        """Features of the given rows, in their order."""
+        return self._store.features(self._rows[rows], column=column)
+
+    def metadata(self, rows: Rows) -> list[Metadata]:
+        """Metadata of the given rows, in their order."""
+        return self._store.metadata(self._rows[rows])
+
+    def matching(self, where: str) -> Rows:
+        """The rows for which a filter is true, ascending."""
+        return np.flatnonzero(np.isin(self._rows, self._store.matching(where)))
+
+    def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
+        """All images in row order."""
+        for start in range(0, len(self), batch_size):
+            yield self._store.images(self._rows[start : start + batch_size])
+
+    def scan_features(self, batch_size: int, *, column: str = FEATURE) -> Iterator[Float32[np.ndarray, "batch d"]]:
+        """All features in row order."""
+        for start in range(0, len(self), batch_size):
+            yield self._store.features(self._rows[start : start + batch_size], column=column)
