@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ os.environ.setdefault("LANCE_LOG", "error")  # read at import; it would warn of 
 import lance
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
+from jaxtyping import Float32, UInt8
 from lance.fragment import FragmentMetadata, write_fragments
 
 from index.errors import IndexStateError, InputError
 from index.images import Shape
 from index.manifest import LATEST_HINT, VERSIONS_OF_LANCE
 from index.sources import Metadata
-from index.store import FEATURE, GLOBAL_FEATURE, Rows
+from index.store import FEATURE, GLOBAL_FEATURE, ExemplarStore, Rows
 from index.where import matching_positions
 
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -65,18 +65,6 @@ def row_digests(table: pa.Table) -> list[bytes]:
         hashlib.blake2b(json.dumps(row, sort_keys=True).encode() + image.tobytes(), digest_size=DIGEST_BYTES).digest()
         for row, image in zip(rows, images, strict=True)
     ]
-
-
-def metadata_in_memory(
-    ids: Shaped[np.ndarray, "n"],
-    labels: Int64[np.ndarray, "n"],
-    label_is_predicted: Bool[np.ndarray, "n"],
-    metadata: Sequence[Metadata],
-) -> lance.LanceDataset:
-    """What filters are about, as a dataset that is nowhere on disk."""
-    columns = {name: [row[name] for row in metadata] for name in (metadata[0] if metadata else ())}
-    given = {"id": ids.tolist(), "label": labels, "label_is_predicted": label_is_predicted}
-    return lance.write_dataset(pa.table(columns | given), f"memory://{os.urandom(16).hex()}")
 
 
 def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:
@@ -220,6 +208,21 @@ class LanceStore:
 
     def _reading(self) -> AbstractContextManager[None]:
         return lance_errors(f"{self._dataset.uri}: the exemplars can no longer be read", "open the index again")
+
+
+def matching_rows(store: ExemplarStore, where: str) -> Rows:
+    """The rows of any store for which a filter in SQL over id, label and metadata is true, ascending.
+
+    Raises:
+        InputError: not such a filter (`index.where`).
+    """
+    if isinstance(store, LanceStore):
+        return store.matching(where)
+    metadata = store.metadata(np.arange(len(store)))
+    columns = {name: [row[name] for row in metadata] for name in metadata[0]}
+    given = {"id": store.ids.tolist(), "label": store.labels, "label_is_predicted": store.label_is_predicted}
+    nowhere = lance.write_dataset(pa.table(given | columns), f"memory://{os.urandom(16).hex()}")
+    return matching_positions(nowhere, where)
 
 
 def committed(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -229,6 +230,23 @@ class Manifest:
         for name, digest in self.files.items():
             if (exemplars or not name.startswith(DATA)) and (found := wrong_content(index / name, digest)):
                 raise IndexStateError(f"{found}: the index is damaged; `engine verify {index}` says more")
+
+    def check_exemplars(self, index: Path, exemplars: int, files: Set[str]) -> None:
+        """Compare the exemplars that were opened with what is said of them here: they may have been replaced between.
+
+        Args:
+            index: Its folder.
+            exemplars: How many there are.
+            files: That hold them, relative to their folder.
+
+        Raises:
+            IndexStateError: they are others.
+        """
+        if exemplars != self.exemplars or not self.files.keys() >= {f"{EXEMPLARS}/{name}" for name in files}:
+            raise IndexStateError(
+                f"{index}: expected {self.exemplars:,} exemplars, got {exemplars:,}, or in other files: it was "
+                f"replaced meanwhile, or is damaged; open it again"
+            )
 
 
 def older_versions(index: Path) -> list[int]:

@@ -4,7 +4,7 @@ A *row* is an exemplar's position, 0 to n−1, in one opened version of a store.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
@@ -12,9 +12,6 @@ from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 from index.errors import InputError
 from index.images import Shape
 from index.sources import Metadata
-
-if TYPE_CHECKING:
-    import lance
 
 Rows = Int64[np.ndarray, "rows"]
 
@@ -43,13 +40,6 @@ class ExemplarStore(Protocol):
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
-
-    def matching(self, where: str) -> Rows:
-        """The rows for which a filter in SQL over id, label and metadata is true, ascending (`index.where`).
-
-        Raises:
-            InputError: not such a filter.
-        """
 
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
@@ -89,7 +79,6 @@ class MemoryStore:
         if global_features is not None:
             self._features[GLOBAL_FEATURE] = global_features
         self._metadata = [dict(row) for row in metadata] if metadata is not None else [{} for _ in range(n)]
-        self._filterable: "lance.LanceDataset | None" = None
         _, channels, height, width = images.shape
         self.image_shape = (channels, height, width)
         self.feature_dim = features.shape[1]
@@ -111,15 +100,6 @@ class MemoryStore:
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
         return [dict(self._metadata[row]) for row in rows]
-
-    def matching(self, where: str) -> Rows:
-        """The rows for which a filter is true; the one thing here that needs Lance."""
-        from index.lance_store import metadata_in_memory
-        from index.where import matching_positions
-
-        if self._filterable is None:
-            self._filterable = metadata_in_memory(self.ids, self.labels, self.label_is_predicted, self._metadata)
-        return matching_positions(self._filterable, where)
 
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
@@ -163,10 +143,6 @@ class Subset:
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
         return self._store.metadata(self._rows[rows])
-
-    def matching(self, where: str) -> Rows:
-        """The rows for which a filter is true, ascending."""
-        return np.flatnonzero(np.isin(self._rows, self._store.matching(where)))
 
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
