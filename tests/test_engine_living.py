@@ -14,23 +14,26 @@ from index import ArraySource, Classifier, ImageError, IndexStateError, InputErr
 from index.manifest import EXEMPLARS, Manifest
 from rerank import PRESETS, TmmConfig
 from rerank.global_trigger import GlobalColumn, make_global_trigger
-from tests.digits import IMAGES, LABELS, make_classifier
+from tests.conftest import CLASSES, SHAPE, classifier_of, network
+from tests.digits import DIGITS, IMAGES
 
 QUICK = TmmConfig(trigger_steps=10, tuning_min_steps=20, tuning_epochs=1)
 MODES = ("tmm", "l2", "cosine")
 N = 120
+PIXELS = np.repeat(IMAGES[:, None], 3, axis=1)  # (1797, 3, 8, 8)
+LABELS = (DIGITS.target % CLASSES).astype(np.int64)
 
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return make_classifier()
+    return classifier_of(network())
 
 
 def digits(start: int, stop: int, **options) -> ArraySource:
     """Digits with their number as id and page."""
     numbers = list(range(start, stop))
     return ArraySource(
-        IMAGES[start:stop], LABELS[start:stop], ids=[f"{n:04d}" for n in numbers], metadata={"page": numbers}, **options
+        PIXELS[start:stop], LABELS[start:stop], ids=[f"{n:04d}" for n in numbers], metadata={"page": numbers}, **options
     )
 
 
@@ -47,8 +50,13 @@ def index(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "digits.idx"))
 
 
+def opened(path: Path, **options) -> Engine:
+    """The network of conftest is code of ours, so it has to be given again."""
+    return Engine.open(path, model=network(), device="cpu", **options)
+
+
 def answers(engine: Engine, *, numbers: tuple[int, ...] = (200, 201), **options) -> list[list[tuple[str, float]]]:
-    queries = [IMAGES[number] for number in numbers]
+    queries = [PIXELS[number] for number in numbers]
     found = engine.search([*queries], **{"k": 15, "config": QUICK} | options)
     return [[(hit.id, hit.score) for hit in result.hits] for result in found]
 
@@ -57,7 +65,7 @@ def answers(engine: Engine, *, numbers: tuple[int, ...] = (200, 201), **options)
 
 
 def test_what_is_added_is_found_and_what_is_deleted_is_not(index: Path):
-    with Engine.open(index, device="cpu") as engine:
+    with opened(index) as engine:
         report = engine.add(digits(N, N + 10))
         assert (report.version, report.added, len(engine)) == (2, 10, N + 10)
         assert answers(engine, numbers=(N + 3,), mode="l2", k=1)[0][0][0] == f"{N + 3:04d}"
@@ -73,13 +81,13 @@ def test_what_is_added_is_found_and_what_is_deleted_is_not(index: Path):
 def test_after_changes_answers_are_those_of_an_index_built_of_the_same_exemplars(
     index: Path, tmp_path: Path, classifier: Classifier, mode: str
 ):
-    with Engine.open(index, device="cpu") as engine:
+    with opened(index) as engine:
         engine.add(digits(N, N + 20))
         engine.delete(where="page < 30 OR page = 77")
         kept = [number for number in range(30, N + 20) if number != 77]
-        source = ArraySource(IMAGES[kept], LABELS[kept], ids=[f"{n:04d}" for n in kept], metadata={"page": kept})
+        source = ArraySource(PIXELS[kept], LABELS[kept], ids=[f"{n:04d}" for n in kept], metadata={"page": kept})
         build_index(source, tmp_path / "fresh.idx", classifier)
-        with Engine.open(tmp_path / "fresh.idx", device="cpu") as fresh:
+        with opened(tmp_path / "fresh.idx") as fresh:
             expected = answers(fresh, mode=mode)
         found = answers(engine, mode=mode)
         assert [[id_ for id_, _ in one] for one in found] == [[id_ for id_, _ in one] for one in expected]
@@ -95,7 +103,7 @@ def test_after_changes_answers_are_those_of_an_index_built_of_the_same_exemplars
 @pytest.mark.parametrize("mode", MODES)
 def test_every_version_answers_as_it_did(index: Path, mode: str):
     expected = {}
-    with Engine.open(index, device="cpu") as engine:
+    with opened(index) as engine:
         expected[1] = answers(engine, mode=mode)
         engine.delete(ids=[expected[1][0][0][0]])
         expected[2] = answers(engine, mode=mode)
@@ -103,14 +111,14 @@ def test_every_version_answers_as_it_did(index: Path, mode: str):
         expected[3] = answers(engine, mode=mode)
     assert len({str(each) for each in expected.values()}) >= 2
     for version in (3, 1, 2, 1):
-        with Engine.open(index, device="cpu", version=version) as engine:
+        with opened(index, version=version) as engine:
             assert answers(engine, mode=mode) == expected[version]
             with pytest.raises(InputError, match="opened at version"):
                 engine.delete(ids=["0005"])
 
 
 def test_a_reader_keeps_its_version_until_it_refreshes(index: Path):
-    reader, writer = Engine.open(index, device="cpu"), Engine.open(index, device="cpu")
+    reader, writer = opened(index), opened(index)
     before = {mode: answers(reader, mode=mode) for mode in MODES}
     gone = before["l2"][0][0][0]
     writer.delete(ids=[gone])
@@ -127,13 +135,13 @@ def test_a_reader_keeps_its_version_until_it_refreshes(index: Path):
 def test_approximate_indexes_are_never_those_of_another_version(index: Path, tmp_path: Path, classifier: Classifier):
     path = tmp_path / "hnsw.idx"
     build_index(digits(0, N), path, classifier, neighbours="HNSW8")
-    with Engine.open(path, device="cpu") as engine:
+    with opened(path) as engine:
         first = answers(engine, mode="l2", k=N)
         engine.delete(where="page < 60")
         found = {id_ for id_, _ in answers(engine, mode="l2", k=N)[0]}
         assert found <= {f"{n:04d}" for n in range(60, N)}
         assert len(found) > 20
-    with Engine.open(path, device="cpu", version=1) as engine:
+    with opened(path, version=1) as engine:
         assert answers(engine, mode="l2", k=N) == first
 
 
@@ -143,7 +151,7 @@ def test_the_global_triggers_features_are_those_of_the_version(tmp_path: Path, c
     for name, stop in (("grown", 80), ("whole", N)):
         build_index(digits(0, stop), tmp_path / name, classifier, global_column=GlobalColumn(shared, classifier))
     options = {"config": config.with_settings(["trigger=global"]), "mode": "tmm"}
-    with Engine.open(tmp_path / "grown", device="cpu") as grown, Engine.open(tmp_path / "whole", device="cpu") as whole:
+    with opened(tmp_path / "grown") as grown, opened(tmp_path / "whole") as whole:
         grown.add(digits(80, N))
         found, expected = answers(grown, **options), answers(whole, **options)
     assert [[id_ for id_, _ in one] for one in found] == [[id_ for id_, _ in one] for one in expected]
@@ -152,7 +160,7 @@ def test_the_global_triggers_features_are_those_of_the_version(tmp_path: Path, c
 def test_an_index_replaced_by_another_build_is_an_error_for_old_readers_and_not_a_wrong_answer(
     index: Path, classifier: Classifier
 ):
-    reader = Engine.open(index, device="cpu", cache_bytes=0)
+    reader = opened(index, cache_bytes=0)
     build_index(digits(500, 500 + N), index, classifier, overwrite=True)
     with pytest.raises(IndexStateError, match="open the index again"):
         answers(reader)
@@ -164,7 +172,7 @@ def test_exemplars_that_are_not_the_manifests_are_refused(index: Path, tmp_path:
     """As when an index is replaced between reading its manifest and opening its exemplars."""
     build_index(digits(500, 500 + N), tmp_path / "other", classifier)
     manifest = Manifest.read(index)
-    with Engine.open(tmp_path / "other", device="cpu") as other:
+    with opened(tmp_path / "other") as other:
         own = {name.removeprefix(f"{EXEMPLARS}/") for name in manifest.files if "/data/" in name}
         manifest.check_exemplars(index, N, own)
         with pytest.raises(IndexStateError, match="replaced meanwhile"):
@@ -174,7 +182,7 @@ def test_exemplars_that_are_not_the_manifests_are_refused(index: Path, tmp_path:
 
 
 def test_in_memory_there_are_no_versions(classifier: Classifier):
-    engine = Engine.from_arrays(IMAGES[:20], LABELS[:20], classifier)
+    engine = Engine.from_arrays(PIXELS[:20], LABELS[:20], classifier)
     for change in (engine.versions, engine.refresh, engine.compact, lambda: engine.delete(ids=["x"])):
         with pytest.raises(InputError, match="in memory"):
             change()
@@ -188,7 +196,7 @@ def test_in_memory_there_are_no_versions(classifier: Classifier):
 @pytest.mark.parametrize(
     ("where", "keep"),
     [
-        ("label = 3 OR label = 8", lambda n: LABELS[n] in (3, 8)),
+        ("label = 3 OR label = 1", lambda n: LABELS[n] in (3, 1)),
         ("page BETWEEN 20 AND 60 AND label <> 0", lambda n: 20 <= n <= 60 and LABELS[n] != 0),
         ("id IN ('0007', '0011', '0099', 'nothing')", lambda n: n in (7, 11, 99)),
         ("id LIKE '001%' AND NOT label_is_predicted", lambda n: 10 <= n < 20),
@@ -199,17 +207,17 @@ def test_a_filters_answers_are_bit_for_bit_those_of_an_index_of_the_rest(
     built: Path, classifier: Classifier, where: str, keep: Callable[[int], bool], on_disk: bool, mode: str
 ):
     kept = [number for number in range(N) if keep(number)]
-    with Engine.open(built, device="cpu") as engine:
+    with opened(built) as engine:
         features = engine.store.features(np.array(kept))
         whole = engine if on_disk else in_memory(engine)
         options = {"mode": mode, "k": len(kept) + 5, "candidates": None if len(kept) < 5 else len(kept) - 2}
-        [result] = whole.search([IMAGES[200]], where=where, config=QUICK, **options)
+        [result] = whole.search([PIXELS[200]], where=where, config=QUICK, **options)
     rest = in_memory_of(classifier, kept, features)
-    [expected] = rest.search([IMAGES[200]], config=QUICK, **options)
+    [expected] = rest.search([PIXELS[200]], config=QUICK, **options)
     assert [(hit.id, hit.score, hit.label, hit.metadata) for hit in result.hits] == [
         (hit.id, hit.score, hit.label, hit.metadata) for hit in expected.hits
     ]
-    assert all(np.array_equal(hit.image[0], IMAGES[int(hit.id)]) for hit in result.hits)
+    assert all(np.array_equal(hit.image, PIXELS[int(hit.id)]) for hit in result.hits)
     assert (result.scored, result.exemplars) == (expected.scored, N)
     assert f"restricted to the {len(kept)} of {N}" in result.notes[0]
 
@@ -219,7 +227,7 @@ def in_memory_of(classifier: Classifier, numbers: list[int], features: np.ndarra
     from index.store import MemoryStore
 
     store = MemoryStore(
-        IMAGES[numbers][:, None],
+        PIXELS[numbers],
         features,
         LABELS[numbers],
         ids=[f"{n:04d}" for n in numbers],
@@ -251,16 +259,16 @@ def in_memory(engine: Engine) -> Engine:
     ],
 )
 def test_filters_that_are_none(built: Path, where: str, message: str):
-    with Engine.open(built, device="cpu") as engine:
+    with opened(built) as engine:
         for whole in (engine, in_memory(engine)):
             with pytest.raises(InputError, match=message) as refusal:
-                whole.search(IMAGES[200], where=where, mode="l2")
+                whole.search(PIXELS[200], where=where, mode="l2")
             assert len(str(refusal.value)) < 1000
             assert "\n" not in str(refusal.value)
 
 
 def test_long_lists_of_ids_are_filters(built: Path):
-    with Engine.open(built, device="cpu") as engine:
+    with opened(built) as engine:
         ids = ", ".join(f"'{n:04d}'" for n in range(10, 5000))
         assert len(engine.matching(f"id IN ({ids})")) == N - 10
         assert len(engine.matching(f"page IN ({', '.join(map(str, range(-5000, 10)))})")) == 10
@@ -268,7 +276,7 @@ def test_long_lists_of_ids_are_filters(built: Path):
 
 
 def test_a_filter_follows_the_version(index: Path):
-    with Engine.open(index, device="cpu") as engine:
+    with opened(index) as engine:
         before = answers(engine, where="page < 50", mode="cosine", k=N)
         engine.delete(where="page >= 40 AND page < 50")
         after = answers(engine, where="page < 50", mode="cosine", k=N)
@@ -282,9 +290,9 @@ def test_a_filter_follows_the_version(index: Path):
 @pytest.mark.parametrize("mode", MODES)
 def test_eight_threads_find_what_one_finds(built: Path, mode: str):
     numbers = list(range(300, 316))
-    with Engine.open(built, device="cpu") as engine:
+    with opened(built) as engine:
         expected = [answers(engine, numbers=(n,), mode=mode, where="page > 9" if n % 3 else None) for n in numbers]
-    with Engine.open(built, device="cpu") as engine, ThreadPoolExecutor(8) as pool:
+    with opened(built) as engine, ThreadPoolExecutor(8) as pool:
         found = pool.map(
             lambda n: answers(engine, numbers=(n,), mode=mode, where="page > 9" if n % 3 else None), numbers
         )
@@ -292,12 +300,12 @@ def test_eight_threads_find_what_one_finds(built: Path, mode: str):
 
 
 def test_searches_under_way_while_the_engine_moves_on_end_on_one_version(index: Path):
-    engine = Engine.open(index, device="cpu")
+    engine = opened(index)
     allowed = [str(answers(engine, mode="l2", k=N))]
     for step in range(6):
         engine.delete(ids=[f"{step:04d}"])
         allowed.append(str(answers(engine, mode="l2", k=N)))
-    reader, stop, seen, errors = Engine.open(index, device="cpu", version=1), threading.Event(), [], []
+    reader, stop, seen, errors = opened(index, version=1), threading.Event(), [], []
     reader._options["version"] = None
 
     def search() -> None:
@@ -325,9 +333,9 @@ def test_searches_under_way_while_the_engine_moves_on_end_on_one_version(index: 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_path: Path, mode: str):
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    black = Query("black", np.zeros((1, 8, 8), dtype=np.float32))
-    queries = [IMAGES[200], tmp_path / "bad.png", IMAGES[201], np.zeros((3, 9, 9), np.uint8), black, b""]
-    with Engine.open(built, device="cpu") as engine:
+    black = Query("black", np.zeros(SHAPE, dtype=np.float32))
+    queries = [PIXELS[200], tmp_path / "bad.png", PIXELS[201], np.zeros((3, 9, 9), np.uint8), black, b""]
+    with opened(built) as engine:
         found = engine.search_each(queries, k=15, mode=mode, config=QUICK)
         kinds = [type(one) for one in found]
         failed = {1, 3, 5} | ({4} if mode == "tmm" else set())
@@ -342,6 +350,6 @@ def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_p
         with pytest.raises(ImageError):
             engine.search(queries, mode=mode, config=QUICK)
         with pytest.raises(InputError, match="k: expected"):
-            engine.search_each([IMAGES[200]], k=0)
+            engine.search_each([PIXELS[200]], k=0)
         assert engine.search_each([]) == []
         assert all(isinstance(one, FailedQuery) for one in engine.search_each([b"", b"x"], mode=mode))
