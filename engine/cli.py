@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.commands_living import add, compact, delete, print_versions
+from engine.commands_living import add, compact, delete, print_versions, repair, verify
 from engine.options import (
     cache_option,
     device_option,
@@ -73,7 +73,7 @@ def main() -> None:
     """
 
 
-for command in (add, delete, compact):
+for command in (add, delete, compact, verify, repair):
     main.add_command(command)
 
 

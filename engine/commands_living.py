@@ -97,6 +97,55 @@ def compact(index: Path, *, discard_versions: bool) -> None:
     _say(index, compact_index(index, discard_versions=discard_versions), "compacted")
 
 
+@click.command()
+@index_argument
+@click.option("--sample", type=click.IntRange(min=0), default=256, show_default=True, help="Features computed again.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line per finding.")
+@model_option
+def verify(index: Path, *, sample: int, as_json: bool, model: str | None) -> None:
+    """Check INDEX: every file, every exemplar, features of a sample, caches. Exit code 1 if answers could be wrong.
+
+    \b
+    Example:
+      engine verify photos.idx
+    """
+    from engine.display import progress_bar
+    from engine.verify import verify_index
+    from index.errors import IndexStateError
+
+    with progress_bar() as progress:
+        done = verify_index(index, model=model, sample=sample, progress=progress)
+    for finding in done.findings:
+        kind = "harmless: " if finding.harmless else ""
+        text = json.dumps(finding.to_json()) if as_json else f"{kind}{finding.what} — {finding.remedy}"
+        click.echo(text)
+    for note in done.notes:
+        click.echo(f"note: {note}", err=True)
+    looked = f"{done.files:,} files, {done.exemplars:,} exemplars, {done.recomputed:,} computed again"
+    if not done.sound:
+        raise IndexStateError(f"{index} is damaged, see above ({looked})")
+    click.echo(f"{index} is sound: {looked}", err=as_json)
+
+
+@click.command()
+@index_argument
+@model_option
+def repair(index: Path, model: str | None) -> None:
+    """Rebuild what can be rebuilt of INDEX: caches, and features from images. Images are never touched.
+
+    \b
+    Example:
+      engine repair photos.idx
+    """
+    from engine.display import progress_bar
+    from engine.verify import repair_index
+
+    with progress_bar() as progress:
+        done = repair_index(index, model=model, progress=progress)
+    for line in done or ["nothing was to be repaired"]:
+        click.echo(line)
+
+
 def _say(index: Path, report: "ChangeReport", what: str) -> None:
     click.echo(f"{index}: {what}; version {report.version}, {report.exemplars:,} exemplars")
 

@@ -1,6 +1,6 @@
 """Changes to an index that is there: add, replace, delete, compact. Each makes a new version, whole or not at all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +9,16 @@ import numpy as np
 import pyarrow as pa
 
 from index.adapted import AdaptedSource
-from index.builder import BuildReport, GlobalColumn, embedded, global_columns
+from index.batches import forward_batch_size
+from index.builder import BuildReport, GlobalColumn, embed, embedded, global_columns
 from index.classifier import Classifier
-from index.commit import changing, remove_leftovers
+from index.commit import Change, changing, remove_leftovers
 from index.errors import IndexStateError, InputError, ModelError, nearest
-from index.lance_store import LanceWriter, row_digests
+from index.lance_store import ROW_DIGEST, LanceWriter, fixed_size_column, flat, row_digests
 from index.manifest import EXEMPLARS, VERSIONS, older_versions
 from index.progress import Progress, silent
 from index.records import ImageSource, UnreadableImage
+from index.store import FEATURE, GLOBAL_FEATURE
 from index.where import matching_positions
 
 NAMED = 3  # ids that a message lists
@@ -166,10 +168,7 @@ def compact(index: Path, *, discard_versions: bool = False) -> ChangeReport:
     with changing(index) as change:
         change.manifest.check_digests(index, exemplars=True)
         writer = LanceWriter(index / EXEMPLARS, change.schema)
-        for batch in change.dataset.to_batches(batch_size=change.rows_in_memory, scan_in_order=True):
-            table = pa.Table.from_batches([batch])
-            if row_digests(table) != table["row_digest"].to_pylist():
-                raise IndexStateError(f"{index}: exemplars are not what was written; see `engine verify {index}`")
+        for table in _whole_rows(change, change.rows_in_memory):
             writer.write({name: table[name].combine_chunks() for name in table.column_names})
         operation = lance.LanceOperation.Overwrite(change.schema, writer.finish())
         manifest = change.commit(operation, "compacted", exemplars=change.manifest.exemplars)
@@ -178,6 +177,47 @@ def compact(index: Path, *, discard_versions: bool = False) -> ChangeReport:
                 (index / VERSIONS / f"{number}.json").unlink()
             remove_leftovers(index, manifest)
     return ChangeReport(manifest.version, manifest.exemplars)
+
+
+def rebuild_features(
+    index: Path, classifier: Classifier, *, global_column: GlobalColumn | None = None, progress: Progress = silent
+) -> ChangeReport:
+    """Write the exemplars anew with features computed from their images, where everything but features is intact.
+
+    Raises:
+        IndexStateError: as for `add_exemplars`; or an exemplar's image, label or metadata are not what was written: it
+            is named.
+    """
+    with changing(index) as change:
+        shape, done = change.manifest.image_shape, 0
+        writer = LanceWriter(index / EXEMPLARS, change.schema)
+        for table in _whole_rows(change, min(change.rows_in_memory, forward_batch_size(shape))):
+            columns: dict[str, object] = {name: table[name].combine_chunks() for name in table.column_names}
+            images = flat(table["image"].combine_chunks()).reshape(-1, *shape).copy()  # Arrow's own memory is read-only
+            columns[FEATURE] = fixed_size_column(embed(images, classifier))
+            if global_column is not None:
+                columns[GLOBAL_FEATURE] = fixed_size_column(global_column.features(images))
+            writer.write(columns)
+            done += len(table)
+            progress("computing features", done, change.manifest.exemplars)
+        operation = lance.LanceOperation.Overwrite(change.schema, writer.finish())
+        manifest = change.commit(operation, "features computed again", exemplars=change.manifest.exemplars)
+    return ChangeReport(manifest.version, manifest.exemplars)
+
+
+def _whole_rows(change: Change, batch_size: int) -> Iterator[pa.Table]:
+    """All exemplars in order, of which all but the features is what was written."""
+    for batch in change.batches(batch_size):
+        table = pa.Table.from_batches([batch])
+        digests = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)
+        wrong = [table["id"][row].as_py() for row, (found, expected) in enumerate(digests) if found != expected]
+        if wrong:
+            raise IndexStateError(
+                f"{change.index}: image, label or metadata of {', '.join(map(repr, wrong[:NAMED]))} are not what was "
+                f"written ({len(wrong)} exemplars or more); restore the index from a copy, or delete them and add them "
+                f"again"
+            )
+        yield table
 
 
 def _check_ids(ids: Sequence[str], new: set[str], present: Mapping[str, int], source: str) -> None:

@@ -5,7 +5,7 @@ where no reader looks for them; they are digested; the old `index.json` is kept 
 takes its place. That last rename is the commit. No file that a kept version needs is ever written again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lance
 import numpy as np
+import pyarrow as pa
 from jaxtyping import UInt64
 from lance.fragment import FragmentMetadata
 
@@ -65,6 +66,11 @@ class Change:
         with self._reading():
             table = self.dataset.to_table(columns=["id", "_rowaddr"])
         return dict(zip(table["id"].to_pylist(), table["_rowaddr"].to_pylist(), strict=True))
+
+    def batches(self, size: int) -> Iterator[pa.RecordBatch]:
+        """All columns of all exemplars in order."""
+        with self._reading():
+            yield from self.dataset.to_batches(batch_size=size, scan_in_order=True)
 
     def deletion(self, addresses: UInt64[np.ndarray, "rows"]) -> lance.LanceOperation.Update:
         """The operation that removes these rows, for `commit`."""
@@ -165,11 +171,17 @@ def remove_leftovers(index: Path, manifest: Manifest) -> set[str]:
             (index / VERSIONS / f"{number}.json").unlink()
         else:
             kept |= Manifest.read(index, version=number).files.keys()
-    leftovers = [index / name for name in data_files(index) if not _shared(name) and name not in kept]
-    temporary = [path for folder in (index, index / VERSIONS) for path in folder.glob(f"{TEMPORARY}*")]
-    for path in (*leftovers, *temporary, index / EXEMPLARS / VERSIONS_OF_LANCE / LATEST_HINT):
+    for path in leftovers(index, kept):
         path.unlink(missing_ok=True)
     return kept
+
+
+def leftovers(index: Path, kept: Set[str]) -> list[Path]:
+    """What killed writers left in an index whose versions need the files of these names."""
+    exemplars = [index / name for name in data_files(index) if not _shared(name) and name not in kept]
+    temporary = [path for folder in (index, index / VERSIONS) for path in folder.glob(f"{TEMPORARY}*")]
+    hint = index / EXEMPLARS / VERSIONS_OF_LANCE / LATEST_HINT
+    return [*exemplars, *temporary, *([hint] if hint.exists() else [])]
 
 
 def _shared(name: str) -> bool:

@@ -60,7 +60,7 @@ def row_digests(table: pa.Table) -> list[bytes]:
     """
     told = sorted(set(table.column_names) - {"image", FEATURE, GLOBAL_FEATURE, ROW_DIGEST})
     rows = table.select(told).to_pylist()
-    images = _flat(table["image"].combine_chunks()).reshape(len(table), -1)
+    images = flat(table["image"].combine_chunks()).reshape(len(table), -1)
     return [
         hashlib.blake2b(json.dumps(row, sort_keys=True).encode() + image.tobytes(), digest_size=DIGEST_BYTES).digest()
         for row, image in zip(rows, images, strict=True)
@@ -181,6 +181,16 @@ class LanceStore:
         with self._reading():
             return matching_positions(self._dataset, where)
 
+    def check_digests(self, batch_size: int) -> Iterator[tuple[int, list[str]]]:
+        """For each batch of rows how many, and the ids of those that are not what was written, features aside."""
+        with self._reading():
+            columns = [name for name in self._dataset.schema.names if name not in (FEATURE, GLOBAL_FEATURE)]
+            for batch in self._dataset.to_batches(columns=columns, batch_size=batch_size, scan_in_order=True):
+                table = pa.Table.from_batches([batch])
+                pairs = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)
+                wrong = [row for row, (found, expected) in enumerate(pairs) if found != expected]
+                yield len(table), [table["id"][row].as_py() for row in wrong]
+
     @property
     def files(self) -> set[str]:
         """The data and deletion files that this version needs, relative to the dataset."""
@@ -199,12 +209,12 @@ class LanceStore:
     def _take(self, rows: Rows, column: str) -> np.ndarray:
         with self._reading():
             table = self._dataset.take(rows.tolist(), columns=[column])
-            return _flat(table[column].combine_chunks())
+            return flat(table[column].combine_chunks())
 
     def _scan(self, column: str, batch_size: int) -> Iterator[np.ndarray]:
         with self._reading():
             for batch in self._dataset.to_batches(columns=[column], batch_size=batch_size, scan_in_order=True):
-                yield _flat(batch[column])
+                yield flat(batch[column])
 
     def _reading(self) -> AbstractContextManager[None]:
         return lance_errors(f"{self._dataset.uri}: the exemplars can no longer be read", "open the index again")
@@ -259,7 +269,8 @@ def lance_errors(what: str, remedy: str) -> Iterator[None]:
         raise IndexStateError(f"{what} ({_first_line(error)}); {remedy}") from error
 
 
-def _flat(column: pa.FixedSizeListArray) -> np.ndarray:
+def flat(column: pa.FixedSizeListArray) -> np.ndarray:
+    """The values of all lists in one row, without a copy."""
     values: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
     return values
 

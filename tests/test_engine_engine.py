@@ -15,7 +15,7 @@ import index as index_package
 import rerank as rerank_package
 from engine import Engine, Query
 from index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError, build_index
-from index.manifest import MANIFEST, Manifest
+from index.manifest import MANIFEST, Manifest, digest_of
 from rerank import PRESETS, TmmConfig
 from tests.digits import IMAGES, LABELS, make_classifier
 
@@ -199,8 +199,7 @@ def test_another_model_is_refused(index: Path, tmp_path: Path):
     shutil.copytree(index, copy)
     make_classifier(seed=1).save(copy / "model.safetensors")
     manifest = Manifest.read(copy)
-    size = (copy / "model.safetensors").stat().st_size
-    digest = replace(manifest.files["model.safetensors"], bytes=size)
+    digest = digest_of(copy / "model.safetensors")
     replace(manifest, files=manifest.files | {"model.safetensors": digest}).write(copy)
     with pytest.raises(ModelError, match="build the index again"):
         Engine.open(copy)
