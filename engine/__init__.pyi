@@ -1,6 +1,18 @@
 from .engine import Engine, Mode, Prefilter
+from .living import Version
 from .query import Query
 from .report import write_html, write_png
-from .results import Hit, SearchResult
+from .results import FailedQuery, Hit, SearchResult
 
-__all__ = ["Engine", "Hit", "Mode", "Prefilter", "Query", "SearchResult", "write_html", "write_png"]
+__all__ = [
+    "Engine",
+    "FailedQuery",
+    "Hit",
+    "Mode",
+    "Prefilter",
+    "Query",
+    "SearchResult",
+    "Version",
+    "write_html",
+    "write_png",
+]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from engine.commands_living import add, compact, delete, print_versions, repair, verify
 from engine.options import (
     cache_option,
     device_option,
@@ -23,10 +24,12 @@ from index.errors import InputError, TmmEngineError
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.query import ImageLike, Query
-    from engine.results import SearchResult
+    from engine.query import Query
+    from engine.results import FailedQuery, SearchResult
     from index.classifier import Classifier
+    from index.progress import Progress
     from index.sources import ImageSource
+    from rerank.config import TmmConfig
 
 MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", "std", "head")
 
@@ -68,6 +71,10 @@ def main() -> None:
       engine build-index photos/ photos.idx --model resnet18 --weights resnet18.safetensors
       engine search photos.idx query.png --mode tmm,l2,cosine --html answer.html
     """
+
+
+for command in (add, delete, compact, verify, repair):
+    main.add_command(command)
 
 
 @main.command("build-index")
@@ -223,6 +230,9 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
     is_flag=True,
     help="tmm: optimise all queries' triggers jointly; several times as fast, and slightly other triggers.",
 )
+@click.option("--where", metavar="SQL", help="Only exemplars that match, as in \"label = 3 AND path LIKE '%cat%'\".")
+@click.option("--version", type=click.IntRange(min=1), help="An older version of INDEX; see info --versions.")
+@click.option("--verify", is_flag=True, help="Compare every file with what was written before the first search.")
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
@@ -232,16 +242,20 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
 def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
     """Find the exemplars of INDEX that the model sees as most like each IMAGE (files or folders).
 
+    An image among several that cannot be searched with has an error in its place; the exit code is then 1.
+
     \b
     Examples:
       engine search photos.idx query.png -k 5
+      engine search photos.idx query.png --where "label = 3" --version 2
       engine search photos.idx queries/ --mode tmm,l2,cosine --html answer.html --png answer.png
       engine search photos.idx --id cat/001.png --candidates 2000 --json
       engine search mnist.idx --source mnist --root data --split test --limit 3 --set blend=added
     """
-    from engine.display import print_result, progress_bar
+    from engine.display import print_failure, print_result, progress_bar
     from engine.engine import Engine
     from engine.report import write_html, write_png
+    from engine.results import FailedQuery
     from rerank.config import preset
 
     if not (images or options["ids"] or options["source"]):
@@ -258,37 +272,31 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
         cache_bytes=options["cache_images"],
         precision=options["precision"],
         backend=options["backend"],
+        version=options["version"],
+        verify=options["verify"],
     )
     with opened as engine:
         if "tmm" in options["modes"]:
             click.echo(f"tmm on {engine.backend}", err=True)
         queries = _queries(engine, images, options)
-        by_mode: list[list[SearchResult]] = []
         with progress_bar() as progress:
-            for mode in options["modes"]:
-                found = engine.search(
-                    queries,
-                    k=options["k"],
-                    mode=mode,
-                    candidates=options["candidates"],
-                    prefilter=options["prefilter"],
-                    config=config,
-                    together=options["together"],
-                    progress=progress,
-                )
-                by_mode.append(found)
-    results = [result for of_one_query in zip(*by_mode, strict=True) for result in of_one_query]
+            results = _answers(engine, queries, options, config=config, progress=progress)
     for result in results:
         if options["as_json"]:
             click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        elif isinstance(result, FailedQuery):
+            print_failure(result)
         else:
             print_result(result)
-    if options["html"]:
-        write_html(results, options["html"], index_name=index.name)
-    if options["png"]:
-        write_png(results, options["png"])
+    answered = [result for result in results if not isinstance(result, FailedQuery)]
+    if options["html"] and answered:
+        write_html(answered, options["html"], index_name=index.name)
+    if options["png"] and answered:
+        write_png(answered, options["png"])
     for path in filter(None, (options["html"], options["png"])):
         click.echo(f"wrote {path}", err=True)
+    if len(answered) < len(results):
+        raise InputError(f"{len(results) - len(answered)} of {len(results)} answers failed; see their places")
 
 
 @main.command("export-onnx")
@@ -319,14 +327,17 @@ def export_onnx_command(index: Path, out: Path, model: str | None) -> None:
 
 @main.command()
 @click.argument("index", type=click.Path(path_type=Path), required=False)
+@click.option("--versions", is_flag=True, help="Every version of INDEX that can be opened, oldest first.")
+@click.option("--version", type=click.IntRange(min=1), help="An older version of INDEX.")
 @click.option("--system", is_flag=True, help="Versions and devices of this machine.")
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-def info(index: Path | None, *, system: bool, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object; of --versions one a line.")
+def info(index: Path | None, *, versions: bool, version: int | None, system: bool, as_json: bool) -> None:
     """Say what INDEX holds, or what this machine offers.
 
     \b
     Examples:
       engine info photos.idx
+      engine info photos.idx --versions
       engine info --system --json
     """
     from engine.display import print_fields
@@ -334,7 +345,10 @@ def info(index: Path | None, *, system: bool, as_json: bool) -> None:
 
     if index is None and not system:
         raise click.UsageError("give an INDEX, or --system")
-    fields = (describe_index(index) if index else {}) | (describe_system() if system else {})
+    if versions and index is not None:
+        print_versions(index, as_json=as_json)
+        return
+    fields = (describe_index(index, version=version) if index else {}) | (describe_system() if system else {})
     if as_json:
         click.echo(json.dumps(fields, ensure_ascii=False))
     else:
@@ -399,23 +413,64 @@ def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
     )
 
 
-def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[ImageLike | Query]":
-    """Every query of a search, decoded: a bad one is found before the first search."""
+def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query | FailedQuery]":
+    """Every query of a search, decoded, or what is wrong with it; a bad one that is alone is an error at once."""
     from engine.query import as_query, queries_from
+    from engine.results import FailedQuery
+    from index.errors import ImageError
     from index.sources import open_source
 
     shape = engine.store.image_shape
-    queries: list[ImageLike | Query] = []
+    queries: list[Query | FailedQuery] = []
     for path in paths:
         if path.is_dir():
             queries += queries_from(open_source(path, limit=options["limit"]), shape, prefix=f"{path}/")
-        else:
+            continue
+        try:
             queries.append(as_query(path, shape=shape, name=str(path)))
+        except ImageError as error:
+            queries.append(FailedQuery(str(path), str(error)))
     queries += [engine.exemplar(id_) for id_ in options["ids"]]
     if options["source"]:
         source = open_source(options["source"], split=options["split"], root=options["root"], limit=options["limit"])
         queries += queries_from(source, shape)
+    if len(queries) == 1 and isinstance(queries[0], FailedQuery):
+        raise ImageError(queries[0].error)
     return queries
+
+
+def _answers(
+    engine: "Engine",
+    queries: "list[Query | FailedQuery]",
+    options: dict[str, Any],
+    *,
+    config: "TmmConfig",
+    progress: "Progress",
+) -> "list[SearchResult | FailedQuery]":
+    """The answer to every query in every mode, query by query; a query that is alone raises its error."""
+    from engine.query import Query
+
+    good = [query for query in queries if isinstance(query, Query)]
+    search = engine.search if len(queries) == 1 else engine.search_each
+    by_mode = [
+        search(
+            good,  # type: ignore[arg-type]
+            k=options["k"],
+            mode=mode,
+            candidates=options["candidates"],
+            prefilter=options["prefilter"],
+            config=config,
+            together=options["together"],
+            where=options["where"],
+            progress=progress,
+        )
+        for mode in options["modes"]
+    ]
+    answers = iter(zip(*by_mode, strict=True))
+    results: list[SearchResult | FailedQuery] = []
+    for query in queries:
+        results += next(answers) if isinstance(query, Query) else [query]
+    return results
 
 
 if __name__ == "__main__":

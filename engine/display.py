@@ -12,7 +12,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from engine.results import SearchResult
+from engine.results import FailedQuery, SearchResult
 from index.progress import Progress
 
 FALLBACK_WIDTH = 120  # of a table that is not printed to a terminal
@@ -90,3 +90,21 @@ def print_fields(fields: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), escape(str(value)))
     console = Console()
     (console if console.is_terminal else Console(width=FALLBACK_WIDTH)).print(table)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows of the same fields on stdout, under their names."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    console = Console()
+    (console if console.is_terminal else Console(width=FALLBACK_WIDTH)).print(table)
+
+
+def print_failure(failure: FailedQuery) -> None:
+    """On stdout, in the place of a query's answer."""
+    Console(width=FALLBACK_WIDTH).print(
+        f"[bold]{escape(failure.query)}[/bold] — cannot be answered: {escape(failure.error)}\n", highlight=False
+    )

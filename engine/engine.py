@@ -1,5 +1,6 @@
 """`Engine`: open an index, search it."""
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,20 +16,22 @@ from jaxtyping import Float, Float32, Int64
 from torch import nn
 
 from engine.backends import Backend, choose_backbone, choose_device, compare_backends
+from engine.living import Living
 from engine.query import ImageLike, Query, as_query
-from engine.results import Hit, SearchResult
+from engine.results import FailedQuery, Hit, SearchResult
 from index.builder import BuildReport, check_fit, embedded, predict
 from index.classifier import Classifier
-from index.errors import IndexStateError, InputError, ModelError, member, nearest
+from index.errors import ImageError, IndexStateError, InputError, ModelError, member, nearest
 from index.faiss_cache import FaissCache
-from index.lance_store import LanceStore
+from index.lance_store import LanceStore, matching_rows
 from index.manifest import CACHE, EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
 from index.neighbours import EXACT, Metric, Neighbours
 from index.progress import Progress, silent
 from index.ranking import in_turn
 from index.sources import ArraySource
-from index.store import ExemplarStore, MemoryStore
-from index.target import recover
+from index.store import ExemplarStore, MemoryStore, Subset
+from index.target import locked, recover
+from index.where import shortened
 from rerank.backbone import Backbone, Precision
 from rerank.config import DEFAULT_PRESET, TmmConfig, Trigger, preset
 from rerank.global_trigger import GlobalTrigger
@@ -63,10 +66,11 @@ class SearchOptions(TypedDict, total=False):
     config: TmmConfig | str
     label: int | None
     together: bool
+    where: str | None
     progress: Progress
 
 
-class Engine:
+class Engine(Living):
     """Searches one version of an index. Made by `Engine.open` or `Engine.from_arrays`::
 
     with Engine.open("idx") as engine:
@@ -92,6 +96,9 @@ class Engine:
         self.class_names = tuple(class_names)
         self.manifest = manifest
         self.path = path
+        self._options: dict[str, Any] = {}
+        self._global_trigger = global_trigger
+        self._narrowed: dict[str, Engine] = {}
         self._factory = neighbours
         self._cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
         self._neighbours: dict[Metric, Neighbours] = {}
@@ -115,8 +122,12 @@ class Engine:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         precision: str = Precision.FP32,
         backend: str = Backend.AUTO,
+        version: int | None = None,
+        verify: bool = False,
     ) -> "Engine":
         """Open an index made by `build_index` or `engine build-index`.
+
+        What is opened stays as it is while others change the index; `refresh` moves on.
 
         Args:
             path: The index's folder.
@@ -127,6 +138,9 @@ class Engine:
             precision: ``fp32``, or ``bf16``: faster, with the best answers scored again in fp32.
             backend: ``torch``, ``onnx`` (ONNX Runtime, fp32 only), or ``auto``: what a measurement when the index was
                 built found faster; ``torch`` where there was none, or in bf16.
+            version: An older version, as `versions` numbers them; None is the newest.
+            verify: Compare the content of every file with what was written, not only of those that are small: takes as
+                long as reading all of it.
 
         Raises:
             InputError: a device or precision that this machine does not have, or a cache smaller than one chunk of
@@ -136,8 +150,9 @@ class Engine:
         """
         path = Path(path)
         recover(path)
-        manifest = Manifest.read(path)
+        manifest = Manifest.read(path, version=version)
         manifest.check_sizes(path)
+        manifest.check_digests(path, exemplars=verify)
         classifier = Classifier.load(path / MODEL, model=model)
         if classifier.fingerprint != manifest.fingerprint:
             raise ModelError(
@@ -153,7 +168,8 @@ class Engine:
             version=manifest.lance_version,
             global_features=manifest.global_trigger,
         )
-        return cls(
+        manifest.check_exemplars(path, len(store), store.files)
+        engine = cls(
             classifier,
             store,
             class_names=manifest.class_names,
@@ -167,6 +183,16 @@ class Engine:
             ),
             global_trigger=_global_trigger(path, manifest),
         )
+        engine._options = {
+            "model": model,
+            "device": device,
+            "cache_bytes": cache_bytes,
+            "precision": precision,
+            "backend": backend,
+            "version": version,
+            "verify": verify,
+        }
+        return engine
 
     @classmethod
     def from_arrays(
@@ -225,8 +251,34 @@ class Engine:
         if self.manifest is None or self.path is None:
             raise InputError("an index in memory has no place for ONNX graphs; build one on disk")
         speeds = compare_backends(self.path, self.classifier, self.store).images_per_second
-        replace(self.manifest, backend_speeds=speeds).write(self.path)
+        with locked(self.path):
+            replace(Manifest.read(self.path), backend_speeds=speeds).write(self.path)
         return speeds
+
+    def matching(self, where: str) -> "Engine":
+        """An engine over those exemplars alone for which a filter is true; its answers are those of an index of them.
+
+        L2 and cosine are exact there, whatever the index's FAISS factory string. The last filter's is kept.
+
+        Args:
+            where: SQL over id, label and metadata, as in ``label = 3 AND page > 10``.
+
+        Raises:
+            InputError: not such a filter, or nothing matches it.
+        """
+        narrowed = self._narrowed.get(where)
+        if narrowed is None:
+            rows = matching_rows(self.store, where)
+            if len(rows) == 0:
+                raise InputError(f"no exemplar matches {shortened(where)}")
+            narrowed = copy.copy(self)
+            narrowed.store = Subset(self.store, rows)
+            narrowed._factory, narrowed._cache, narrowed._neighbours, narrowed._narrowed = EXACT, None, {}, {}
+            narrowed._tmm = self._tmm.over(narrowed.store)
+            narrowed._rows = {str(id_): row for row, id_ in enumerate(narrowed.store.ids)}
+            self._narrowed.clear()
+            self._narrowed[where] = narrowed
+        return narrowed
 
     def exemplar(self, id_: str) -> Query:
         """A stored exemplar as a query, by its id.
@@ -255,6 +307,7 @@ class Engine:
         config: TmmConfig | str = DEFAULT_PRESET,
         label: int | None = None,
         together: bool = False,
+        where: str | None = None,
         progress: Progress = silent,
     ) -> SearchResult | list[SearchResult]:
         """The k exemplars that the model sees as most like the query.
@@ -270,6 +323,8 @@ class Engine:
             label: y_q; None takes the model's prediction.
             together: For a list: optimise the triggers jointly, several times as fast. Without it each answer is bit
                 for bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
+            where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
+                tuned on, as if the index did not have them (`matching`).
             progress: Told of exemplars scored.
 
         Raises:
@@ -285,14 +340,48 @@ class Engine:
             label=label,
             together=together,
         )
+        everything = copy.copy(self)  # `refresh` in another thread does not reach it
+        current = everything if where is None else everything.matching(where)
         items = query if isinstance(query, list) else [query]
-        queries = [
-            as_query(item, shape=self.store.image_shape, name=f"query {position}")
-            for position, item in enumerate(items)
-        ]
-        answers = (self._rerank if request.mode is Mode.TMM else self._nearest)(queries, request, progress)
-        results = [self._result(query, answer, request) for query, answer in zip(queries, answers, strict=True)]
+        queries = [current._query(item, position) for position, item in enumerate(items)]
+        answers = (current._rerank if request.mode is Mode.TMM else current._nearest)(queries, request, progress)
+        results = [current._result(query, answer, request) for query, answer in zip(queries, answers, strict=True)]
+        if where is not None:
+            note = f"restricted to the {len(current):,} of {len(everything):,} exemplars that match {shortened(where)}"
+            results = [replace(result, exemplars=len(everything), notes=(note, *result.notes)) for result in results]
         return results if isinstance(query, list) else results[0]
+
+    def search_each(
+        self, queries: Sequence[ImageLike | Query], **options: Unpack[SearchOptions]
+    ) -> list[SearchResult | FailedQuery]:
+        """As `search` for a list, but for an image that cannot be searched with, what is wrong stands in its place.
+
+        Raises:
+            InputError: an unknown mode, or an option out of range.
+        """
+        found: list[SearchResult | FailedQuery | Query] = []
+        for position, item in enumerate(queries):
+            try:
+                found.append(self._query(item, position))
+            except ImageError as error:
+                found.append(
+                    FailedQuery(str(item) if isinstance(item, str | Path) else f"query {position}", str(error))
+                )
+        answers = iter(self._each([item for item in found if isinstance(item, Query)], options))
+        return [next(answers) if isinstance(item, Query) else item for item in found]
+
+    def _each(self, queries: list[Query], options: SearchOptions) -> list[SearchResult | FailedQuery]:
+        if not queries:
+            return []
+        try:
+            return [*self.search([*queries], **options)]
+        except ImageError as error:
+            if len(queries) == 1:
+                return [FailedQuery(queries[0].name, str(error))]
+        return [answer for query in queries for answer in self._each([query], options)]
+
+    def _query(self, item: ImageLike | Query, position: int) -> Query:
+        return as_query(item, shape=self.store.image_shape, name=f"query {position}")
 
     def _nearest(self, queries: list[Query], request: "_Request", progress: Progress) -> "list[_Answer]":
         """L2 or cosine."""

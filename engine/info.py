@@ -10,30 +10,31 @@ from index.manifest import Manifest
 LIBRARIES = ("tmm-engine", "torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
 
 
-def describe_index(path: Path) -> dict[str, Any]:
-    """Facts about an index, in an order to read them in.
+def describe_index(path: Path, *, version: int | None = None) -> dict[str, Any]:
+    """Facts about an index, or an older version of it, in an order to read them in.
 
     Raises:
         IndexStateError: no index there, of another format version, or damaged.
     """
-    manifest = Manifest.read(path)
+    manifest = Manifest.read(path, version=version)
     manifest.check_sizes(path)
     return {
         "index": str(path),
         "source": manifest.source,
+        "version": manifest.version,
         "created": manifest.created,
+        "change": manifest.change,
         "exemplars": manifest.exemplars,
         "skipped": manifest.skipped,
         "image_shape": list(manifest.image_shape),
         "feature_dim": manifest.feature_dim,
         "classes": list(manifest.class_names),
-        "labels": "predicted by the model" if manifest.labels_predicted else "given",
+        "labels": "predicted by the model, all or some" if manifest.labels_predicted else "given",
         "model": manifest.model.architecture,
         "fingerprint": manifest.fingerprint,
         "neighbours": manifest.neighbours,
         "backend": _backend(manifest.backend_speeds),
         "global_trigger": manifest.global_trigger,
-        "version": manifest.lance_version,
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float32
 from PIL import Image
 
+from engine.results import FailedQuery
 from index.errors import ImageError
 from index.images import Shape, channels_first, decode_image, to_numpy
 from index.sources import ImageRecord, ImageSource
@@ -55,20 +56,19 @@ def as_query(image: ImageLike | Query, *, shape: Shape, name: str) -> Query:
     return Query(name, pixels, None)
 
 
-def queries_from(source: ImageSource, shape: Shape, *, prefix: str = "") -> list[Query]:
-    """All images of a source as queries, with their labels where it has them.
+def queries_from(source: ImageSource, shape: Shape, *, prefix: str = "") -> list[Query | FailedQuery]:
+    """All images of a source as queries, with their labels where it has them; for one that cannot be read, why.
 
     Args:
         source: Where they come from.
         shape: (c, h, w) of the index.
         prefix: Put before their ids to make names.
-
-    Raises:
-        ImageError: one of them cannot be read.
     """
-    queries = []
+    queries: list[Query | FailedQuery] = []
     for record in source.read(shape):
-        if not isinstance(record, ImageRecord):
-            raise ImageError(f"{prefix}{record.id}: {record.reason}")
-        queries.append(Query(prefix + record.id, record.image.astype(np.float32) / np.float32(255.0), record.label))
+        name = prefix + record.id
+        if isinstance(record, ImageRecord):
+            queries.append(Query(name, record.image.astype(np.float32) / np.float32(255.0), record.label))
+        else:
+            queries.append(FailedQuery(name, record.reason))
     return queries

@@ -41,6 +41,23 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedQuery:
+    """In the place of an answer: a query that cannot be answered.
+
+    Attributes:
+        query: The query's name.
+        error: What is wrong with it, and what to do.
+    """
+
+    query: str
+    error: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"query": self.query, "error": self.error}
+
+
+@dataclass(frozen=True, slots=True)
 class SearchResult:
     """The answer to one query in one mode.
 

@@ -98,12 +98,7 @@ def build_index(
             )
             writer = LanceWriter(staging / EXEMPLARS, schema)
             for batch in embedded(source, classifier, report, strict=strict):
-                columns = batch.columns(source)
-                if global_column is not None:
-                    triggered = global_column.features(batch.images)
-                    _check_finite(triggered, batch.records)
-                    columns[GLOBAL_FEATURE] = fixed_size_column(triggered)
-                writer.write(columns)
+                writer.write(batch.columns(source) | global_columns(batch, global_column))
                 progress("building", report.exemplars + report.skipped_count, len(source))
             version = writer.commit()
             classifier.save(staging / MODEL)
@@ -136,6 +131,15 @@ class EmbeddedBatch:
             "image": fixed_size_column(self.images),
             FEATURE: fixed_size_column(self.features),
         } | {name: [record.metadata.get(name) for record in self.records] for name in source.metadata_types}
+
+
+def global_columns(batch: EmbeddedBatch, global_column: GlobalColumn | None) -> dict[str, object]:
+    """The second column of features, as `exemplar_schema` has it; nothing where there is none."""
+    if global_column is None:
+        return {}
+    triggered = global_column.features(batch.images)
+    _check_finite(triggered, batch.records)
+    return {GLOBAL_FEATURE: fixed_size_column(triggered)}
 
 
 def embedded(
@@ -243,6 +247,8 @@ def _manifest(
     files: dict[str, FileDigest],
 ) -> Manifest:
     return Manifest(
+        version=1,
+        change=f"built from {source.name}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=source.name,
         exemplars=report.exemplars,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,28 @@ class FaissCache:
 
     def load(self, name: str) -> faiss.Index | None:
         """The index saved under this name; None if there is none, or it is of other content, or damaged."""
-        path = self._path(name)
+        return self._read(self._path(name), name)
+
+    def check(self, exemplars: int) -> list[Path]:
+        """The files that are damaged, or not of so many exemplars; those of other versions are whole if they say so."""
+        return [path for path in sorted(self.folder.glob("*.faiss")) if not self._is_whole(path, exemplars)]
+
+    def _is_whole(self, path: Path, exemplars: int) -> bool:
         try:
             about = json.loads(_about(path).read_text(encoding="utf-8"))
-            if about == self._describe(name, path):
-                return faiss.read_index(str(path))
+            if about["content"] != self.content:
+                return bool(about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest())
+            index = self._read(path, about["name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return index is not None and index.ntotal == exemplars
+
+    def _read(self, path: Path, name: str) -> faiss.Index | None:
+        try:
+            about = json.loads(_about(path).read_text(encoding="utf-8"))
+            content = path.read_bytes()  # once: another process may replace the file
+            if about == self._describe(name, content):
+                return faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
         except (OSError, ValueError, RuntimeError):
             pass
         return None
@@ -45,17 +63,15 @@ class FaissCache:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".faiss-") as temporary:
                 written = Path(temporary) / path.name
                 faiss.write_index(index, str(written))
-                _about(written).write_text(json.dumps(self._describe(name, written)), encoding="utf-8")
+                _about(written).write_text(json.dumps(self._describe(name, written.read_bytes())), encoding="utf-8")
                 written.replace(path)
                 _about(written).replace(_about(path))
 
     def _path(self, name: str) -> Path:
         return self.folder / (re.sub(r"\W+", "-", name) + ".faiss")
 
-    def _describe(self, name: str, path: Path) -> dict[str, str]:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"name": name, "content": self.content, "sha256": sha256}
+    def _describe(self, name: str, content: bytes) -> dict[str, str]:
+        return {"name": name, "content": self.content, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _about(path: Path) -> Path:

@@ -13,15 +13,12 @@ from jaxtyping import Float, Num, Shaped, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from index.errors import ImageError, InputError
+from index.limits import MAX_PIXELS
 
 Shape = tuple[int, int, int]
 """Channels (1 or 3), height, width."""
 
 ImageInput = Path | str | bytes | Image.Image | np.ndarray | torch.Tensor
-
-# Height × width beyond which an image is refused before its pixels are decoded: room for a camera's 108 megapixels,
-# and at most 0.5 GB for each image being decoded.
-MAX_PIXELS = 128 * 1024**2
 
 # These and no others: Pillow's EPS plugin, for one, would start Ghostscript on whatever it is given.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

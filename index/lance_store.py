@@ -1,7 +1,10 @@
 """The exemplars on disk: a Lance dataset, one row per exemplar, read at one version."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,14 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 from index.errors import IndexStateError, InputError
 from index.images import Shape
+from index.manifest import LATEST_HINT, VERSIONS_OF_LANCE
 from index.sources import Metadata
-from index.store import FEATURE, GLOBAL_FEATURE, Rows
+from index.store import FEATURE, GLOBAL_FEATURE, ExemplarStore, Rows
+from index.where import matching_positions
 
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+ROW_DIGEST = "row_digest"
+DIGEST_BYTES = 16
 ROWS_PER_FRAGMENT = 1 << 16
 FRAGMENT_BYTES = 64 << 20  # what a build holds in memory before it is written
 
@@ -39,9 +46,25 @@ def exemplar_schema(
                 pa.field(name, pa.list_(pa.float32(), feature_dim), nullable=False, metadata=raw)
                 for name in ((FEATURE, GLOBAL_FEATURE) if global_features else (FEATURE,))
             ),
+            pa.field(ROW_DIGEST, pa.binary(DIGEST_BYTES), nullable=False),
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in metadata_types.items()),
         ]
     )
+
+
+def row_digests(table: pa.Table) -> list[bytes]:
+    """BLAKE2b of every row but its features, which can be computed again where the rest is as it was written.
+
+    Args:
+        table: Has all columns of `exemplar_schema`, in any order; features may be missing.
+    """
+    told = sorted(set(table.column_names) - {"image", FEATURE, GLOBAL_FEATURE, ROW_DIGEST})
+    rows = table.select(told).to_pylist()
+    images = flat(table["image"].combine_chunks()).reshape(len(table), -1)
+    return [
+        hashlib.blake2b(json.dumps(row, sort_keys=True).encode() + image.tobytes(), digest_size=DIGEST_BYTES).digest()
+        for row, image in zip(rows, images, strict=True)
+    ]
 
 
 def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:
@@ -51,7 +74,7 @@ def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:
 
 
 class LanceWriter:
-    """Writes a new dataset fragment by fragment; nothing of it exists for a reader before `commit`."""
+    """Writes rows fragment by fragment; nothing of it exists for a reader before a commit of the fragments."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
@@ -61,22 +84,28 @@ class LanceWriter:
         self._pending_rows = 0
 
     def write(self, columns: Mapping[str, Any]) -> None:
-        """Append rows; `columns` maps every column of the schema to an Arrow array or list.
+        """Append rows; `columns` maps every column of the schema but the digest to an Arrow array or list.
 
         Raises:
             InputError: a value that its column cannot hold.
         """
-        table = pa.table([_arrow_array(columns[field.name], field) for field in self._schema], schema=self._schema)
+        given = [field for field in self._schema if field.name != ROW_DIGEST]
+        rows = pa.table([_arrow_array(columns[field.name], field) for field in given], schema=pa.schema(given))
+        digests = pa.array(row_digests(rows), pa.binary(DIGEST_BYTES))
+        table = rows.append_column(self._schema.field(ROW_DIGEST), digests).select(self._schema.names)
         self._pending.append(table)
         self._pending_rows += len(table)
         if self._pending_rows >= self._rows_per_fragment():
             self._flush()
 
-    def commit(self) -> int:
-        """Make the rows readable; returns the version."""
+    def finish(self) -> list[FragmentMetadata]:
+        """Write what is left; all fragments, for a commit to make them readable."""
         self._flush()
-        operation = lance.LanceOperation.Overwrite(self._schema, self._fragments)
-        return int(lance.LanceDataset.commit(str(self._path), operation).version)
+        return self._fragments
+
+    def commit(self) -> int:
+        """Make the rows readable as all that there is; returns the version."""
+        return int(committed(str(self._path), lance.LanceOperation.Overwrite(self._schema, self.finish())).version)
 
     def _rows_per_fragment(self) -> int:
         row_bytes = sum(
@@ -112,7 +141,9 @@ class LanceStore:
     ) -> None:
         self.image_shape = image_shape
         self.feature_dim = feature_dim
-        try:
+        with lance_errors(
+            f"{path}: version {version} of the exemplars cannot be read", "restore it or build the index again"
+        ):
             self._dataset = lance.dataset(str(path), version=version)
             schema = self._dataset.schema
             known = exemplar_schema(image_shape, feature_dim, {}, global_features=global_features)
@@ -122,11 +153,6 @@ class LanceStore:
             if found != expected:
                 raise IndexStateError(f"{path}: expected columns {expected}, got {found}; build the index again")
             table = self._dataset.to_table(columns=["id", "label", "label_is_predicted"])
-        except (OSError, ValueError, OverflowError) as error:
-            raise IndexStateError(
-                f"{path}: version {version} of the exemplars cannot be read ({_first_line(error)}); build the "
-                f"index again"
-            ) from error
         self.ids = table["id"].to_numpy()
         self.labels = table["label"].to_numpy().copy()  # Arrow's own memory is read-only
         self.label_is_predicted = table["label_is_predicted"].to_numpy().copy()
@@ -146,8 +172,29 @@ class LanceStore:
         """Metadata of the given rows, in their order."""
         if not self._metadata_columns:
             return [{} for _ in rows]
-        table: list[Metadata] = self._dataset.take(rows.tolist(), columns=self._metadata_columns).to_pylist()
+        with self._reading():
+            table: list[Metadata] = self._dataset.take(rows.tolist(), columns=self._metadata_columns).to_pylist()
         return table
+
+    def matching(self, where: str) -> Rows:
+        """The rows for which a filter is true, ascending."""
+        with self._reading():
+            return matching_positions(self._dataset, where)
+
+    def check_digests(self, batch_size: int) -> Iterator[tuple[int, list[str]]]:
+        """For each batch of rows how many, and the ids of those that are not what was written, features aside."""
+        with self._reading():
+            columns = [name for name in self._dataset.schema.names if name not in (FEATURE, GLOBAL_FEATURE)]
+            for batch in self._dataset.to_batches(columns=columns, batch_size=batch_size, scan_in_order=True):
+                table = pa.Table.from_batches([batch])
+                pairs = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)
+                wrong = [row for row, (found, expected) in enumerate(pairs) if found != expected]
+                yield len(table), [table["id"][row].as_py() for row in wrong]
+
+    @property
+    def files(self) -> set[str]:
+        """The data and deletion files that this version needs, relative to the dataset."""
+        return files_of(self._dataset)
 
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
@@ -160,15 +207,70 @@ class LanceStore:
             yield values.reshape(-1, self.feature_dim)
 
     def _take(self, rows: Rows, column: str) -> np.ndarray:
-        table = self._dataset.take(rows.tolist(), columns=[column])
-        return _flat(table[column].combine_chunks())
+        with self._reading():
+            table = self._dataset.take(rows.tolist(), columns=[column])
+            return flat(table[column].combine_chunks())
 
     def _scan(self, column: str, batch_size: int) -> Iterator[np.ndarray]:
-        for batch in self._dataset.to_batches(columns=[column], batch_size=batch_size, scan_in_order=True):
-            yield _flat(batch[column])
+        with self._reading():
+            for batch in self._dataset.to_batches(columns=[column], batch_size=batch_size, scan_in_order=True):
+                yield flat(batch[column])
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return lance_errors(f"{self._dataset.uri}: the exemplars can no longer be read", "open the index again")
 
 
-def _flat(column: pa.FixedSizeListArray) -> np.ndarray:
+def matching_rows(store: ExemplarStore, where: str) -> Rows:
+    """The rows of any store for which a filter in SQL over id, label and metadata is true, ascending.
+
+    Raises:
+        InputError: not such a filter (`index.where`).
+    """
+    if isinstance(store, LanceStore):
+        return store.matching(where)
+    metadata = store.metadata(np.arange(len(store)))
+    columns = {name: [row[name] for row in metadata] for name in metadata[0]}
+    given = {"id": store.ids.tolist(), "label": store.labels, "label_is_predicted": store.label_is_predicted}
+    nowhere = lance.write_dataset(pa.table(given | columns), f"memory://{os.urandom(16).hex()}")
+    return matching_positions(nowhere, where)
+
+
+def committed(
+    dataset: str | lance.LanceDataset, operation: lance.LanceOperation.BaseOperation, *, read_version: int | None = None
+) -> lance.LanceDataset:
+    """The dataset after a commit, without the hint that Lance leaves: nothing needs it, and nothing vouches for it."""
+    result = lance.LanceDataset.commit(dataset, operation, read_version=read_version)
+    (Path(result.uri) / VERSIONS_OF_LANCE / LATEST_HINT).unlink(missing_ok=True)
+    return result
+
+
+def files_of(dataset: lance.LanceDataset) -> set[str]:
+    """The data and deletion files that a version of a dataset needs, relative to it."""
+    names = set()
+    for fragment in dataset.get_fragments():
+        names |= {f"data/{file.path}" for file in fragment.metadata.files}
+        if fragment.metadata.deletion_file is not None:
+            names.add(fragment.metadata.deletion_file.path(fragment.fragment_id))
+    return names
+
+
+@contextmanager
+def lance_errors(what: str, remedy: str) -> Iterator[None]:
+    """Whatever Lance raises for files that are damaged or gone becomes an IndexStateError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise IndexStateError(f"{what} ({_first_line(error)}); {remedy}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which Python knows by no other name
+            raise
+        raise IndexStateError(f"{what} ({_first_line(error)}); {remedy}") from error
+
+
+def flat(column: pa.FixedSizeListArray) -> np.ndarray:
+    """The values of all lists in one row, without a copy."""
     values: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
     return values
 
@@ -180,5 +282,5 @@ def _arrow_array(values: Any, field: pa.Field) -> pa.Array:
         raise InputError(f"expected {field.type} in column {field.name!r}, got another value: {error}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__

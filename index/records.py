@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Metadata = dict[str, str | int | float | bool | None]
 
-RESERVED_COLUMNS = frozenset(("id", "label", "image", "feature", "global_feature", "label_is_predicted"))
+RESERVED_COLUMNS = frozenset(("id", "label", "image", "feature", "global_feature", "label_is_predicted", "row_digest"))
 MAX_NATURAL_SIDE = 224
 
 _CHUNK = 32  # images that one thread decodes at a time
@@ -147,10 +147,17 @@ def _decode(chunk: Sequence[Encoded], shape: Shape) -> list[ImageRecord | Unread
         try:
             if item.source is None:
                 raise ImageError("expected an image, got null; embed the image's bytes in the Parquet file")
+            if printable(item.id) != item.id:
+                raise ImageError("expected a name in UTF-8; rename the file")
             records.append(ImageRecord(item.id, decode_image(item.source, shape=shape), item.label, item.metadata))
         except ImageError as error:
-            records.append(UnreadableImage(item.id, str(error)))
+            records.append(UnreadableImage(printable(item.id), printable(str(error))))
     return records
+
+
+def printable(name: str | Path) -> str:
+    """A name with whatever is not UTF-8 in it escaped."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def python_type(kind: "pa.DataType") -> type | None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from index.errors import InputError, nearest
 from index.images import IMAGE_SUFFIXES, Shape, channels_first, to_numpy, to_uint8
+from index.metadata_csv import METADATA_CSV, MetadataTable
 from index.parquet import ParquetSource
 from index.records import (
     Encoded,
@@ -26,6 +27,7 @@ from index.records import (
     Metadata,
     UnreadableImage,
     free_name,
+    printable,
     python_type,
 )
 
@@ -95,15 +97,16 @@ class FolderSource(EncodedSource):
 
     Class folders are read as torchvision's ImageFolder does: the sub-folders' sorted names are the classes, each is
     searched recursively. A flat folder or a single file has no labels. Ids are paths relative to the folder;
-    metadata: ``path``. Hidden files and files without one of IMAGE_SUFFIXES are ignored.
+    metadata: ``path``, and the columns of ``metadata.csv`` in the folder, if there is one (`index.metadata_csv`).
+    Hidden files and files without one of IMAGE_SUFFIXES are ignored.
 
     Raises:
-        InputError: No images, images beside class folders, or sub-folders that are splits rather than classes.
+        InputError: No images, images beside class folders, sub-folders that are splits rather than classes, or whose
+            name is not UTF-8, or a ``metadata.csv`` that does not fit.
     """
 
     def __init__(self, path: Path, *, limit: int | None = None) -> None:
-        self.name = str(path)
-        self.metadata_types = {"path": str}
+        self.name = printable(path)
         folders, images = ([], [path]) if path.is_file() else _listed(path)
         classes = [(folder.name, _found(folder)) for folder in folders]
         if images and any(files for _, files in classes):
@@ -113,6 +116,8 @@ class FolderSource(EncodedSource):
             )
         if folders and SPLIT_NAMES.issuperset(name.lower() for name, _ in classes):
             raise InputError(f"{path}: expected class folders, got splits; open one of them, as in {folders[0]}")
+        if odd := [name for name, _ in classes if name != printable(name)]:
+            raise InputError(f"{self.name}: expected folders with names in UTF-8, got {odd[0]!r}; rename it")
         self.labelled = not images
         self.class_names = tuple(name for name, _ in classes) if self.labelled else None
         labelled = [(file, label) for label, (_, files) in enumerate(classes) for file in files]
@@ -120,13 +125,25 @@ class FolderSource(EncodedSource):
         if not self._files or (path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES):
             raise InputError(f"{path}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
         self._folder = path.parent if path.is_file() else path
+        self.metadata_types: Mapping[str, type] = {"path": str}
+        self._table = None
+        if path.is_dir() and (path / METADATA_CSV).is_file():
+            self._table = MetadataTable.read(path / METADATA_CSV, taken=self.metadata_types)
+            self._table.check(self._id(file) for file, _ in (*((image, None) for image in images), *labelled))
+            self.metadata_types = {"path": str, **self._table.types}
 
     def __len__(self) -> int:
         return len(self._files)
 
     def _encoded(self) -> Iterator[Encoded]:
         for file, label in self._files:
-            yield Encoded(file.relative_to(self._folder).as_posix(), file, label, {"path": str(file)})
+            metadata: Metadata = {"path": str(file)}
+            if self._table is not None:
+                metadata |= self._table.of(self._id(file))
+            yield Encoded(self._id(file), file, label, metadata)
+
+    def _id(self, file: Path) -> str:
+        return file.relative_to(self._folder).as_posix()
 
 
 def _listed(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -110,3 +110,46 @@ class MemoryStore:
         """All features in row order."""
         for start in range(0, len(self), batch_size):
             yield self._features[column][start : start + batch_size]
+
+
+class Subset:
+    """Some rows of a store as a store of their own: what a filter leaves.
+
+    Args:
+        store: All exemplars.
+        rows: Those that count, ascending; row i here is row `rows[i]` there.
+    """
+
+    def __init__(self, store: ExemplarStore, rows: Rows) -> None:
+        self._store = store
+        self._rows = rows
+        self.image_shape = store.image_shape
+        self.feature_dim = store.feature_dim
+        self.ids = store.ids[rows]
+        self.labels = store.labels[rows]
+        self.label_is_predicted = store.label_is_predicted[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def images(self, rows: Rows) -> UInt8[np.ndarray, "rows c h w"]:
+        """Images of the given rows, in their order."""
+        return self._store.images(self._rows[rows])
+
+    def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
+        """Features of the given rows, in their order."""
+        return self._store.features(self._rows[rows], column=column)
+
+    def metadata(self, rows: Rows) -> list[Metadata]:
+        """Metadata of the given rows, in their order."""
+        return self._store.metadata(self._rows[rows])
+
+    def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
+        """All images in row order."""
+        for start in range(0, len(self), batch_size):
+            yield self._store.images(self._rows[start : start + batch_size])
+
+    def scan_features(self, batch_size: int, *, column: str = FEATURE) -> Iterator[Float32[np.ndarray, "batch d"]]:
+        """All features in row order."""
+        for start in range(0, len(self), batch_size):
+            yield self._store.features(self._rows[start : start + batch_size], column=column)

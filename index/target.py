@@ -9,9 +9,10 @@ from pathlib import Path
 import filelock
 
 from index.errors import IndexStateError
-from index.manifest import MANIFEST
+from index.manifest import MANIFEST, sync_folder
 
 RECOVERY_SECONDS = 10.0
+WRITER_SECONDS = 10.0  # that a writer waits for another
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -59,6 +60,31 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         raise IndexStateError(f"another process is building {target}; wait for it to end") from None
 
 
+@contextmanager
+def locked(index: Path) -> Iterator[None]:
+    """Alone among the writers of an index; readers do not wait.
+
+    Raises:
+        IndexStateError: another process goes on writing, or the lock's folder cannot be written to.
+    """
+    lock = _lock(index.resolve())
+    try:
+        lock.acquire(timeout=WRITER_SECONDS)
+    except filelock.Timeout:
+        raise IndexStateError(
+            f"another process is writing {index} and did not end in {WRITER_SECONDS:g} s; nothing was changed, "
+            f"try again"
+        ) from None
+    except OSError as error:
+        raise IndexStateError(
+            f"{index} cannot be locked: {error.strerror or error}; try where {index.resolve().parent} can be written to"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def recover(target: Path) -> None:
     """Finish an overwrite that was killed between its two renames, the one moment at which the target does not
     exist.
@@ -94,7 +120,7 @@ def _swap(staging: Path, target: Path) -> None:
     if target.exists():
         target.rename(previous)
     staging.rename(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _beside(target: Path, role: str) -> Path:
@@ -107,11 +133,3 @@ def _lock(target: Path) -> filelock.FileLock:
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,12 @@
 """φ as fast as it goes: specialised to one image shape, in one pass from stored pixels to triggered features."""
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -148,9 +149,35 @@ def specialised(classifier: Classifier) -> Classifier:
     return replace(classifier, backbone=backbone)
 
 
+_one_at_a_time = threading.Lock()
+
+
+class _Tracer(fx.Tracer):
+    """Leaves other threads' modules alone: while one traces, PyTorch sends the calls of all modules to its tracer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call recorded, or another thread's call carried out."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """The attribute recorded, or another thread's attribute."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
 def _traced(network: nn.Module) -> fx.GraphModule:
     """The network as a graph that takes any memory layout: `view`, which does not, becomes `reshape`."""
-    traced = fx.symbolic_trace(network)
+    with _one_at_a_time:
+        traced = fx.GraphModule(network, _Tracer().trace(network))
     for node in traced.graph.nodes:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"

@@ -3,6 +3,7 @@
 Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm 1.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from index.classifier import Classifier
-from index.errors import InputError
+from index.errors import ImageError, InputError
 from index.progress import Progress, silent
 from index.ranking import best_first
 from index.store import GLOBAL_FEATURE, ExemplarStore
@@ -112,9 +113,19 @@ class TmmNN:
         self._exact = TorchBackbone(self.classifier)
         self.backbone = backbone or TorchBackbone(self.classifier, precision)
         self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
+        self._cache_bytes = cache_bytes
         self._labels = torch.tensor(store.labels, device=classifier.device)  # a copy: a store's may be read-only
         self._fisher_of_all: Fisher | None = None
         self._global_discriminants: dict[float, tuple[Discriminant, Tensor]] = {}
+
+    def over(self, store: ExemplarStore) -> "TmmNN":
+        """The same over other exemplars with features of the same classifier."""
+        other = copy.copy(self)
+        other.store = store
+        other._tensors = ExemplarTensors(store, device=self.classifier.device, cache_bytes=self._cache_bytes)
+        other._labels = torch.tensor(store.labels, device=self.classifier.device)
+        other._fisher_of_all = None
+        return other
 
     def rank(
         self,
@@ -436,7 +447,7 @@ def _refuse_degenerate(intensity: float, config: TmmConfig) -> None:
     image_weight, trigger_weight = config.blend.weights(intensity)
     if min(image_weight, trigger_weight) < 1e-6:
         vanishes = "every triggered image the same" if image_weight < trigger_weight else "the trigger invisible"
-        raise InputError(
+        raise ImageError(
             f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels, unless it was set) makes "
             f"{vanishes} with the blend {str(config.blend)!r}: is the image constant? Give another image, the blend "
             f"'added', or an intensity between 0 and 1"

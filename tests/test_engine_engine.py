@@ -15,7 +15,7 @@ import index as index_package
 import rerank as rerank_package
 from engine import Engine, Query
 from index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError, build_index
-from index.manifest import MANIFEST, Manifest
+from index.manifest import MANIFEST, Manifest, digest_of
 from rerank import PRESETS, TmmConfig
 from tests.digits import IMAGES, LABELS, make_classifier
 
@@ -47,7 +47,8 @@ def answer(result: engine_package.SearchResult) -> list[tuple[str, float]]:
 
 def test_the_public_surface():
     assert engine_package.__all__ == [
-        "Engine", "Hit", "Mode", "Prefilter", "Query", "SearchResult", "write_html", "write_png",
+        "Engine", "FailedQuery", "Hit", "Mode", "Prefilter", "Query", "SearchResult", "Version", "write_html",
+        "write_png",
     ]  # fmt: skip
     assert rerank_package.__all__ == [
         "Blend", "DEFAULT_PRESET", "PRESETS", "Ranking", "Score", "TmmConfig", "TmmNN", "Trigger", "preset",
@@ -198,8 +199,7 @@ def test_another_model_is_refused(index: Path, tmp_path: Path):
     shutil.copytree(index, copy)
     make_classifier(seed=1).save(copy / "model.safetensors")
     manifest = Manifest.read(copy)
-    size = (copy / "model.safetensors").stat().st_size
-    digest = replace(manifest.files["model.safetensors"], bytes=size)
+    digest = digest_of(copy / "model.safetensors")
     replace(manifest, files=manifest.files | {"model.safetensors": digest}).write(copy)
     with pytest.raises(ModelError, match="build the index again"):
         Engine.open(copy)
@@ -234,7 +234,7 @@ def test_a_damaged_index_is_an_error(index: Path, tmp_path: Path, damage: str):
     elif damage == "manifest":
         (copy / MANIFEST).write_text("{")
     else:
-        text = (copy / MANIFEST).read_text().replace('"format_version": 1', '"format_version": 99')
+        text = (copy / MANIFEST).read_text().replace('"format_version": 2', '"format_version": 99')
         (copy / MANIFEST).write_text(text)
     with pytest.raises(IndexStateError):
         Engine.open(copy)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -23,14 +24,18 @@ from index.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MODEL,
+    VERSIONS,
     FileDigest,
     Manifest,
     digest_files,
+    sealed,
 )
 from tests.builders import finished, start
 
 MODEL_SPEC = ModelSpec("resnet18", 3, 1, True, (8, 9), (0.5,), (0.25,), "fc")
 GOOD = Manifest(
+    version=3,
+    change="added 2, “é”",
     created="2026-01-02T03:04:05+00:00",
     source="digits, “é” 日本 \x00\n",
     exemplars=7,
@@ -68,6 +73,8 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
     digests = st.tuples(st.integers(0, 2**63), st.text("0123456789abcdef", max_size=64))
     per_channel = st.tuples(*[st.floats(0.001, 1.0)] * channels)
     return {
+        "version": draw(counts),
+        "change": draw(text),
         "created": draw(text),
         "source": draw(text),
         "exemplars": draw(counts),
@@ -109,7 +116,7 @@ def test_the_file_is_json_for_humans_and_others_may_read_it(tmp_path):
     GOOD.write(tmp_path)
     text = (tmp_path / MANIFEST).read_text(encoding="utf-8")
     assert "zwölf" in text
-    assert text.startswith('{\n "format": "tmm-engine index",\n "format_version": 1,')
+    assert text.startswith('{\n "format": "tmm-engine index",\n "format_version": 2,\n "sha256": "')
     assert (tmp_path / MANIFEST).stat().st_mode & 0o777 == 0o644
 
 
@@ -118,8 +125,8 @@ def test_the_file_is_json_for_humans_and_others_may_read_it(tmp_path):
 MISSING = object()
 
 
-def changed(*changes: tuple[str, Any]) -> str:
-    """A good manifest with values at dotted places replaced or removed."""
+def changed(*changes: tuple[str, Any], seal: bool = True) -> str:
+    """A good manifest with values at dotted places replaced or removed, and its SHA-256 made to fit."""
     content = good()
     for place, value in changes:
         *parents, name = place.split(".")
@@ -130,7 +137,8 @@ def changed(*changes: tuple[str, Any]) -> str:
             del inside[name]
         else:
             inside[name] = value
-    return json.dumps(content)
+    fitting = sealed(content)["sha256"] if seal else content["sha256"]
+    return json.dumps(content | {"sha256": fitting})
 
 
 def damaged() -> dict[str, str | bytes]:
@@ -138,7 +146,9 @@ def damaged() -> dict[str, str | bytes]:
     whole = json.dumps(good())
     wrong: dict[str, list[Any]] = {  # for every key the values of a wrong type or range
         "format": ["other", None, 1],
-        "format_version": [0, 2, "1", None, [1]],
+        "format_version": [0, 1, 3, "2", None, [2]],
+        "version": [0, -1, 1.5, "1", None],
+        "change": [1, None, ["x"]],
         "created": [1, None, ["x"]],
         "source": [1, None, {}],
         "exemplars": [0, -1, 1.5, "7", None, [7], math.inf, math.nan],
@@ -195,6 +205,8 @@ def damaged() -> dict[str, str | bytes]:
         ),
         "1e999": changed(("image_shape", [1, 8, 77])).replace("77", "1e999"),
         "another key": changed(("surprise", 1)),
+        "another value": changed(("exemplars", 8), seal=False),
+        "no SHA-256": whole.replace('"sha256"', '"sha-256"', 1),
     }
     for key, values in wrong.items():
         cases[f"{key} is missing"] = changed((key, MISSING))
@@ -238,7 +250,8 @@ def test_damage_is_an_index_state_error(refusals, name):
 
 def test_damage_says_what_is_wrong(refusals):
     assert "expected 'format': 'tmm-engine index'" in refusals['format = "other"'][1]
-    assert f"index format version 2, this program reads {FORMAT_VERSION}" in refusals["format_version = 2"][1]
+    assert f"index format version 1, this program reads {FORMAT_VERSION}" in refusals["format_version = 1"][1]
+    assert "not what its 'sha256' says" in refusals["another value"][1]
     assert "not JSON" in refusals["cut short"][1]
     assert "KeyError: 'class_names'" in refusals["class_names is missing"][1]
     assert "2 class names for 3 classes" in refusals['class_names = ["a", "b"]'][1]
@@ -258,6 +271,37 @@ def test_no_index_there(tmp_path):
         Manifest.read(tmp_path)
 
 
+def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path):
+    GOOD.write(tmp_path)
+    whole = (tmp_path / MANIFEST).read_bytes()
+    found = 0
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << (position % 8)
+        (tmp_path / MANIFEST).write_bytes(flipped)
+        try:
+            assert Manifest.read(tmp_path) == GOOD
+        except IndexStateError:
+            found += 1
+    assert found > 0.8 * len(whole)  # the rest is white space
+
+
+def test_older_versions_are_kept_and_read_by_number(tmp_path):
+    for number in range(1, 4):
+        manifest = dataclasses.replace(GOOD, version=number, source=f"version {number}")
+        if number > 1:
+            Manifest.read(tmp_path).keep(tmp_path)
+        manifest.write(tmp_path)
+    assert [Manifest.read(tmp_path, version=number).source[-1] for number in (1, 2, 3)] == ["1", "2", "3"]
+    assert Manifest.read(tmp_path).version == 3
+    for number in (0, -1, 4, 10**30):
+        with pytest.raises(IndexStateError, match=rf"has the versions 1 to 3, not {number}"):
+            Manifest.read(tmp_path, version=number)
+    shutil.copy(tmp_path / VERSIONS / "1.json", tmp_path / VERSIONS / "2.json")
+    with pytest.raises(IndexStateError, match="it says version 1"):
+        Manifest.read(tmp_path, version=2)
+
+
 def test_an_enormous_file_is_not_read(tmp_path):
     with (tmp_path / MANIFEST).open("wb") as file:
         file.truncate(MAX_MANIFEST_BYTES + 1)
@@ -272,7 +316,7 @@ def index_of(folder: Path) -> dict[str, bytes]:
     """A folder with an index's files and others; returns those that count."""
     files = {
         MODEL: b"model",
-        f"{EXEMPLARS}/data/a.lance": b"",
+        f"{EXEMPLARS}/data/a.lance": b"data",
         f"{EXEMPLARS}/_versions/1.manifest": bytes(range(256)) * 4096,
     }
     others = {MANIFEST: b"{}", ".index-tmp": b"x", f"{CACHE}/flat.faiss": b"cache", "note.txt": b"mine"}
@@ -314,6 +358,24 @@ def test_sizes_of_files_that_cannot_be(tmp_path, name):
     manifest = dataclasses.replace(GOOD, files={name: FileDigest(1, "a" * 64)})
     with pytest.raises(IndexStateError, match="is missing"):
         manifest.check_sizes(tmp_path)
+
+
+@pytest.mark.parametrize("name", [MODEL, f"{EXEMPLARS}/_versions/1.manifest", f"{EXEMPLARS}/data/a.lance"])
+def test_content_that_differs_at_equal_size_is_found(tmp_path, name):
+    index_of(tmp_path)
+    manifest = dataclasses.replace(GOOD, files=digest_files(tmp_path))
+    manifest.check_digests(tmp_path, exemplars=True)
+    raw = bytearray((tmp_path / name).read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / name).write_bytes(raw)
+    manifest.check_sizes(tmp_path)
+    with pytest.raises(IndexStateError, match=f"{Path(name).name} is not what was written"):
+        manifest.check_digests(tmp_path, exemplars=True)
+    if "/data/" in name:
+        manifest.check_digests(tmp_path)  # which leaves out what is large
+    else:
+        with pytest.raises(IndexStateError, match="is not what was written"):
+            manifest.check_digests(tmp_path)
 
 
 def test_readers_see_the_old_or_the_new_manifest_and_never_half(tmp_path):

@@ -1,0 +1,193 @@
+"""The commands that change an index, and searches in what they leave."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.digits import IMAGES, make_classifier, write_photos, write_queries
+from tests.test_engine_cli import answers, ranked, run
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("living")
+    write_photos(folder / "photos", count=40)
+    write_queries(folder / "queries")
+    make_classifier().save(folder / "weights.safetensors")
+    (folder / "photos" / "metadata.csv").write_text("file_name,page\ndigit-3/0003.png,3\ndigit-4/0004.png,4\n")
+    done = run("build-index", folder / "photos", folder / "photos.idx", "--weights", folder / "weights.safetensors")
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def work(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "work"))
+
+
+def test_a_life(work: Path):
+    index, query = work / "photos.idx", work / "queries" / "query-200.png"
+    more = work / "more" / "digit-3"
+    more.mkdir(parents=True)
+    Image.fromarray(IMAGES[200]).save(more / "new.png")
+    Image.fromarray(IMAGES[201]).save(more / "0003.png")
+
+    taken = run("add", index, work / "more")
+    assert (taken.exit_code, taken.stdout) == (1, "")
+    assert "'digit-3/0003.png'; nothing was changed. Replace them (--replace)" in taken.stderr
+    added = run("add", index, work / "more", "--replace")
+    assert added.stdout.strip() == f"{index}: 1 added, 1 replaced; version 2, 41 exemplars"
+    [found] = answers(run("search", index, query, "--mode", "l2", "-k", 1, "--json"))
+    assert (found["hits"][0]["id"], found["hits"][0]["class_name"]) == ("digit-3/new.png", "digit-3")
+    [found] = answers(run("search", index, query, "--mode", "l2", "--version", 1, "-k", 50, "--json"))
+    assert len(found["hits"]) == 40
+    assert "digit-3/new.png" not in dict(ranked(found))
+
+    deleted = run("delete", index, "--id", "digit-3/new.png", "--id", "digit-4/0004.png")
+    assert "2 deleted; version 3, 39 exemplars" in deleted.stdout
+    deleted = run("delete", index, "--where", "path LIKE '%digit-0%'")
+    assert "deleted; version 4" in deleted.stdout
+    assert "compacted; version 5" in run("compact", index).stdout
+    lines = answers(run("info", index, "--versions", "--json"))
+    assert [line["version"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[1]["change"].startswith("added 1, replaced 1 from")
+    assert "digit-0" in run("info", index, "--versions").stdout
+    assert answers(run("info", index, "--version", 2, "--json"))[0]["exemplars"] == 41
+    assert "version 6" in run("compact", index, "--discard-versions").stdout
+    gone = run("search", index, query, "--version", 2)
+    assert gone.exit_code == 1
+    assert "has the versions 6 to 6, not 2" in gone.stderr
+
+
+def test_another_folder_of_the_same_names_takes_a_prefix(work: Path):
+    done = run("add", work / "photos.idx", work / "photos", "--id-prefix", "again/")
+    assert "40 added, 0 replaced; version 2, 80 exemplars" in done.stdout
+    [found] = answers(
+        run("search", work / "photos.idx", "--id", "again/digit-3/0003.png", "--mode", "l2", "-k", 2, "--json")
+    )
+    assert [id_ for id_, _ in ranked(found)] == ["again/digit-3/0003.png", "digit-3/0003.png"]  # equal: by id
+
+
+@pytest.mark.parametrize("mode", ["tmm", "l2", "cosine"])
+def test_filters_on_the_command_line(built: Path, mode: str):
+    arguments = ("search", built / "photos.idx", built / "queries", "--mode", mode, "-k", 50, "--json")
+    expected = {f"digit-{label}" for label in (3, 8)}
+    for found in answers(run(*arguments, "--where", "label = 3 OR label = 8", "--set", "tuning_min_steps=10")):
+        assert {hit["class_name"] for hit in found["hits"]} == expected
+        assert "restricted to" in found["notes"][0]
+        assert found["scored"] == len(found["hits"]) < found["exemplars"] == 40
+    [one, _] = answers(run(*arguments, "--where", "page = 4"))
+    assert [(hit["id"], hit["metadata"]["page"]) for hit in one["hits"]] == [("digit-4/0004.png", 4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("delete", "photos.idx"), 2, "either --id or --where"),
+        (("delete", "photos.idx", "--id", "x", "--where", "label = 1"), 2, "either --id or --where"),
+        (("delete", "photos.idx", "--id", "digit-3/0003.jpg"), 1, "did you mean 'digit-3/0003.png'"),
+        (("delete", "photos.idx", "--where", "label >= 0"), 1, "delete its folder instead"),
+        (("delete", "nothing.idx", "--id", "x"), 1, "does not exist"),
+        (("delete", "photos", "--id", "x"), 1, "is not an index"),
+        (("compact", "photos"), 1, "is not an index"),
+        (("add", "photos", "photos"), 1, "is not an index"),
+        (("add", "photos.idx", "nothing"), 1, "nothing"),
+        (("add", "photos.idx", "queries/query-200.png", "--split", "train"), 1, "split"),
+        (("search", "photos.idx", "queries", "--version", "7"), 1, "has the versions 1 to 1, not 7"),
+        (("search", "photos.idx", "queries", "--version", "0"), 2, "0 is not in the range"),
+        (("search", "photos.idx", "queries", "--where", "labl = 3"), 1, "Did you mean 'label'?"),
+        (("info", "photos.idx", "--version", "3"), 1, "not 3"),
+        (("info", "--versions"), 2, "give an INDEX"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_changes_nothing(
+    built: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, message: str
+):
+    monkeypatch.chdir(built)
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file()}
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    after = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file()}
+    assert {p: t for p, t in after.items() if p.suffix != ".lock"} == {
+        p: t for p, t in before.items() if p.suffix != ".lock"
+    }
+
+
+def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_path: Path):
+    queries = Path(shutil.copytree(built / "queries", tmp_path / "queries"))
+    (queries / "query-200a.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(queries / "query-300.png")
+    arguments = ("search", built / "photos.idx", queries, "--mode", "l2,tmm", "-k", 3, "--set", "tuning_min_steps=10")
+    done = run(*arguments, "--json", "--html", tmp_path / "page.html")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    names = [Path(line["query"]).stem for line in lines]
+    assert names == [*["query-200"] * 2, "query-200a", *["query-201"] * 2, *["query-300"] * 2]
+    assert [("error" in line) for line in lines] == [False, False, True, False, False, False, True]
+    assert "expected an image" in lines[2]["error"]
+    assert "is the image constant?" in lines[6]["error"]
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, "error: 2 of 7 answers failed; see their places")
+    assert (tmp_path / "page.html").stat().st_size > 1000
+    assert "query-200a.png — cannot be answered: " in run(*arguments).stdout
+    alone = run("search", built / "photos.idx", queries / "query-300.png", "--mode", "tmm")
+    assert (alone.exit_code, alone.stdout) == (1, "")
+    assert "is the image constant?" in alone.stderr
+
+
+def test_verify_finds_a_flipped_byte_before_a_search(work: Path):
+    [data] = (work / "photos.idx" / "exemplars.lance" / "data").iterdir()
+    raw = bytearray(data.read_bytes())
+    raw[200] ^= 4
+    data.write_bytes(raw)
+    result = run("search", work / "photos.idx", work / "queries", "--mode", "l2", "--verify")
+    assert result.exit_code == 1
+    assert "is not what was written" in result.stderr
+
+
+def wait_until_locked(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            filelock.FileLock(path).acquire(timeout=0).lock.release()
+        except filelock.Timeout:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("command", [("search", "--mode", "tmm", "--set", "tuning_min_steps=1000000"), ("add",)])
+def test_ctrl_c_ends_with_130_and_leaves_a_usable_index(work: Path, command: tuple[str, ...]):
+    write_photos(work / "many", count=1700)
+    name, *options = command
+    paths = ["photos.idx", "queries" if name == "search" else "many", *([] if name == "search" else ["--replace"])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", name, *paths, *options],
+        cwd=work,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    if name == "search":
+        assert process.stderr.readline().startswith("tmm on")
+        time.sleep(1)
+    else:
+        wait_until_locked(work / ".photos.idx.lock", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert "version 2" in run("delete", work / "photos.idx", "--id", "digit-3/0003.png").stdout
