@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from bench.judge_cli import oracle, semantic
 from bench.options import check_folders, classifier_options, opened
-from bench.quality_cli import radius, robustness
+from bench.quality_cli import ablation, ood, radius, robustness
 from engine.options import device_option, source_options
 
 
@@ -117,5 +118,21 @@ def candidates(source: str, **options: Any) -> None:
         options["json_path"].write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-for command in (robustness, radius):
+@bench.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for page and pictures. Default: FOLDER/report.")
+def report(folder: Path, out: Path | None) -> None:
+    """Turn all records (*.jsonl) in FOLDER into one page of Markdown with tables, intervals and plots.
+
+    \b
+    Example:
+      engine bench report runs --out report
+    """
+    from bench.report import write_report
+
+    for written in write_report(folder, out or folder / "report"):
+        click.echo(written)
+
+
+for command in (robustness, radius, semantic, oracle, ablation, ood):
     bench.add_command(command)

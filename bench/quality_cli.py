@@ -1,4 +1,4 @@
-"""The commands of `engine bench` that measure how well exemplars are found. Nothing heavy is imported at first."""
+"""The commands of `engine bench` that measure how well exemplars find themselves. They import nothing heavy."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,35 +6,58 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.options import check_folders, classifier_options, opened
-from engine.options import joined
+from engine.options import Command, joined
+from index.errors import InputError, member
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bench.noise import Perturbation
     from bench.retrievers import Method
     from bench.suite import Suite
+    from index.classifier import Classifier
     from index.progress import Progress
+    from index.sources import ImageSource
 
 BASELINES = "l2;cosine;robust"
+FEW_PERTURBATIONS = "clean,brightness 0.5,gaussian 2.5,gaussian 5"
 
-suite_options = joined(
-    classifier_options,
-    click.option("--exemplars", type=click.IntRange(min=2), default=2000, show_default=True, help="A random subset."),
-    click.option("--queries", type=click.IntRange(min=1), default=50, show_default=True, help="Random ones."),
-    click.option(
-        "--methods",
-        default=BASELINES,
-        show_default=True,
-        help="Separated by semicolons: l2, cosine, a preset; with settings: 'cosine,stretch=true;paper,blend=added'.",
-    ),
-    click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Neighbours looked at."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of subset, queries, noise."),
-    click.option("--name", help="The data set's name in the report. Default: as the source calls itself."),
-    click.option(
-        "--out",
-        type=click.Path(path_type=Path),
-        required=True,
-        help="Records as JSON lines; a rerun goes on with them.",
-    ),
+
+def sized(*, exemplars: int, queries: int) -> "Callable[[Command], Command]":
+    """Options for the data set, the classifier, and how much of it is measured by default."""
+    return joined(
+        classifier_options,
+        click.option(
+            "--exemplars", type=click.IntRange(min=2), default=exemplars, show_default=True, help="A random subset."
+        ),
+        click.option("--queries", type=click.IntRange(min=1), default=queries, show_default=True, help="Random ones."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of subset, queries, noise."
+        ),
+        click.option("--name", help="The data set's name in the report. Default: as the source calls itself."),
+    )
+
+
+methods_option = click.option(
+    "--methods",
+    default=BASELINES,
+    show_default=True,
+    help="Separated by semicolons: l2, cosine, a preset; with settings: 'cosine,stretch=true;paper,blend=added'.",
 )
+k_option = click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Neighbours looked at.")
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Records as JSON lines; a rerun goes on with them.",
+)
+perturbations_option = click.option(
+    "--perturbations",
+    default=FEW_PERTURBATIONS,
+    show_default=True,
+    help="Of the queries, each a family and a level, separated by commas.",
+)
+suite_options = joined(sized(exemplars=2000, queries=50), methods_option, k_option, out_option)
 
 
 @click.command()
@@ -100,7 +123,6 @@ def radius(source: str, **options: Any) -> None:
 
     from bench.radius import KEY, Kind, measure_radius
     from engine.display import progress_bar
-    from index.errors import member
 
     kinds = [member(Kind, kind.strip()) for kind in options["kinds"].split(",")]
     methods = parse_methods(options["methods"])
@@ -126,17 +148,129 @@ def radius(source: str, **options: Any) -> None:
     click.echo(f"{options['out']}: {len(queries)} queries, {len(methods)} methods")
 
 
+@click.command()
+@click.argument("source")
+@sized(exemplars=500, queries=4)
+@k_option
+@click.option("--base", default="paper", show_default=True, help="The preset that one setting at a time is changed of.")
+@click.option("--set", "base_settings", multiple=True, metavar="NAME=VALUE", help="Changed in the base; repeatable.")
+@click.option("--settings", help="Which settings, separated by commas. Default: all that matter to the base.")
+@click.option(
+    "--layers", is_flag=True, help="Instead: which layers are tuned, by the slow reference. For tiny sizes only."
+)
+@perturbations_option
+@out_option
+def ablation(source: str, **options: Any) -> None:
+    """What is each choice in TMM-NN worth? One setting at a time is moved away from a base (Figs. 7–10, §4.8).
+
+    \b
+    Examples:
+      engine bench ablation mnist --root data --model resnet18 --weights mnist.safetensors --out ablation.jsonl
+      engine bench ablation mnist --root data --model resnet18 --weights mnist.safetensors --base robust \\
+          --settings fusion,shrinkage,exemplars --exemplars 2000 --queries 20 --out runs/robust.jsonl
+      engine bench ablation mnist --root data --model resnet18 --weights mnist.safetensors --layers \\
+          --set tuning_batch=32 --exemplars 200 --queries 1 --perturbations 'gaussian 2.5' --out runs/layers.jsonl
+    """
+    from bench.ablation import layer_variants, measure_ablation, variants_of
+    from bench.retrievers import Method
+    from bench.self_retrieval import KEY
+    from engine.display import progress_bar
+
+    perturbations = parse_few(options["perturbations"])
+    base = Method.parse(",".join((options["base"], *options["base_settings"])))
+    chosen = options["settings"] and [name.strip() for name in options["settings"].split(",")]
+    variants_of(base, chosen, exemplars=options["exemplars"])  # whatever is wrong with them, before images are read
+    check_folders(options["out"])
+    with progress_bar() as progress:
+        suite = load_suite(source, options, progress)
+        if options["layers"]:
+            variants = layer_variants(base, suite.classifier)
+        else:
+            variants = variants_of(base, chosen, exemplars=len(suite.store))
+        methods = [variant.method for variant in variants]
+        with suite.records(options["out"], "ablation", methods, KEY, k=options["k"]) as records:
+            measure_ablation(
+                suite,
+                variants,
+                perturbations,
+                records,
+                queries=options["queries"],
+                k=options["k"],
+                progress=progress,
+            )
+    click.echo(f"{options['out']}: {options['queries']} queries, {len(variants)} configurations")
+
+
+@click.command()
+@click.argument("source")
+@suite_options
+@click.option("--foreign", required=True, metavar="OTHER", help="Images that do not belong: a source, or 'noise'.")
+@click.option("--foreign-split", metavar="SPLIT", help="Split of OTHER. Default: train.")
+@click.option("--foreign-root", type=click.Path(path_type=Path), help="Where OTHER is, if it is a data set's name.")
+@click.option("--foreign-count", type=click.IntRange(min=1), default=500, show_default=True, help="A random subset.")
+@perturbations_option
+def ood(source: str, **options: Any) -> None:
+    """How often does a foreign exemplar outrank the true one? Beside it, the paper's bound (§3.4.6).
+
+    OTHER is brought to the shape of SOURCE; 'noise' means images of uniform noise.
+
+    \b
+    Examples:
+      engine bench ood mnist --root data --model resnet18 --weights mnist.safetensors --foreign noise --out noise.jsonl
+      engine bench ood mnist --root data --model resnet18 --weights mnist.safetensors --foreign cifar10/ \\
+          --methods 'cosine;paper' --queries 20 --out runs/foreign.jsonl
+    """
+    from bench.ood import KEY, NOISE, foreign_images, measure_foreign, mixed, noise_images
+    from bench.retrievers import make_retrievers
+    from engine.display import progress_bar
+    from index.sources import open_source
+
+    perturbations, methods, other = (
+        parse_few(options["perturbations"]),
+        parse_methods(options["methods"]),
+        options["foreign"],
+    )
+    check_folders(options["out"])
+    count, seed = options["foreign_count"], options["seed"]
+    foreign = (
+        None if other == NOISE else open_source(other, split=options["foreign_split"], root=options["foreign_root"])
+    )
+    with progress_bar() as progress:
+        suite = load_suite(source, options, progress)
+        shape, queries = suite.classifier.image_shape, suite.queries(options["queries"])
+        if foreign is None:
+            images = noise_images(count, shape, seed=seed)
+        else:
+            images = foreign_images(foreign, count, shape, seed=seed, progress=progress)
+        store = mixed(suite, images)
+        with suite.records(options["out"], "ood", methods, KEY, foreign_count=len(images)) as records:
+            measure_foreign(
+                make_retrievers(methods, suite.classifier, store, progress=progress),
+                queries,
+                store,
+                perturbations,
+                records,
+                foreign=foreign.name if foreign else NOISE,
+                foreign_count=len(images),
+                classifier=suite.classifier,
+                seed=seed,
+                progress=progress,
+            )
+    click.echo(f"{options['out']}: {len(queries)} queries, {len(images)} foreign exemplars, {len(methods)} methods")
+
+
 def parse_methods(text: str) -> "list[Method]":
     """Of --methods."""
     from bench.retrievers import Method
 
-    return [Method.parse(part.strip()) for part in text.split(";") if part.strip()]
+    if not (names := [part.strip() for part in text.split(";") if part.strip()]):
+        raise InputError("--methods: expected at least one, got none (try 'l2;cosine;robust')")
+    return [Method.parse(name) for name in names]
 
 
-def parse_perturbations(families: str, levels: tuple[str, ...]) -> "list[Any]":
+def parse_perturbations(families: str, levels: tuple[str, ...]) -> "list[Perturbation]":
     """Of --families and --levels."""
     from bench.noise import LEVELS, Family, standard_perturbations
-    from index.errors import InputError, member
 
     chosen = [member(Family, name.strip()) for name in families.split(",")]
     own = dict(LEVELS)
@@ -149,11 +283,22 @@ def parse_perturbations(families: str, levels: tuple[str, ...]) -> "list[Any]":
     return standard_perturbations(chosen, levels=own)
 
 
+def parse_few(text: str) -> "list[Perturbation]":
+    """Of --perturbations."""
+    from bench.noise import parse
+
+    return [parse(part) for part in text.split(",")]
+
+
 def load_suite(source: str, options: dict[str, Any], progress: "Progress") -> "Suite":
-    """Exemplars and classifier of `suite_options`."""
+    """Exemplars and classifier of the options that `sized` declares."""
+    return suite_of(*opened(source, options), options, progress)
+
+
+def suite_of(images: "ImageSource", classifier: "Classifier", options: dict[str, Any], progress: "Progress") -> "Suite":
+    """The same, of a source and a classifier that are open."""
     from bench.suite import Suite
 
-    images, classifier = opened(source, options)
     return Suite.load(
         images,
         classifier,

@@ -1,3 +1,4 @@
+from .building import build_index
 from .engine import Engine, Mode, Prefilter
 from .living import Version
 from .query import Query
@@ -13,6 +14,7 @@ __all__ = [
     "Query",
     "SearchResult",
     "Version",
+    "build_index",
     "write_html",
     "write_png",
 ]

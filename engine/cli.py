@@ -105,9 +105,10 @@ for command in (add, delete, compact, verify, repair):
     "--overwrite", is_flag=True, help="Replace an index that is there; it stays usable until the new one is whole."
 )
 @click.option(
-    "--global-trigger",
-    is_flag=True,
-    help="Also store features under one trigger for all: --set trigger=global then searches in milliseconds.",
+    "--global-trigger/--no-global-trigger",
+    default=True,
+    show_default=True,
+    help="Also store features under one trigger for all, which the default search needs; doubles the building time.",
 )
 @click.option(
     "--set",
@@ -137,32 +138,26 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
       engine build-index mnist mnist.idx --root data --model mypackage.models:make_net --overwrite
     """
     from engine.backends import choose_device
+    from engine.building import build_index
     from engine.display import progress_bar
     from engine.engine import Engine
-    from index.builder import build_index, check_build
     from index.sources import open_source
     from index.target import check_target
     from rerank.config import DEFAULT_PRESET, preset
-    from rerank.global_trigger import GlobalColumn, make_global_trigger
 
     if options["settings"] and not options["global_trigger"]:
-        raise click.UsageError("--set needs --global-trigger: no other part of a build has TMM settings")
+        raise click.UsageError("--set goes with --global-trigger: no other part of a build has TMM settings")
     check_target(index, overwrite=options["overwrite"])
     device = choose_device(options["device"])
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = _classifier(images, options).to(device)
     config = preset(DEFAULT_PRESET).with_settings(list(options["settings"]))
-    check_build(images, index, classifier, overwrite=options["overwrite"], neighbours=options["neighbours"])
     with progress_bar() as progress:
-        column = None
-        if options["global_trigger"]:
-            shared = make_global_trigger(images, classifier, config, progress=progress)
-            column = GlobalColumn(shared, classifier)
         report = build_index(
             images,
             index,
             classifier,
-            global_column=column,
+            global_trigger=config if options["global_trigger"] else None,
             overwrite=options["overwrite"],
             neighbours=options["neighbours"],
             strict=options["strict"],
@@ -233,6 +228,11 @@ def build_index_command(source: str, index: Path, **options: Any) -> None:
 @click.option("--where", metavar="SQL", help="Only exemplars that match, as in \"label = 3 AND path LIKE '%cat%'\".")
 @click.option("--version", type=click.IntRange(min=1), help="An older version of INDEX; see info --versions.")
 @click.option("--verify", is_flag=True, help="Compare every file with what was written before the first search.")
+@click.option(
+    "--stretch/--no-stretch",
+    default=None,
+    help="Stretch the queries' contrast first. Default: as the preset says for tmm, not for l2 and cosine.",
+)
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")

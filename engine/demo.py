@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from engine.building import build_index
 from engine.engine import Engine, Mode
 from engine.query import Query
 from engine.report import write_html, write_png
 from engine.results import SearchResult
 from index.architectures import ModelSpec, build_model
-from index.builder import build_index, embed, predict
+from index.builder import embed, predict
 from index.classifier import Classifier
 from index.progress import Progress
 from index.sources import ArraySource

@@ -34,7 +34,8 @@ from index.target import locked, recover
 from index.where import shortened
 from rerank.backbone import Backbone, Precision
 from rerank.config import DEFAULT_PRESET, TmmConfig, Trigger, preset
-from rerank.global_trigger import GlobalTrigger
+from rerank.contrast import stretch_contrast
+from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
 from rerank.scoring import DEFAULT_CACHE_BYTES
 from rerank.tmm import Ranking, TmmNN
 
@@ -66,6 +67,7 @@ class SearchOptions(TypedDict, total=False):
     config: TmmConfig | str
     label: int | None
     together: bool
+    stretch: bool | None
     where: str | None
     progress: Progress
 
@@ -205,6 +207,7 @@ class Engine(Living):
         class_names: Sequence[str] | None = None,
         metadata: dict[str, Sequence[Any]] | None = None,
         neighbours: str = EXACT,
+        global_trigger: TmmConfig | str | None = DEFAULT_PRESET,
         progress: Progress = silent,
     ) -> "Engine":
         """An index in memory, with the same methods.
@@ -217,14 +220,26 @@ class Engine(Living):
             class_names: In label order; default: the classifier's.
             metadata: Columns of n values.
             neighbours: FAISS factory string.
+            global_trigger: A preset or configuration, with whose blend, clamping and intensity a global trigger and the
+                exemplars' features under it are made: the default search needs them. None: without.
             progress: Told of images done.
 
         Raises:
             InputError: shapes, lengths, labels or ids that do not fit.
         """
         source = ArraySource(images, labels, ids=ids, class_names=class_names, metadata=metadata)
-        store = _memory_store(source, classifier, progress)
-        return cls(classifier, store, class_names=class_names or classifier.class_names, neighbours=neighbours)
+        check_fit(source, classifier)
+        shared = None
+        if global_trigger is not None:
+            config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
+            shared = make_global_trigger(source, classifier, config, progress=progress)
+        return cls(
+            classifier,
+            _memory_store(source, classifier, shared, progress),
+            class_names=class_names or classifier.class_names,
+            neighbours=neighbours,
+            global_trigger=shared,
+        )
 
     def __enter__(self) -> "Engine":
         return self
@@ -307,6 +322,7 @@ class Engine(Living):
         config: TmmConfig | str = DEFAULT_PRESET,
         label: int | None = None,
         together: bool = False,
+        stretch: bool | None = None,
         where: str | None = None,
         progress: Progress = silent,
     ) -> SearchResult | list[SearchResult]:
@@ -323,6 +339,8 @@ class Engine(Living):
             label: y_q; None takes the model's prediction.
             together: For a list: optimise the triggers jointly, several times as fast. Without it each answer is bit
                 for bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
+            stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the
+                original was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``.
             where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
                 tuned on, as if the index did not have them (`matching`).
             progress: Told of exemplars scored.
@@ -331,12 +349,15 @@ class Engine(Living):
             InputError: an unreadable image, an unknown mode, or an option out of range; raised before any search
                 begins.
         """
+        mode, config = member(Mode, mode), preset(config) if isinstance(config, str) else config
+        if stretch is None:
+            stretch = mode is Mode.TMM and config.stretch
         request = _Request(
             k=_positive("k", k),
-            mode=member(Mode, mode),
+            mode=mode,
             candidates=None if candidates is None else _positive("candidates", candidates),
             prefilter=member(Prefilter, prefilter),
-            config=preset(config) if isinstance(config, str) else config,
+            config=replace(config, stretch=stretch),
             label=label,
             together=together,
         )
@@ -344,7 +365,8 @@ class Engine(Living):
         current = everything if where is None else everything.matching(where)
         items = query if isinstance(query, list) else [query]
         queries = [current._query(item, position) for position, item in enumerate(items)]
-        answers = (current._rerank if request.mode is Mode.TMM else current._nearest)(queries, request, progress)
+        searched = [_stretched(query) for query in queries] if stretch else queries
+        answers = (current._rerank if request.mode is Mode.TMM else current._nearest)(searched, request, progress)
         results = [current._result(query, answer, request) for query, answer in zip(queries, answers, strict=True)]
         if where is not None:
             note = f"restricted to the {len(current):,} of {len(everything):,} exemplars that match {shortened(where)}"
@@ -535,19 +557,26 @@ def _global_trigger(path: Path, manifest: Manifest) -> GlobalTrigger | None:
     return found
 
 
-def _memory_store(source: ArraySource, classifier: Classifier, progress: Progress) -> MemoryStore:
-    check_fit(source, classifier)
+def _stretched(query: Query) -> Query:
+    return replace(query, pixels=stretch_contrast(torch.from_numpy(query.pixels)).numpy())
+
+
+def _memory_store(
+    source: ArraySource, classifier: Classifier, shared: GlobalTrigger | None, progress: Progress
+) -> MemoryStore:
     report, batches = BuildReport(), []
     for batch in embedded(source, classifier, report):
         batches.append(batch)
         progress("embedding", report.exemplars, len(source))
     records = [record for batch in batches for record in batch.records]
+    column = None if shared is None else GlobalColumn(shared, classifier)
     return MemoryStore(
         np.concatenate([batch.images for batch in batches]),
         np.concatenate([batch.features for batch in batches]),
         np.concatenate([batch.labels for batch in batches]),
         ids=[record.id for record in records],
         label_is_predicted=np.full(len(records), not source.labelled),
+        global_features=None if column is None else np.concatenate([column.features(one.images) for one in batches]),
         metadata=[record.metadata for record in records],
     )
 

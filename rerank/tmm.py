@@ -125,6 +125,7 @@ class TmmNN:
         other._tensors = ExemplarTensors(store, device=self.classifier.device, cache_bytes=self._cache_bytes)
         other._labels = torch.tensor(store.labels, device=self.classifier.device)
         other._fisher_of_all = None
+        other._global_discriminants = {}
         return other
 
     def rank(
@@ -427,8 +428,8 @@ class TmmNN:
     def _global_trigger(self, config: TmmConfig) -> GlobalTrigger:
         if self.global_trigger is None:
             raise InputError(
-                "the index has no global trigger; build it with --global-trigger, or use the query's own "
-                "(trigger=query)"
+                "the index has no global trigger, which this configuration needs: build it with --global-trigger, or "
+                "search with the query's own (--preset paper, or trigger=query)"
             )
         self.global_trigger.check(config)
         return self.global_trigger

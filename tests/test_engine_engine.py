@@ -47,8 +47,8 @@ def answer(result: engine_package.SearchResult) -> list[tuple[str, float]]:
 
 def test_the_public_surface():
     assert engine_package.__all__ == [
-        "Engine", "FailedQuery", "Hit", "Mode", "Prefilter", "Query", "SearchResult", "Version", "write_html",
-        "write_png",
+        "Engine", "FailedQuery", "Hit", "Mode", "Prefilter", "Query", "SearchResult", "Version", "build_index",
+        "write_html", "write_png",
     ]  # fmt: skip
     assert rerank_package.__all__ == [
         "Blend", "DEFAULT_PRESET", "PRESETS", "Ranking", "Score", "TmmConfig", "TmmNN", "Trigger", "preset",

@@ -1,0 +1,56 @@
+"""Build an index that the default search works with: exemplars, features, and a global trigger with its features."""
+
+from pathlib import Path
+
+from index.builder import BuildReport, check_build
+from index.builder import build_index as build_plain
+from index.classifier import Classifier
+from index.neighbours import EXACT
+from index.progress import Progress, silent
+from index.sources import ImageSource
+from rerank.config import DEFAULT_PRESET, TmmConfig, preset
+from rerank.global_trigger import GlobalColumn, make_global_trigger
+
+
+def build_index(
+    source: ImageSource,
+    index: Path,
+    classifier: Classifier,
+    *,
+    global_trigger: TmmConfig | str | None = DEFAULT_PRESET,
+    overwrite: bool = False,
+    neighbours: str = EXACT,
+    strict: bool = False,
+    progress: Progress = silent,
+) -> BuildReport:
+    """As `index.build_index`, with a global trigger beside the exemplars.
+
+    Args:
+        source: The exemplars.
+        index: A folder that does not exist yet, or an index to replace.
+        classifier: Computes the features.
+        global_trigger: A preset or configuration, with whose blend, clamping and intensity the trigger and the
+            exemplars' features under it are made. None: without; the default search then fails.
+        overwrite: Replace an index that is there; it stays usable until the new one is whole.
+        neighbours: FAISS factory string.
+        strict: Fail at an unreadable image instead of skipping it.
+        progress: Told of images read and embedded, and of the trigger's optimisation.
+
+    Raises:
+        InputError: what `index.build_index` and `make_global_trigger` refuse.
+    """
+    check_build(source, index, classifier, overwrite=overwrite, neighbours=neighbours)
+    column = None
+    if global_trigger is not None:
+        config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
+        column = GlobalColumn(make_global_trigger(source, classifier, config, progress=progress), classifier)
+    return build_plain(
+        source,
+        index,
+        classifier,
+        global_column=column,
+        overwrite=overwrite,
+        neighbours=neighbours,
+        strict=strict,
+        progress=progress,
+    )
