@@ -42,6 +42,7 @@ def train(source: str, out: Path, **options: Any) -> None:
     Examples:
       engine bench train mnist mnist.safetensors --root data --epochs 3
       engine bench train cifar10/ cifar10.safetensors --split train --small-stem --flip
+      engine bench train photos/ photos.safetensors --test-source more-photos/
     """
     from bench.train import LabelledImages, TrainConfig, accuracy, train_classifier
     from engine.backends import choose_device
@@ -51,10 +52,10 @@ def train(source: str, out: Path, **options: Any) -> None:
     check_folders(out)
     names = ("small_stem", "epochs", "batch", "lr", "flip", "seed")
     config = TrainConfig(architecture=options["model"], **{name: options[name] for name in names})
-    held_out = open_source(
-        options["test_source"] or source, split=None if options["test_source"] else "test", root=options["root"]
-    )
-    images = open_source(source, split=options["split"] or "train", root=options["root"], limit=options["limit"])
+    apart = options["test_source"] is not None  # then SOURCE need not have splits: it may be a folder
+    held_out = open_source(options["test_source"] or source, split=None if apart else "test", root=options["root"])
+    split = options["split"] or (None if apart else "train")
+    images = open_source(source, split=split, root=options["root"], limit=options["limit"])
     with progress_bar() as progress:
         test = LabelledImages.read(held_out, progress=progress)
         data = LabelledImages.read(images, progress=progress)

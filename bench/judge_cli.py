@@ -127,23 +127,23 @@ def oracle(source: str, **options: Any) -> None:
     judge = None if options["dry_run"] else _judge(options)
     with progress_bar() as progress:
         held = load_held_out(source, options, progress)
-        _check_same(options["semantic"], found.settings, held)
-        if judge is None:
-            click.echo(_estimated(held, options["semantic"], options["price"]))
-            return
-        model = options["judge_model"] if options["judge"] == "vision" else None
-        compared = {name: method for run in found.runs for name, method in run["methods"].items()}
-        settings = {"judge": options["judge"], "judge_model": model, "compared": compared}
-        with held.suite.records(options["out"], "oracle", [], KEY, **settings) as records:
-            judge_neighbours(
-                options["semantic"],
-                held.queries,
-                held.suite.store,
-                judge,
-                records,
-                seed=options["seed"],
-                progress=progress,
-            )
+    _check_same(options["semantic"], found.settings, held)
+    if judge is None:
+        click.echo(_estimated(held, options["semantic"], options["price"]))
+        return
+    model = options["judge_model"] if options["judge"] == "vision" else None
+    compared = {name: method for run in found.runs for name, method in run["methods"].items()}
+    settings = {"judge": options["judge"], "judge_model": model, "compared": compared}
+    with held.suite.records(options["out"], "oracle", [], KEY, **settings) as records, progress_bar() as progress:
+        judge_neighbours(
+            options["semantic"],
+            held.queries,
+            held.suite.store,
+            judge,
+            records,
+            seed=options["seed"],
+            progress=progress,
+        )
     judged = read_records(options["out"]).records
     silent = len({record["query"] for record in judged if record["alike"] is None})
     click.echo(f"{options['out']}: {len({record['query'] for record in judged})} queries, {silent} without a verdict")

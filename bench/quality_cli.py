@@ -150,9 +150,9 @@ def radius(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@sized(exemplars=500, queries=4)
+@sized(exemplars=1000, queries=6)
 @k_option
-@click.option("--base", default="paper", show_default=True, help="The preset that one setting at a time is changed of.")
+@click.option("--base", default="paper", show_default=True, help="The preset that is varied, one setting at a time.")
 @click.option("--set", "base_settings", multiple=True, metavar="NAME=VALUE", help="Changed in the base; repeatable.")
 @click.option("--settings", help="Which settings, separated by commas. Default: all that matter to the base.")
 @click.option(
@@ -178,7 +178,7 @@ def ablation(source: str, **options: Any) -> None:
 
     perturbations = parse_few(options["perturbations"])
     base = Method.parse(",".join((options["base"], *options["base_settings"])))
-    chosen = options["settings"] and [name.strip() for name in options["settings"].split(",")]
+    chosen = [name.strip() for name in options["settings"].split(",")] if options["settings"] else None
     variants_of(base, chosen, exemplars=options["exemplars"])  # whatever is wrong with them, before images are read
     check_folders(options["out"])
     with progress_bar() as progress:
@@ -225,16 +225,11 @@ def ood(source: str, **options: Any) -> None:
     from engine.display import progress_bar
     from index.sources import open_source
 
-    perturbations, methods, other = (
-        parse_few(options["perturbations"]),
-        parse_methods(options["methods"]),
-        options["foreign"],
-    )
+    perturbations, methods = parse_few(options["perturbations"]), parse_methods(options["methods"])
     check_folders(options["out"])
-    count, seed = options["foreign_count"], options["seed"]
-    foreign = (
-        None if other == NOISE else open_source(other, split=options["foreign_split"], root=options["foreign_root"])
-    )
+    other, count, seed = options["foreign"], options["foreign_count"], options["seed"]
+    where = {"split": options["foreign_split"], "root": options["foreign_root"]}
+    foreign = None if other == NOISE else open_source(other, **where)
     with progress_bar() as progress:
         suite = load_suite(source, options, progress)
         shape, queries = suite.classifier.image_shape, suite.queries(options["queries"])

@@ -18,7 +18,7 @@ from index.sources import ArraySource
 from index.store import MemoryStore
 from rerank.config import PRESETS, TmmConfig, Trigger, preset
 from rerank.contrast import stretch_contrast
-from rerank.global_trigger import GlobalColumn, make_global_trigger
+from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
 from rerank.tmm import Ranking, TmmNN
 
 Image = Float32[np.ndarray, "c h w"]
@@ -133,16 +133,23 @@ def make_retrievers(
     if len(set(names)) < len(names):
         raise InputError(f"expected different methods, got {', '.join(names)}")
     engines: dict[Any, TmmNN] = {}
+    triggers: dict[Any, GlobalTrigger] = {}  # what Eq. 2 gives does not depend on the blend
     retrievers: list[Retriever] = []
     for method in methods:
-        if method.config is None:
+        config = method.config
+        if config is None:
             retrievers.append(MetricRetriever(method, classifier, store))
             continue
-        by_global = method.config.trigger is Trigger.GLOBAL
-        kind = _global_settings(method.config) if by_global else None
+        kind: Any = None
+        if config.trigger is Trigger.GLOBAL:
+            optimisation = (config.trigger_steps, config.trigger_lr, config.trigger_tolerance, config.seed)
+            if optimisation not in triggers:
+                source, plain = ArraySource(store.images(np.arange(len(store)))), replace(config, intensity=None)
+                triggers[optimisation] = make_global_trigger(source, classifier, plain, progress=progress)
+            kind = (optimisation, config.blend, config.clamp, config.intensity)
         if kind not in engines:
             engines[kind] = (
-                _with_global(classifier, store, method.config, progress) if by_global else TmmNN(classifier, store)
+                TmmNN(classifier, store) if kind is None else _with_global(classifier, store, config, triggers[kind[0]])
             )
         retrievers.append(TmmRetriever(method, engines[kind]))
     return retrievers
@@ -184,23 +191,12 @@ def rank_of(scores: Float[np.ndarray, "n"], ids: Shaped[np.ndarray, "n"], row: i
     return int((scores > scores[row]).sum() + (ids[tied] < ids[row]).sum())
 
 
-def _global_settings(config: TmmConfig) -> tuple[Any, ...]:
-    """What a global trigger and its features depend on."""
-    return (
-        config.blend,
-        config.clamp,
-        config.intensity,
-        config.trigger_steps,
-        config.trigger_lr,
-        config.trigger_tolerance,
-        config.seed,
-    )
-
-
-def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, progress: Progress) -> TmmNN:
+def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, optimised: GlobalTrigger) -> TmmNN:
+    """TMM-NN with the features that the configuration's blend gives under an optimised trigger."""
     rows = np.arange(len(store))
     images = store.images(rows)
-    shared = make_global_trigger(ArraySource(images), classifier, config, progress=progress)
+    intensity = optimised.intensity if config.intensity is None else config.intensity
+    shared = replace(optimised, blend=config.blend, clamp=config.clamp, intensity=intensity)
     column = GlobalColumn(shared, classifier).features(images)
     ids = [str(id_) for id_ in store.ids]
     triggered = MemoryStore(images, store.features(rows), store.labels, ids=ids, global_features=column)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from bench.records import RecordFile, describe_run
+from bench.records import RecordFile, describe_run, read_records
 from bench.retrievers import Method, Retriever, make_retrievers
 from index.batches import forward_batch_size
 from index.builder import embed
@@ -109,8 +109,15 @@ class Suite:
             settings: Of the benchmark; all must equal those of the file.
 
         Raises:
-            InputError: as `RecordFile.open`.
+            InputError: a method of the file had other settings, as after a change of a preset; or as `RecordFile.open`.
         """
+        measured = {name: config for run in _runs(path) for name, config in run.get("methods", {}).items()}
+        for method in methods:
+            if measured.get(method.name, method.settings()) != method.settings():
+                raise InputError(
+                    f"{path}: {method.name!r} was measured with {measured[method.name]}, is now {method.settings()}; "
+                    f"write to another file, or delete this one"
+                )
         identity = {
             "benchmark": benchmark,
             "data_set": self.data_set,
@@ -122,3 +129,7 @@ class Suite:
         }
         about = {"methods": {method.name: method.settings() for method in methods}, **describe_run()}
         return RecordFile.open(path, identity | about, key, tuple(identity))
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    return read_records(path).runs if path.exists() and path.stat().st_size else []

@@ -461,6 +461,7 @@ def _answers(
             prefilter=options["prefilter"],
             config=config,
             together=options["together"],
+            stretch=options["stretch"],
             where=options["where"],
             progress=progress,
         )

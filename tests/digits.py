@@ -1,5 +1,6 @@
 """Real images for tests of whole paths: scikit-learn's digits as files, and a ResNet-18 with seeded random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from index.classifier import Classifier
+from rerank.config import preset
 
 DIGITS = load_digits()
 IMAGES = np.rint(DIGITS.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
 LABELS = DIGITS.target.astype(np.int64)
+
+SHORT = ("--set", "trigger_steps=10")  # of build-index: a global trigger that is good enough for a test
+SHORTLY = replace(preset("robust"), trigger_steps=10)  # the same in Python
 
 
 def make_classifier(*, seed: int = 0) -> Classifier:

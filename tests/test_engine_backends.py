@@ -1,5 +1,7 @@
 """Backends and precisions, from the command line and from Python."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from engine.cli import main
 from index import ArraySource, IndexStateError, InputError, build_index
 from index.manifest import Manifest
 from rerank.backbone import Backbone
-from rerank.config import preset
+from rerank.config import Blend, preset
 from rerank.tmm import TmmNN
-from tests.digits import IMAGES, LABELS, make_classifier, write_photos
+from tests.digits import IMAGES, LABELS, SHORT, make_classifier, write_photos
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def run(*arguments: object) -> Result:
 
 def search(index: Path, **options: str) -> SearchResult:
     with Engine.open(index, device="cpu", **options) as engine:
-        return engine.search(IMAGES[200], k=120)
+        return engine.search(IMAGES[200], k=120, config="paper")
 
 
 def scores(result: SearchResult) -> np.ndarray:
@@ -74,8 +76,9 @@ def test_the_command_line_compares_exports_and_searches(tmp_path: Path):
     photos = write_photos(tmp_path / "photos", count=60)
     make_classifier().save(tmp_path / "w.safetensors")
     built = run(
-        "build-index", photos, tmp_path / "a.idx", "--weights", tmp_path / "w.safetensors", "--compare-backends"
-    )
+        "build-index", photos, tmp_path / "a.idx", "--weights", tmp_path / "w.safetensors", "--compare-backends",
+        "--no-global-trigger",
+    )  # fmt: skip
     assert built.exit_code == 0, built.stderr
     assert "torch: " in built.stderr
     assert "onnx: " in built.stderr
@@ -83,7 +86,7 @@ def test_the_command_line_compares_exports_and_searches(tmp_path: Path):
     assert exported.exit_code == 0, exported.stderr
     assert {path.name for path in (tmp_path / "graphs").iterdir()} == {"clean.onnx", "triggered.onnx"}
     assert "largest difference" in exported.stderr
-    found = run("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--backend", "onnx")
+    found = run("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--preset", "paper", "--backend", "onnx")
     assert found.exit_code == 0, found.stderr
     assert "tmm on ONNX Runtime" in found.stderr
 
@@ -97,7 +100,7 @@ def test_what_does_not_go_together_is_refused(index: Path, tmp_path: Path):
         Engine.open(index, precision="fp16")
     with pytest.raises(InputError, match="smaller than one chunk"):
         Engine.open(index, cache_bytes=100)
-    memory = Engine.from_arrays(IMAGES[:20], LABELS[:20], make_classifier())
+    memory = Engine.from_arrays(IMAGES[:20], LABELS[:20], make_classifier(), global_trigger=None)
     with pytest.raises(InputError, match="in memory"):
         memory.compare_backends()
     (tmp_path / "mine").mkdir()
@@ -110,7 +113,7 @@ def test_what_does_not_go_together_is_refused(index: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("text", "message"), [("4GB", None), ("0", None), ("4XB", "size like"), ("10", "one chunk")])
 def test_cache_sizes_on_the_command_line(index: Path, text: str, message: str | None):
-    result = run("search", index, "--id", "00000003", "--cache-images", text)
+    result = run("search", index, "--id", "00000003", "--preset", "paper", "--cache-images", text)
     assert (result.exit_code == 0) == (message is None), result.output
     assert message is None or message in result.stderr
 
@@ -131,7 +134,7 @@ class Cramped:
 
 
 def test_out_of_memory_means_smaller_chunks_and_then_a_clear_error():
-    engine = Engine.from_arrays(IMAGES[:120], LABELS[:120], make_classifier())
+    engine = Engine.from_arrays(IMAGES[:120], LABELS[:120], make_classifier(), global_trigger=None)
     tmm = TmmNN(engine.classifier, engine.store)
     expected = tmm.rank(torch.from_numpy(IMAGES[200][None] / np.float32(255)), k=120, config=preset("paper"))
     tmm.backbone = cramped = Cramped(tmm.backbone, 13)
@@ -154,10 +157,19 @@ def test_a_global_trigger_can_be_built_with_another_blend(tmp_path: Path):
         tmp_path / "w.safetensors",
         "--set",
         "blend=added",
+        *SHORT,
     )
-    assert run(*arguments).exit_code == 2
-    built = run(*arguments, "--global-trigger")
+    refused = run(*arguments, "--no-global-trigger")
+    assert refused.exit_code == 2
+    assert "--set goes with --global-trigger" in refused.stderr
+    built = run(*arguments)
     assert built.exit_code == 0, built.stderr
-    search_ = ("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--set", "trigger=global")
-    assert "--set blend=printed" in run(*search_).stderr
-    assert run(*search_, "--set", "blend=added").exit_code == 0
+    search_ = ("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--json")
+    other = run(*search_)
+    assert other.exit_code == 1
+    assert "--set blend=printed" in other.stderr
+    found = run(*search_, "--set", "blend=added")
+    assert found.exit_code == 0, found.stderr
+    answer = json.loads(found.stdout)
+    assert answer["config"] == replace(preset("robust"), blend=Blend.ADDED).to_json()
+    assert answer["hits"][0]["id"] == "digit-3/0003.png"

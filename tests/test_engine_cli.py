@@ -2,20 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from engine import Engine
 from engine.cli import main
-from tests.digits import make_classifier, write_photos, write_queries
+from rerank import Blend, TmmConfig, preset
+from tests.digits import IMAGES, SHORT, SHORTLY, make_classifier, write_photos, write_queries
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_photos(folder / "photos")
     write_queries(folder / "queries")
     make_classifier().save(folder / "weights.safetensors")
-    built = run("build-index", folder / "photos", folder / "photos.idx", "--weights", folder / "weights.safetensors")
+    weights = ("--weights", folder / "weights.safetensors")
+    built = run("build-index", folder / "photos", folder / "photos.idx", *weights, *SHORT)
     assert built.exit_code == 0, built.stderr
     return folder
 
@@ -119,16 +124,50 @@ def test_a_source_gives_labelled_queries_in_order(work: Path):
 
 def test_settings_and_seed_reach_the_configuration(work: Path):
     query = work / "queries" / "query-200.png"
-    options = ("--candidates", 20, "--set", "blend=added", "--set", "tuning_min_steps=10", "--seed", 5, "--json")
+    options = ("--preset", "paper", "--candidates", 20, "--set", "blend=added", "--set", "tuning_min_steps=10")
+    options += ("--seed", 5, "--json")
     [answer] = answers(run("search", work / "photos.idx", query, *options))
-    assert (answer["config"]["blend"], answer["config"]["tuning_min_steps"], answer["config"]["seed"]) == (
-        "added",
-        10,
-        5,
-    )
+    assert answer["config"] == TmmConfig(blend=Blend.ADDED, tuning_min_steps=10, seed=5).to_json()
     assert answer["scored"] == 20
     [again] = answers(run("search", work / "photos.idx", query, *options))
     assert ranked(answer) == ranked(again)
+
+
+def test_the_default_is_the_preset_robust_whatever_the_seed(work: Path):
+    query = work / "queries" / "query-200.png"
+    [answer] = answers(run("search", work / "photos.idx", query, "--json"))
+    assert answer["config"] == preset("robust").to_json()
+    [other] = answers(run("search", work / "photos.idx", query, "--set", "shrinkage=0.5", "--seed", 5, "--json"))
+    assert other["config"] == replace(preset("robust"), shrinkage=0.5, seed=5).to_json()
+    assert ranked(other) != ranked(answer)
+    [reseeded] = answers(run("search", work / "photos.idx", query, "--seed", 5, "--json"))
+    assert ranked(reseeded) == ranked(answer), "nothing is drawn"
+
+
+@pytest.mark.parametrize("mode", ["tmm", "l2", "cosine"])
+def test_stretched_a_darkened_query_is_the_original(work: Path, tmp_path: Path, mode: str):
+    original = IMAGES[200] // 2  # from 0 to 127, so that halves and less are exact
+    for name, image in (("bright", original * 2), ("dark", original), ("lifted", original + 40)):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    arguments = ("search", work / "photos.idx", tmp_path, "--mode", mode, "--json")
+    for option, same in (("--stretch", True), ("--no-stretch", False), (None, mode == "tmm")):
+        bright, dark, lifted = answers(run(*arguments, *([option] if option else [])))
+        for other in (dark, lifted):
+            differences = [dict(ranked(other)).get(id_, np.inf) - score for id_, score in ranked(bright)]
+            assert (np.abs(differences).max() < 1e-4) == same
+        if mode == "tmm":
+            assert bright["config"]["stretch"] is same
+
+
+def test_without_a_global_trigger_the_default_search_says_what_to_do(work: Path, tmp_path: Path):
+    index = tmp_path / "plain.idx"
+    weights = ("--weights", work / "weights.safetensors")
+    assert run("build-index", work / "photos", index, *weights, "--no-global-trigger").exit_code == 0
+    refused = run("search", index, work / "queries" / "query-200.png")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "build it with --global-trigger, or search with the query's own (--preset paper" in refused.stderr
+    paper = ("--preset", "paper", "--set", "tuning_min_steps=10")
+    assert run("search", index, work / "queries" / "query-200.png", *paper).exit_code == 0
 
 
 def test_more_than_there_is_returns_all_and_says_so(work: Path):
@@ -186,7 +225,7 @@ def test_bad_input_is_one_clear_line(
 def test_unreadable_images_are_named_and_counted_or_fail_under_strict(work: Path, tmp_path: Path):
     photos = write_photos(tmp_path / "photos", count=40)
     (photos / "digit-0" / "broken.png").write_bytes(b"not an image")
-    arguments = ("build-index", photos, tmp_path / "new.idx", "--weights", work / "weights.safetensors")
+    arguments = ("build-index", photos, tmp_path / "new.idx", "--weights", work / "weights.safetensors", *SHORT)
     strict = run(*arguments, "--strict")
     assert strict.exit_code == 1
     assert "broken.png" in strict.stderr
@@ -205,7 +244,7 @@ def test_a_models_factory_has_to_be_named_again(work: Path, tmp_path: Path, monk
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    built = run("build-index", work / "photos", "own.idx", "--model", "my_model_for_cli:make")
+    built = run("build-index", work / "photos", "own.idx", "--model", "my_model_for_cli:make", *SHORT)
     assert built.exit_code == 0, built.stderr
     query = work / "queries" / "query-200.png"
     refused = run("search", "own.idx", query, "--mode", "l2")
@@ -219,7 +258,7 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
     write_photos(tmp_path / "photos", count=1700)
     make_classifier().save(tmp_path / "weights.safetensors")
     build = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "build-index", "photos", "new.idx", "--weights", "weights.safetensors"],
+        [sys.executable, "-m", "engine.cli", "build-index", "photos", "new.idx", "--weights", "weights.safetensors", *SHORT],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stderr=subprocess.PIPE,
@@ -240,8 +279,12 @@ def test_the_demo_compares_three_modes(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("engine.demo.EPOCHS", 1)
     result = run("demo", "--out", tmp_path / "out", "--queries", 1)
     assert result.exit_code == 0, result.stderr
-    for mode in ("tmm", "l2", "cosine"):
-        assert mode in result.stdout
+    lines = result.stdout.splitlines()
+    for mode in ("tmm", "l2", "cosine"):  # one row each, clean and twice darkened
+        assert len([line for line in lines if re.search(rf"│ {mode} +│ +[01]/1 +│ +\d+ +│ +[01]\.\d\d │", line)]) == 3
+    [clean] = [line for line in lines if "│ clean" in line]
+    assert re.search(r"│ tmm +│ +1/1 +│ +1 +│", clean), "a query that is an exemplar is found first"
+    assert "tmm is the preset 'robust'" in " ".join(result.stdout.split())
     for name in ("report.html", "report.png", "digits.idx"):
         assert (tmp_path / "out" / name).exists()
         assert name in result.stdout

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.digits import IMAGES, make_classifier, write_photos, write_queries
+from tests.digits import IMAGES, SHORT, make_classifier, write_photos, write_queries
 from tests.test_engine_cli import answers, ranked, run
 
 
@@ -25,7 +25,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_queries(folder / "queries")
     make_classifier().save(folder / "weights.safetensors")
     (folder / "photos" / "metadata.csv").write_text("file_name,page\ndigit-3/0003.png,3\ndigit-4/0004.png,4\n")
-    done = run("build-index", folder / "photos", folder / "photos.idx", "--weights", folder / "weights.safetensors")
+    done = run("build-index", folder / "photos", folder / "photos.idx", "--weights", folder / "weights.safetensors",
+               *SHORT)  # fmt: skip
     assert done.exit_code == 0, done.stderr
     return folder
 
@@ -130,7 +131,8 @@ def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_p
     queries = Path(shutil.copytree(built / "queries", tmp_path / "queries"))
     (queries / "query-200a.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(queries / "query-300.png")
-    arguments = ("search", built / "photos.idx", queries, "--mode", "l2,tmm", "-k", 3, "--set", "tuning_min_steps=10")
+    arguments = ("search", built / "photos.idx", queries, "--mode", "l2,tmm", "-k", 3, "--preset", "paper")
+    arguments += ("--set", "tuning_min_steps=10")
     done = run(*arguments, "--json", "--html", tmp_path / "page.html")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     names = [Path(line["query"]).stem for line in lines]
@@ -141,7 +143,7 @@ def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_p
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, "error: 2 of 7 answers failed; see their places")
     assert (tmp_path / "page.html").stat().st_size > 1000
     assert "query-200a.png — cannot be answered: " in run(*arguments).stdout
-    alone = run("search", built / "photos.idx", queries / "query-300.png", "--mode", "tmm")
+    alone = run("search", built / "photos.idx", queries / "query-300.png", "--preset", "paper")
     assert (alone.exit_code, alone.stdout) == (1, "")
     assert "is the image constant?" in alone.stderr
 
@@ -166,7 +168,7 @@ def wait_until_locked(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("command", [("search", "--mode", "tmm", "--set", "tuning_min_steps=1000000"), ("add",)])
+@pytest.mark.parametrize("command", [("search", "--preset", "paper", "--set", "tuning_min_steps=1000000"), ("add",)])
 def test_ctrl_c_ends_with_130_and_leaves_a_usable_index(work: Path, command: tuple[str, ...]):
     write_photos(work / "many", count=1700)
     name, *options = command

@@ -17,7 +17,7 @@ from engine import Engine, Query
 from index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError, build_index
 from index.manifest import MANIFEST, Manifest, digest_of
 from rerank import PRESETS, TmmConfig
-from tests.digits import IMAGES, LABELS, make_classifier
+from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
 
 QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=30)
 N = 150
@@ -30,7 +30,7 @@ def classifier() -> Classifier:
 
 @pytest.fixture(scope="module")
 def memory(classifier: Classifier) -> Engine:
-    return Engine.from_arrays(IMAGES[:N], LABELS[:N], classifier, metadata={"page": list(range(N))})
+    return Engine.from_arrays(IMAGES[:N], LABELS[:N], classifier, metadata={"page": list(range(N))}, global_trigger=SHORTLY)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_presets_by_name(memory: Engine):
         (np.zeros((8, 9), np.uint8), {}, "expected an image of shape"),
         (np.full((8, 8), 2.0, np.float32), {}, r"\[0, 1\]"),
         (np.full((8, 8), np.nan, np.float32), {}, r"\[0, 1\]"),
-        (np.zeros((8, 8), np.uint8), {}, "ω = 0"),
+        (np.zeros((8, 8), np.uint8), {"config": "paper"}, "ω = 0"),
         (Query("q", np.zeros((3, 8, 8), np.float32)), {}, "expected a query of shape"),
     ],
 )
@@ -182,7 +182,7 @@ def test_bad_input_is_refused(memory: Engine, query: object, options: dict, mess
 
 
 def test_unlabelled_arrays_get_the_models_predictions_marked(classifier: Classifier):
-    unlabelled = Engine.from_arrays(IMAGES[:30], None, classifier)
+    unlabelled = Engine.from_arrays(IMAGES[:30], None, classifier, global_trigger=None)
     hits = unlabelled.search(IMAGES[0], k=30, mode="l2").hits
     assert all(hit.label_is_predicted for hit in hits)
     predictions = {hit.id: unlabelled.search(IMAGES[int(hit.id)], k=1, mode="l2").predicted_label for hit in hits}

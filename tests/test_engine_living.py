@@ -182,7 +182,7 @@ def test_exemplars_that_are_not_the_manifests_are_refused(index: Path, tmp_path:
 
 
 def test_in_memory_there_are_no_versions(classifier: Classifier):
-    engine = Engine.from_arrays(PIXELS[:20], LABELS[:20], classifier)
+    engine = Engine.from_arrays(PIXELS[:20], LABELS[:20], classifier, global_trigger=None)
     for change in (engine.versions, engine.refresh, engine.compact, lambda: engine.delete(ids=["x"])):
         with pytest.raises(InputError, match="in memory"):
             change()

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The runs behind docs/REPRODUCTION.md, one data set at a time:
+#   bench/reproduce.sh NAME SOURCE WEIGHTS MODEL [options of the source and the model …]
+# for example
+#   bench/reproduce.sh MNIST mnist mnist.safetensors resnet18 --root data
+# Records go to bench/results/reproduction; an interrupted run goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name=$1 source=$2 weights=$3 model=$4
+shift 4
+file=$(echo "$name" | tr 'A-Z ' 'a-z-')
+out=bench/results/reproduction
+mkdir -p "$out"
+common=("$source" --weights "$weights" --model "$model" --seed 1 "$@")
+main=("${common[@]}" --exemplars 5000 --name "$name")
+small=("${common[@]}" --exemplars 1000 --name "$name, 1,000 exemplars")
+levels=(--levels brightness=0.9,0.7,0.5,0.3,0.1 --levels gaussian=0.5,1,2.5,5 --levels contrast=0.6,0.3
+  --levels blur=0.5,1 --levels jpeg=50,20 --levels shift=1,2 --levels pgd=0.5,1)
+few=(--families brightness,gaussian,blur,shift --levels brightness=0.7,0.5,0.3 --levels gaussian=1,2.5,5
+  --levels blur=1 --levels shift=1)
+baselines="l2;cosine;l2,stretch=true;cosine,stretch=true;robust"
+
+engine bench robustness "${main[@]}" "${levels[@]}" --methods "$baselines" --queries 40 --out "$out/robustness-$file.jsonl"
+engine bench radius "${main[@]}" --methods "l2;cosine;cosine,stretch=true;robust" --queries 24 --directions 2 \
+  --out "$out/radius-$file.jsonl"
+engine bench robustness "${main[@]}" "${levels[@]}" --methods "paper,trigger=global" --queries 16 \
+  --out "$out/robustness-$file.jsonl"
+engine bench robustness "${small[@]}" "${few[@]}" --methods "l2;cosine;robust;paper" --queries 6 \
+  --out "$out/paper-$file.jsonl"
+engine bench radius "${small[@]}" --methods "l2;cosine;robust;paper" --queries 4 --directions 1 \
+  --kinds gaussian,brightness --out "$out/paper-radius-$file.jsonl"

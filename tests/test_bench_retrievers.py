@@ -1,0 +1,188 @@
+"""What benchmarks compare: methods by name, scores, ranks, and the suite that draws exemplars and queries."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.retrievers import Method, TmmRetriever, rank_of, scores_of_all, top
+from bench.suite import Suite
+from index.errors import InputError
+from index.neighbours import Metric
+from index.sources import ArraySource, FolderSource
+from rerank.config import Blend, Score, TmmConfig, Trigger, preset
+from rerank.tmm import TmmNN
+from tests.builders import tiny_arrays, tiny_classifier
+
+QUICK = "trigger_steps=3,tuning_min_steps=4,tuning_batch=16"
+N = 40
+
+
+def make_suite(*, exemplars: int = N, seed: int = 0) -> Suite:
+    images, labels = tiny_arrays(1)
+    return Suite.load(
+        ArraySource(images, labels, name="tiny"), tiny_classifier(), exemplars=exemplars, seed=seed, data_set="a set"
+    )
+
+
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    return make_suite()
+
+
+@pytest.fixture(scope="module")
+def query() -> np.ndarray:
+    return (tiny_arrays(2)[0][0] / np.float32(255)).astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------- methods
+
+
+def test_methods_are_read_from_their_names():
+    assert Method.parse("l2") == Method("l2", Metric.L2, False, None)
+    assert Method.parse("cosine,stretch=true").stretch
+    assert Method.parse("paper").config == TmmConfig()
+    changed = Method.parse("paper,blend=added,score=logit")
+    assert changed.config == replace(TmmConfig(), blend=Blend.ADDED, score=Score.LOGIT)
+    assert changed.settings()["blend"] == "added"
+    assert Method.parse("cosine,stretch=true").settings() == {"stretch": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cosin", "did you mean .*cosine"),
+        ("cosine,blend=added", "only stretch=true"),
+        ("paper,blur=1", "unknown TMM setting"),
+        ("paper,blend=mixed", "unknown blend"),
+    ],
+)
+def test_unknown_methods_are_refused(text: str, message: str):
+    with pytest.raises(InputError, match=message):
+        Method.parse(text)
+
+
+def test_two_methods_of_one_name_are_refused(suite: Suite):
+    with pytest.raises(InputError, match="different methods, got l2, l2"):
+        suite.retrievers([Method.parse("l2"), Method.parse("l2")])
+
+
+# --------------------------------------------------------------------------------------------- scores
+
+
+def test_baselines_score_as_written_down(suite: Suite, query: np.ndarray):
+    with torch.inference_mode():
+        clean, stretched = (
+            suite.classifier.features(torch.tensor(pixels)[None]).double().numpy()[0]
+            for pixels in (query * 0.5, (query - query.min()) / (query.max() - query.min()))
+        )
+    features = suite.store.features(np.arange(N)).astype(np.float64)
+    l2, cosine, stretching = suite.retrievers([Method.parse(name) for name in ("l2", "cosine", "cosine,stretch=true")])
+    np.testing.assert_allclose(l2.scores(query * 0.5), -np.linalg.norm(features - clean, axis=1), rtol=1e-5)
+    for retriever, feature in ((cosine, clean), (stretching, stretched)):
+        expected = features @ feature / np.linalg.norm(features, axis=1) / np.linalg.norm(feature)
+        np.testing.assert_allclose(retriever.scores(query * 0.5), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tmm_scores_are_the_rerankers_in_row_order(suite: Suite, query: np.ndarray):
+    method = Method.parse(f"paper,{QUICK}")
+    [retriever] = suite.retrievers([method])
+    assert method.config is not None
+    ranking = TmmNN(suite.classifier, suite.store).rank(torch.tensor(query), k=N, config=method.config)
+    np.testing.assert_array_equal(retriever.scores(query)[ranking.rows], ranking.scores)
+    assert not np.array_equal(retriever.scores(query, seed=1), retriever.scores(query))
+
+
+def test_scores_of_all_equal_each_ones_own(suite: Suite, query: np.ndarray):
+    names = ["paper,score=logit", "l2", "paper", "robust,fusion=1", "paper,tuning=discriminant", "robust", "cosine"]
+    methods = [Method.parse(name if name in ("l2", "cosine") else f"{name},{QUICK}") for name in names]
+    retrievers = suite.retrievers(methods)
+    together = {retriever.name: scores for retriever, scores in scores_of_all(retrievers, query)}
+    assert together.keys() == {method.name for method in methods}
+    for retriever in retrievers:
+        np.testing.assert_array_equal(together[retriever.name], retriever.scores(query))
+        assert together[retriever.name].shape == (N,)
+        assert not np.isnan(together[retriever.name]).any()
+    assert len({scores.tobytes() for scores in together.values()}) == len(methods)
+
+
+def test_methods_with_the_same_global_trigger_share_it(suite: Suite):
+    names = ["robust", "robust,fusion=0", "robust,intensity=0.2", "paper"]
+    found = suite.retrievers([Method.parse(f"{name},{QUICK}") for name in names])
+    one, same, other, own = (retriever.tmm for retriever in found if isinstance(retriever, TmmRetriever))
+    assert one is same
+    assert other is not one
+    assert one.global_trigger is not None
+    assert other.global_trigger is not None
+    assert (one.global_trigger.intensity, other.global_trigger.intensity) == (0.1, 0.2)
+    assert own.global_trigger is None
+    assert preset("robust").trigger is Trigger.GLOBAL
+
+
+def test_a_query_that_is_an_exemplar_finds_itself(suite: Suite):
+    image = (suite.store.images(np.array([7]))[0] / np.float32(255)).astype(np.float32)
+    for retriever in suite.retrievers([Method.parse(name) for name in ("l2", "cosine", f"robust,{QUICK}")]):
+        assert rank_of(retriever.scores(image), suite.store.ids, 7) == 0
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=12), st.randoms(use_true_random=False), st.data())
+def test_ranks_are_places_in_the_order_of_scores_then_ids(values, random, data):
+    ids = np.array(random.sample([f"id {number:02}" for number in range(len(values))], len(values)), dtype=object)
+    scores = np.array(values, dtype=np.float64)
+    order = sorted(range(len(values)), key=lambda row: (-scores[row], ids[row]))
+    assert top(scores, ids, len(values)).tolist() == order
+    assert [rank_of(scores, ids, row) for row in order] == list(range(len(values)))
+    out = data.draw(st.sampled_from(order))
+    assert top(scores, ids, len(values) - 1, without=out).tolist() == [row for row in order if row != out]
+
+
+# --------------------------------------------------------------------------------------------- suite
+
+
+def test_a_suite_is_a_seeded_subset_with_its_features(suite: Suite):
+    images, labels = tiny_arrays(1)
+    rows = np.array([int(id_) for id_ in suite.store.ids])
+    assert len(set(rows)) == N < len(images)
+    np.testing.assert_array_equal(suite.store.images(np.arange(N)), images[rows])
+    np.testing.assert_array_equal(suite.store.labels, labels[rows])
+    with torch.inference_mode():
+        features = suite.classifier.features(torch.tensor(images[rows]) / 255.0).numpy()
+    np.testing.assert_allclose(suite.store.features(np.arange(N)), features, rtol=1e-4, atol=1e-5)
+    assert make_suite().store.ids.tolist() == suite.store.ids.tolist()
+    assert make_suite(seed=1).store.ids.tolist() != suite.store.ids.tolist()
+    assert len(make_suite(exemplars=10_000).store) == len(images)
+
+
+def test_queries_of_a_larger_run_begin_with_those_of_a_smaller(suite: Suite):
+    five, nine = suite.queries(5), suite.queries(9)
+    np.testing.assert_array_equal(nine[:5], five)
+    np.testing.assert_array_equal(suite.queries(4, skip=5), nine[5:])
+    assert sorted(suite.queries(N)) == list(range(N))
+    with pytest.raises(InputError, match=f"at most {N} queries.*got 30 \\+ 11"):
+        suite.queries(11, skip=30)
+
+
+def test_a_suite_needs_labels(tmp_path: Path):
+    images, _ = tiny_arrays(1)
+    with pytest.raises(InputError, match="expected labelled images"):
+        Suite.load(ArraySource(images, name="unlabelled"), tiny_classifier(), exemplars=10)
+    broken = tmp_path / "photos" / "class" / "broken.png"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no picture")
+    with pytest.raises(InputError, match="no image could be read"):
+        Suite.load(FolderSource(tmp_path / "photos"), tiny_classifier(), exemplars=10)
+
+
+def test_records_belong_to_exemplars_seed_and_model(suite: Suite, tmp_path: Path):
+    methods = [Method.parse("l2")]
+    with suite.records(tmp_path / "r.jsonl", "robustness", methods, ("query",), k=3) as records:
+        records.append({"query": "a"})
+    with suite.records(tmp_path / "r.jsonl", "robustness", [Method.parse("cosine")], ("query",), k=3) as records:
+        assert records.done(query="a")
+    for other, k, name in ((make_suite(seed=1), 3, "seed"), (make_suite(exemplars=9), 3, "exemplars"), (suite, 4, "k")):
+        with pytest.raises(InputError, match=f"expected {name} "):
+            other.records(tmp_path / "r.jsonl", "robustness", methods, ("query",), k=k)
