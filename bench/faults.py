@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import time
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from index.neighbours import Metric, exact_scores
 from index.sources import ArraySource
 from index.store import FEATURE
 from rerank.config import TmmConfig
+
+# It is imported, but not used, before the process forks; its threads begin with its use.
+warnings.filterwarnings("ignore", message="lance is not fork-safe")
 
 SHAPE = (3, 8, 8)
 CLASSES = 4

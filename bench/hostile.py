@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -77,7 +77,22 @@ def parquet(generator: random.Random, folder: Path) -> None:
 
 def manifests(generator: random.Random, folder: Path) -> None:
     """An `index.json` whose values are forged and whose SHA-256 was made to fit; or a damaged one."""
-    odd = (0, -1, 10**30, 1e308, "", "/etc/passwd", "../../x", [], {}, None, True, "x" * 10**6, [[[]]], 2**63)
+    odd: tuple[Any, ...] = (
+        0,
+        -1,
+        10**30,
+        1e308,
+        "",
+        "/etc/passwd",
+        "../../x",
+        [],
+        {},
+        None,
+        True,
+        "x" * 10**6,
+        [[[]]],
+        2**63,
+    )
     content = json.loads(_GOOD_MANIFEST)
     for _ in range(generator.randint(1, 3)):
         place = content
@@ -134,8 +149,8 @@ def filters(generator: random.Random, folder: Path) -> None:
 
     from index.where import matching_positions
 
-    parts = ("label", "id", "=", "(", ")", "'x'", "1", "AND", "OR", "NOT", "+", "IS NULL", "IN (1, 2)", "::", "--", ";", "`", '"',
-             "LIKE", "''", "\n", "\0", "é", "CASE", "cast(", "1e999", "-", "||", "<script>", "<>")  # fmt: skip
+    parts = ("label", "id", "=", "(", ")", "'x'", "1", "AND", "OR", "NOT", "+", "IS NULL", "IN (1, 2)", "::", "--", ";",
+             "`", '"', "LIKE", "''", "\n", "\0", "é", "CASE", "cast(", "1e999", "-", "||", "<script>", "<>")  # fmt: skip
     where = " ".join(generator.choice(parts) for _ in range(generator.choice((1, 3, 5, 9, 40, 3000))))
     where = generator.choice((where, "label = 1 AND " + where, "label" + " + 1" * generator.randint(1, 3000) + " = 1"))
     check_where(where)
@@ -212,8 +227,9 @@ def _good_manifest() -> str:
     return Manifest(
         version=1, change="", created="", source="s", exemplars=1, skipped=0, image_shape=SHAPE, feature_dim=4,
         class_names=("a", "b"), labels_predicted=False,
-        model=ModelSpec("resnet18", 2, 3, False, (8, 8), (0.0,) * 3, (1.0,) * 3, "fc"), fingerprint="f", neighbours="Flat",
-        global_trigger=False, backend_speeds={}, lance_version=1, files={"model.safetensors": FileDigest(1, "0")},
+        model=ModelSpec("resnet18", 2, 3, False, (8, 8), (0.0,) * 3, (1.0,) * 3, "fc"), fingerprint="f",
+        neighbours="Flat", global_trigger=False, backend_speeds={}, lance_version=1,
+        files={"model.safetensors": FileDigest(1, "0")},
     ).text()  # fmt: skip
 
 

@@ -119,7 +119,7 @@ class ReliabilityBench:
         self._random = random.Random(seed)
         self._progress = progress
         self._context: ForkServerContext = get_context("forkserver")
-        self._context.set_forkserver_preload(["bench.faults", "bench.hostile"])
+        self._context.set_forkserver_preload(["torch._dynamo", "bench.faults", "bench.hostile"])
         self.result = Reliability()
 
     def run(self) -> Reliability:
@@ -193,7 +193,7 @@ class ReliabilityBench:
 
     def _damage(self, folder: Path) -> None:
         folder.mkdir()
-        index, content, expected = self._whole(folder / "idx")
+        index = self._whole(folder / "idx")
         files = sorted(path.relative_to(index) for path in index.rglob("*") if path.is_file())
         outcomes: Counter[str] = Counter()
         for done, name in enumerate(files):
@@ -204,19 +204,17 @@ class ReliabilityBench:
                     (copy / name).unlink()
                 else:
                     (copy / name).write_bytes(raw)
-                self._judge(copy, name, how, content, expected, outcomes)
+                self._judge(copy, name, how, outcomes)
                 shutil.rmtree(copy)
             self._progress("damaging files", done + 1, len(files))
         self.result.damaged = dict(outcomes)
 
-    def _judge(
-        self, copy: Path, name: Path, how: str, content: Content, expected: list[list[str]], outcomes: Counter[str]
-    ) -> None:
+    def _judge(self, copy: Path, name: Path, how: str, outcomes: Counter[str]) -> None:
         """Open and search without and with the full check; data of exemplars is only vouched for with it."""
         data = "/data/" in name.as_posix()
         needed = name.as_posix() == MANIFEST or name.as_posix() in self._needed
         for verify in (False, True):
-            outcome = self._alone(faults.outcome_of, copy, content, expected, verify=verify)
+            outcome = self._alone(faults.outcome_of, copy, *self._expected, verify=verify)
             kind = "data" if data else "other"
             outcomes[f"{kind}, {'full' if verify else 'quick'} check: {outcome.split(':')[0]}"] += 1
             if outcome.startswith("crashed") and (verify or not data):
@@ -240,7 +238,7 @@ class ReliabilityBench:
             yield f"cut to {length}", raw[:length]
         yield "missing", None
 
-    def _whole(self, index: Path) -> tuple[Path, Content, list[list[str]]]:
+    def _whole(self, index: Path) -> Path:
         """An index with everything that one can have: versions, deletions, a global trigger, a FAISS cache."""
         classifier, content = faults.small_classifier(), Plan(1).first()
         source = faults.source_of(content)
@@ -251,10 +249,10 @@ class ReliabilityBench:
         delete_exemplars(index, ids=["id 3", "more 5"])
         content = {id_: number for id_, number in (content | more).items() if id_ not in ("id 3", "more 5")}
         with faults.open_small(index) as engine:
-            expected = faults.ranked(engine)
+            self._expected = (content, faults.ranked(engine))
         self._manifest = Manifest.read(index)
         self._needed = set(self._manifest.files)
-        return index, content, expected
+        return index
 
     # ---- disks, endurance, input
 
@@ -283,7 +281,7 @@ class ReliabilityBench:
 
     def _endure(self, folder: Path) -> None:
         folder.mkdir()
-        index, _, _ = self._whole(folder / "idx")
+        index = self._whole(folder / "idx")
         self._progress("searching", 0, self._searches)
         found = self._alone(faults.endure, index, self._searches, patience=1200.0)
         if isinstance(found, str):

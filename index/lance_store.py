@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("LANCE_LOG", "error")  # read at import; it would warn of every new dataset
-
 import lance
 import numpy as np
 import pyarrow as pa
