@@ -149,8 +149,10 @@ def filters(generator: random.Random, folder: Path) -> None:
 
     from index.where import matching_positions
 
-    parts = ("label", "id", "=", "(", ")", "'x'", "1", "AND", "OR", "NOT", "+", "IS NULL", "IN (1, 2)", "::", "--", ";",
-             "`", '"', "LIKE", "''", "\n", "\0", "é", "CASE", "cast(", "1e999", "-", "||", "<script>", "<>")  # fmt: skip
+    parts = (
+        "label", "id", "=", "(", ")", "'x'", "1", "AND", "OR", "NOT", "+", "IS NULL", "IN (1, 2)", "::", "--", ";", "`",
+        '"', "LIKE", "''", "\n", "\0", "é", "CASE", "cast(", "1e999", "-", "||", "<script>", "<>",
+    )  # fmt: skip
     where = " ".join(generator.choice(parts) for _ in range(generator.choice((1, 3, 5, 9, 40, 3000))))
     where = generator.choice((where, "label = 1 AND " + where, "label" + " + 1" * generator.randint(1, 3000) + " = 1"))
     check_where(where)
