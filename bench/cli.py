@@ -10,6 +10,7 @@ from bench.judge_cli import oracle, semantic
 from bench.options import check_folders, classifier_options, opened
 from bench.quality_cli import ablation, ood, radius, robustness
 from engine.options import device_option, source_options
+from index.errors import IndexStateError
 
 
 @click.group()
@@ -133,6 +134,31 @@ def report(folder: Path, out: Path | None) -> None:
 
     for written in write_report(folder, out or folder / "report"):
         click.echo(written)
+
+
+@bench.command()
+@click.option("--trials", type=click.IntRange(min=0), default=200, show_default=True, help="Writers killed.")
+@click.option("--cases", type=click.IntRange(min=0), default=2100, show_default=True, help="Hostile inputs generated.")
+@click.option("--searches", type=click.IntRange(min=1), default=500, show_default=True, help="In one process.")
+@click.option("--rows", type=click.IntRange(min=10), default=2000, show_default=True, help="That a filter leaves.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def reliability(*, as_json: bool, **options: int) -> None:
+    """Kill writers, damage files, fill disks, feed hostile input; count what was lost or wrong. Exit code 1 if any.
+
+    \b
+    Examples:
+      engine bench reliability --json
+      engine bench reliability --trials 10 --cases 70 --searches 50 --rows 200
+    """
+    from bench.reliability import ReliabilityBench, print_reliability
+    from engine.display import progress_bar
+
+    with progress_bar() as progress:
+        result = ReliabilityBench(**options, progress=progress).run()
+    print_reliability(result, as_json=as_json)
+    if result.failures:
+        raise IndexStateError(f"{len(result.failures)} failures, see above")
 
 
 for command in (robustness, radius, semantic, oracle, ablation, ood):

@@ -157,8 +157,8 @@ def load_held_out(source: str, options: dict[str, Any], progress: "Progress") ->
     """
     import numpy as np
 
-    others = _query_source(source, options)
     images, classifier = opened(source, options)
+    others = _query_source(source, options)
     if not others.labelled:
         raise InputError(f"{others.name}: expected labelled queries, got none with a label (class folders have them)")
     if images.class_names != others.class_names and None not in (images.class_names, others.class_names):
@@ -208,8 +208,10 @@ def _check_same(path: Path, settings: dict[str, Any], held: HeldOut) -> None:
     """The records' queries and exemplars are these.
 
     Raises:
-        InputError: they are others.
+        InputError: they are others, or not of every method for every query.
     """
+    from bench.semantic import check_queries, read_neighbours
+
     here = {
         "data_set": held.suite.data_set,
         "fingerprint": held.suite.classifier.fingerprint,
@@ -223,6 +225,7 @@ def _check_same(path: Path, settings: dict[str, Any], held: HeldOut) -> None:
                 f"{path}: expected records of {name} {value!r}, got {settings.get(name)!r} (give the source and "
                 "options that they were made with)"
             )
+    check_queries(read_neighbours(path), held.queries)
 
 
 def _estimated(held: HeldOut, semantic: Path, price: float | None) -> str:

@@ -33,7 +33,7 @@ from index.errors import InputError
 from index.neighbours import Metric, Neighbours
 from index.progress import Progress, silent
 from index.sources import ArraySource, ImageSource
-from index.store import MemoryStore
+from index.store import GLOBAL_FEATURE, MemoryStore
 from rerank.backbone import Precision, TorchBackbone, specialised
 from rerank.config import Trigger, preset
 from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
@@ -366,7 +366,7 @@ def in_memory(source: ImageSource, classifier: Classifier, global_trigger: Globa
         np.concatenate([batch.features for batch in batches]),
         np.concatenate([batch.labels for batch in batches]),
         ids=[record.id for batch in batches for record in batch.records],
-        global_features=np.concatenate([column.features(batch.images) for batch in batches]),
+        global_features=np.concatenate([column.columns(batch.images)[GLOBAL_FEATURE] for batch in batches]),
     )
 
 
@@ -377,7 +377,7 @@ def _first(store: MemoryStore, count: int) -> MemoryStore:
         store.features(rows),
         store.labels[:count],
         ids=store.ids[:count].tolist(),
-        global_features=store.features(rows, column="global_feature"),
+        global_features=store.features(rows, column=GLOBAL_FEATURE),
     )
 
 

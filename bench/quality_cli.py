@@ -188,6 +188,7 @@ def ablation(source: str, **options: Any) -> None:
         else:
             variants = variants_of(base, chosen, exemplars=len(suite.store))
         methods = [variant.method for variant in variants]
+        suite.queries(options["queries"])  # too many fail before there is a file
         with suite.records(options["out"], "ablation", methods, KEY, k=options["k"]) as records:
             measure_ablation(
                 suite,

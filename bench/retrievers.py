@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped
 
+from index.batches import forward_batch_size
 from index.classifier import Classifier
 from index.errors import InputError, nearest
 from index.neighbours import Metric, exact_scores
 from index.progress import Progress, silent
 from index.ranking import best_first
 from index.sources import ArraySource
-from index.store import MemoryStore
+from index.store import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
 from rerank.config import PRESETS, TmmConfig, Trigger, preset
 from rerank.contrast import stretch_contrast
 from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
@@ -42,7 +43,7 @@ class Method:
         name: As it was given: ``l2``, ``cosine``, ``cosine,stretch=true``, or a preset with settings, as
             ``paper,blend=added,score=logit``.
         metric: Of a baseline; None for TMM-NN.
-        stretch: Whether a baseline stretches the query's contrast first.
+        stretch: Whether a baseline compares images with their contrast stretched.
         config: Of TMM-NN; None for a baseline.
     """
 
@@ -81,7 +82,8 @@ class MetricRetriever:
         self.name = method.name
         self._metric, self._stretch = method.metric, method.stretch
         self._classifier = classifier
-        self._features = store.features(np.arange(len(store)))
+        column = STRETCHED_FEATURE if method.stretch else FEATURE
+        self._features = store.features(np.arange(len(store)), column=column)
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """Minus the distance, or the similarity."""
@@ -123,7 +125,7 @@ def make_retrievers(
     Args:
         methods: With different names.
         classifier: f.
-        store: Exemplars and their clean features.
+        store: Exemplars, their clean features, and those of them stretched.
         progress: Told of the global triggers' optimisation.
 
     Raises:
@@ -146,7 +148,7 @@ def make_retrievers(
             if optimisation not in triggers:
                 source, plain = ArraySource(store.images(np.arange(len(store)))), replace(config, intensity=None)
                 triggers[optimisation] = make_global_trigger(source, classifier, plain, progress=progress)
-            kind = (optimisation, config.blend, config.clamp, config.intensity)
+            kind = (optimisation, config.blend, config.clamp, config.stretch, config.intensity)
         if kind not in engines:
             engines[kind] = (
                 TmmNN(classifier, store) if kind is None else _with_global(classifier, store, config, triggers[kind[0]])
@@ -196,10 +198,18 @@ def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, 
     rows = np.arange(len(store))
     images = store.images(rows)
     intensity = optimised.intensity if config.intensity is None else config.intensity
-    shared = replace(optimised, blend=config.blend, clamp=config.clamp, intensity=intensity)
-    column = GlobalColumn(shared, classifier).features(images)
-    ids = [str(id_) for id_ in store.ids]
-    triggered = MemoryStore(images, store.features(rows), store.labels, ids=ids, global_features=column)
+    shared = replace(optimised, blend=config.blend, clamp=config.clamp, stretch=config.stretch, intensity=intensity)
+    step = forward_batch_size(store.image_shape)
+    column = GlobalColumn(shared, classifier)
+    parts = [column.columns(images[start : start + step]) for start in range(0, len(images), step)]
+    triggered = MemoryStore(
+        images,
+        store.features(rows),
+        store.labels,
+        ids=[str(id_) for id_ in store.ids],
+        global_features=np.concatenate([part[GLOBAL_FEATURE] for part in parts]),
+        stretched_features=store.features(rows, column=STRETCHED_FEATURE),
+    )
     return TmmNN(classifier, triggered, global_trigger=shared)
 
 

@@ -18,6 +18,7 @@ from index.progress import Progress, silent
 from index.records import ImageRecord
 from index.sources import ImageSource
 from index.store import MemoryStore
+from rerank.contrast import embed_stretched
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,16 @@ class Suite:
         images = np.stack([record.image for record in kept])
         labels = np.array([record.label for record in kept], dtype=np.int64)
         step = forward_batch_size(classifier.image_shape)
-        features = [embed(images[start : start + step], classifier) for start in range(0, len(images), step)]
-        store = MemoryStore(images, np.concatenate(features), labels, ids=[record.id for record in kept])
+        starts = range(0, len(images), step)
+        features = [embed(images[start : start + step], classifier) for start in starts]
+        stretched = [embed_stretched(images[start : start + step], classifier) for start in starts]
+        store = MemoryStore(
+            images,
+            np.concatenate(features),
+            labels,
+            ids=[record.id for record in kept],
+            stretched_features=np.concatenate(stretched),
+        )
         return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed)
 
     def queries(self, count: int, *, skip: int = 0) -> Int64[np.ndarray, "q"]:

@@ -29,11 +29,11 @@ from index.neighbours import EXACT, Metric, Neighbours
 from index.progress import Progress, silent
 from index.ranking import in_turn
 from index.sources import ArraySource
-from index.store import ExemplarStore, MemoryStore, Subset
+from index.store import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore, MemoryStore, Subset
 from index.target import locked, recover
 from index.where import shortened
 from rerank.backbone import Backbone, Precision
-from rerank.config import DEFAULT_PRESET, TmmConfig, Trigger, preset
+from rerank.config import DEFAULT_PRESET, TmmConfig, preset
 from rerank.contrast import stretch_contrast
 from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
 from rerank.scoring import DEFAULT_CACHE_BYTES
@@ -103,7 +103,7 @@ class Engine(Living):
         self._narrowed: dict[str, Engine] = {}
         self._factory = neighbours
         self._cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
-        self._neighbours: dict[Metric, Neighbours] = {}
+        self._neighbours: dict[tuple[Metric, str], Neighbours] = {}
         self._tmm = TmmNN(
             classifier,
             store,
@@ -408,7 +408,7 @@ class Engine(Living):
     def _nearest(self, queries: list[Query], request: "_Request", progress: Progress) -> "list[_Answer]":
         """L2 or cosine."""
         answers = [_Answer() for _ in queries]
-        searcher = self._searcher(Metric(request.mode), answers)
+        searcher = self._searcher(Metric(request.mode), request, answers)
         features = self._embed(queries, answers)
         with _timed(answers, "neighbours"):
             found = searcher.search(features, k=request.k)
@@ -484,22 +484,30 @@ class Engine(Living):
         if count is None or count >= len(self):
             return [None] * len(answers)
         if request.prefilter is Prefilter.GLOBAL:
-            config = replace(request.config, trigger=Trigger.GLOBAL, intensity=None)
+            config = self._tmm.require_global_trigger().as_asked_of(request.config)
             labels = [request.label] * len(answers)
             with _timed(answers, "prefilter"):
                 rankings = self._tmm.rank_many(pixels, k=count, config=config, labels=labels)
             return [ranking.rows for ranking in rankings]
         metrics = list(Metric) if request.prefilter is Prefilter.UNION else [Metric(request.prefilter)]
-        searchers = [self._searcher(metric, answers) for metric in metrics]
+        searchers = [self._searcher(metric, request, answers) for metric in metrics]
         with _timed(answers, "prefilter"):
             found = [[rows for rows, _ in searcher.search(features, k=count)] for searcher in searchers]
         return [in_turn(rankings)[:count] for rankings in zip(*found, strict=True)]
 
-    def _searcher(self, metric: Metric, answers: "list[_Answer]") -> Neighbours:
-        if metric not in self._neighbours:
+    def _searcher(self, metric: Metric, request: "_Request", answers: "list[_Answer]") -> Neighbours:
+        column = STRETCHED_FEATURE if request.config.stretch else FEATURE
+        if column not in self.store.feature_columns:
+            raise InputError(
+                "the index has no features of images with their contrast stretched: build it with --global-trigger, "
+                "or search with --no-stretch"
+            )
+        if (metric, column) not in self._neighbours:
             with _timed(answers, "loading features"):
-                self._neighbours[metric] = Neighbours(self.store, metric, factory=self._factory, cache=self._cache)
-        return self._neighbours[metric]
+                self._neighbours[metric, column] = Neighbours(
+                    self.store, metric, column=column, factory=self._factory, cache=self._cache
+                )
+        return self._neighbours[metric, column]
 
     def _hits(self, answer: "_Answer") -> tuple[Hit, ...]:
         images, metadata = self.store.images(answer.rows), self.store.metadata(answer.rows)
@@ -569,14 +577,18 @@ def _memory_store(
         batches.append(batch)
         progress("embedding", report.exemplars, len(source))
     records = [record for batch in batches for record in batch.records]
-    column = None if shared is None else GlobalColumn(shared, classifier)
+    more: dict[str, np.ndarray] = {}
+    if shared is not None:
+        parts = [GlobalColumn(shared, classifier).columns(batch.images) for batch in batches]
+        more = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return MemoryStore(
         np.concatenate([batch.images for batch in batches]),
         np.concatenate([batch.features for batch in batches]),
         np.concatenate([batch.labels for batch in batches]),
         ids=[record.id for record in records],
         label_is_predicted=np.full(len(records), not source.labelled),
-        global_features=None if column is None else np.concatenate([column.features(one.images) for one in batches]),
+        global_features=more.get(GLOBAL_FEATURE),
+        stretched_features=more.get(STRETCHED_FEATURE),
         metadata=[record.metadata for record in records],
     )
 

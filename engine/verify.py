@@ -1,6 +1,6 @@
 """Is an index what was written, and do its features belong to its images? What is wrong, and what repairs it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from index.manifest import (
     wrong_content,
 )
 from index.progress import Progress, silent
-from index.store import FEATURE, GLOBAL_FEATURE
+from index.store import FEATURE
 from index.target import locked, recover
 from rerank.global_trigger import GlobalColumn, GlobalTrigger
 
@@ -239,13 +239,11 @@ def _check_features(
             done.found(str(error), RESTORE)
         return
     rows = np.sort(np.random.default_rng(0).choice(len(store), min(sample, len(store)), replace=False))
-    columns: dict[str, Callable[[np.ndarray], np.ndarray]] = {FEATURE: lambda images: embed(images, classifier)}
-    if manifest.global_trigger:
-        columns[GLOBAL_FEATURE] = GlobalColumn(GlobalTrigger.load(index / GLOBAL_TRIGGER), classifier).features
-    for column, compute in columns.items():
-        for part in _parts(rows, forward_batch_size(manifest.image_shape)):
-            stored, now = store.features(part, column=column), compute(store.images(part).copy())
-            for row in np.flatnonzero(_differ(stored, now)):
+    more = GlobalColumn(GlobalTrigger.load(index / GLOBAL_TRIGGER), classifier) if manifest.global_trigger else None
+    for part in _parts(rows, forward_batch_size(manifest.image_shape)):
+        images = store.images(part).copy()
+        for column, now in ({FEATURE: embed(images, classifier)} | (more.columns(images) if more else {})).items():
+            for row in np.flatnonzero(_differ(store.features(part, column=column), now)):
                 what = f"the column {column!r} of exemplar {store.ids[part[row]]!r} is not what its image gives"
                 done.found(what, REPAIR)
     done.recomputed = len(rows)

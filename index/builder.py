@@ -18,7 +18,7 @@ from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, FileDigest, Manifes
 from index.neighbours import EXACT, Metric, make_faiss_index
 from index.progress import Progress, silent
 from index.sources import ImageRecord, ImageSource, UnreadableImage
-from index.store import FEATURE, GLOBAL_FEATURE
+from index.store import FEATURE
 from index.target import check_target, staged
 
 MAX_REPORTED = 20
@@ -26,10 +26,10 @@ MAX_REPORTED = 20
 
 @runtime_checkable
 class GlobalColumn(Protocol):
-    """A second column of features, made with one trigger for all exemplars."""
+    """More columns of features, made with one trigger for all exemplars."""
 
-    def features(self, images: UInt8[np.ndarray, "n c h w"]) -> Float32[np.ndarray, "n d"]:
-        """Of the images as stored."""
+    def columns(self, images: UInt8[np.ndarray, "n c h w"]) -> dict[str, Float32[np.ndarray, "n d"]]:
+        """GLOBAL_FEATURE and STRETCHED_FEATURE of the images as stored."""
 
     def save(self, path: Path) -> None:
         """Write what made them."""
@@ -134,12 +134,11 @@ class EmbeddedBatch:
 
 
 def global_columns(batch: EmbeddedBatch, global_column: GlobalColumn | None) -> dict[str, object]:
-    """The second column of features, as `exemplar_schema` has it; nothing where there is none."""
-    if global_column is None:
-        return {}
-    triggered = global_column.features(batch.images)
-    _check_finite(triggered, batch.records)
-    return {GLOBAL_FEATURE: fixed_size_column(triggered)}
+    """The other columns of features, as `exemplar_schema` has them; nothing where there are none."""
+    columns = {} if global_column is None else global_column.columns(batch.images)
+    for features in columns.values():
+        _check_finite(features, batch.records)
+    return {name: fixed_size_column(features) for name, features in columns.items()}
 
 
 def embedded(

@@ -18,7 +18,7 @@ from index.lance_store import ROW_DIGEST, LanceWriter, fixed_size_column, flat, 
 from index.manifest import EXEMPLARS, VERSIONS, older_versions
 from index.progress import Progress, silent
 from index.records import ImageSource, UnreadableImage
-from index.store import FEATURE, GLOBAL_FEATURE
+from index.store import FEATURE
 from index.where import matching_positions
 
 NAMED = 3  # ids that a message lists
@@ -196,7 +196,8 @@ def rebuild_features(
             images = flat(table["image"].combine_chunks()).reshape(-1, *shape).copy()  # Arrow's own memory is read-only
             columns[FEATURE] = fixed_size_column(embed(images, classifier))
             if global_column is not None:
-                columns[GLOBAL_FEATURE] = fixed_size_column(global_column.features(images))
+                more = global_column.columns(images)
+                columns |= {name: fixed_size_column(features) for name, features in more.items()}
             writer.write(columns)
             done += len(table)
             progress("computing features", done, change.manifest.exemplars)

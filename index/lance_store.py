@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("LANCE_LOG", "error")  # read at import; it would warn of every new dataset
-
 import lance
 import numpy as np
 import pyarrow as pa
@@ -20,7 +18,7 @@ from index.errors import IndexStateError, InputError
 from index.images import Shape
 from index.manifest import LATEST_HINT, VERSIONS_OF_LANCE
 from index.sources import Metadata
-from index.store import FEATURE, GLOBAL_FEATURE, ExemplarStore, Rows
+from index.store import FEATURE, FEATURES, ExemplarStore, Rows
 from index.where import matching_positions
 
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
@@ -44,7 +42,7 @@ def exemplar_schema(
             pa.field("image", pa.list_(pa.uint8(), channels * height * width), nullable=False, metadata=raw),
             *(
                 pa.field(name, pa.list_(pa.float32(), feature_dim), nullable=False, metadata=raw)
-                for name in ((FEATURE, GLOBAL_FEATURE) if global_features else (FEATURE,))
+                for name in (FEATURES if global_features else (FEATURE,))
             ),
             pa.field(ROW_DIGEST, pa.binary(DIGEST_BYTES), nullable=False),
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in metadata_types.items()),
@@ -58,7 +56,7 @@ def row_digests(table: pa.Table) -> list[bytes]:
     Args:
         table: Has all columns of `exemplar_schema`, in any order; features may be missing.
     """
-    told = sorted(set(table.column_names) - {"image", FEATURE, GLOBAL_FEATURE, ROW_DIGEST})
+    told = sorted(set(table.column_names) - {"image", *FEATURES, ROW_DIGEST})
     rows = table.select(told).to_pylist()
     images = flat(table["image"].combine_chunks()).reshape(len(table), -1)
     return [
@@ -141,6 +139,7 @@ class LanceStore:
     ) -> None:
         self.image_shape = image_shape
         self.feature_dim = feature_dim
+        self.feature_columns = frozenset(FEATURES if global_features else (FEATURE,))
         with lance_errors(
             f"{path}: version {version} of the exemplars cannot be read", "restore it or build the index again"
         ):
@@ -184,7 +183,7 @@ class LanceStore:
     def check_digests(self, batch_size: int) -> Iterator[tuple[int, list[str]]]:
         """For each batch of rows how many, and the ids of those that are not what was written, features aside."""
         with self._reading():
-            columns = [name for name in self._dataset.schema.names if name not in (FEATURE, GLOBAL_FEATURE)]
+            columns = [name for name in self._dataset.schema.names if name not in FEATURES]
             for batch in self._dataset.to_batches(columns=columns, batch_size=batch_size, scan_in_order=True):
                 table = pa.Table.from_batches([batch])
                 pairs = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)

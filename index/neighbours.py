@@ -1,6 +1,7 @@
 """Exact and approximate k-nearest neighbours over features, by FAISS: L2 distance and cosine similarity."""
 
 import math
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 
@@ -11,9 +12,14 @@ from jaxtyping import Float32, Float64, Int64
 from index.errors import InputError
 from index.faiss_cache import FaissCache
 from index.ranking import best_first
-from index.store import ExemplarStore
+from index.store import FEATURE, ExemplarStore
+from index.where import shortened
 
 EXACT = "Flat"
+# FAISS ends the process, or does not come back, for strings such as HNSW0, PQ0 or NSG1: these forms are safe.
+FACTORIES = re.compile(
+    r"(IVF[1-9]\d{0,5},)?(IDMap,)?(Flat|SQ[468]|SQfp16|PQ[1-9]\d{0,3})|HNSW([2-9]|[1-9]\d{1,2})(,Flat)?"
+)
 SCAN = 8192
 MARGIN = 16  # neighbours fetched beyond k, to see whether the k-th ties with the next
 ROUNDING = 1e-5  # FAISS adds up in float32: how far its squares and products may be off, as a share of the largest
@@ -32,6 +38,7 @@ class Neighbours:
     Args:
         store: The exemplars.
         metric: L2 distance, or cosine similarity.
+        column: Of the store's features.
         factory: A FAISS factory string: ``Flat`` is exact; ``HNSW32``, ``IVF256,Flat`` and others are approximate.
         cache: Where to keep what is not flat; without it, it is built anew.
 
@@ -40,14 +47,21 @@ class Neighbours:
     """
 
     def __init__(
-        self, store: ExemplarStore, metric: Metric, *, factory: str = EXACT, cache: FaissCache | None = None
+        self,
+        store: ExemplarStore,
+        metric: Metric,
+        *,
+        column: str = FEATURE,
+        factory: str = EXACT,
+        cache: FaissCache | None = None,
     ) -> None:
         self.metric = metric
-        self._store = store
+        self._store, self._column = store, column
+        self._exact = factory == EXACT
         if factory == EXACT or cache is None:  # a flat index is the features themselves, read as fast as a file
             self._index = self._built(factory)
         else:
-            name = f"{metric} {factory}"
+            name = f"{metric} {factory}" if column == FEATURE else f"{metric} {factory} {column}"
             kept = cache.load(name)
             self._index = kept or self._built(factory)
             if kept is None:
@@ -71,6 +85,8 @@ class Neighbours:
     def _best(
         self, query: Float32[np.ndarray, "d"], rows: Int64[np.ndarray, "found"], k: int
     ) -> tuple[Int64[np.ndarray, "best"], Float64[np.ndarray, "best"]]:
+        if self._exact and len(rows) < min(k, len(self._store)):  # infinite distances, which FAISS leaves out
+            rows = np.arange(len(self._store))
         scores = self._scores(query, rows)
         fetched = len(rows)
         while k < fetched < len(self._store) and self._unsettled(query, scores, k):
@@ -90,7 +106,9 @@ class Neighbours:
         if self.metric is Metric.COSINE:
             return kth - worst <= ROUNDING
         reach = 2 * float(np.linalg.norm(query.astype(np.float64))) - kth  # |xq| + |xb| of whatever is as near
-        return worst**2 - kth**2 <= ROUNDING * reach**2
+        float32 = np.finfo(np.float32)  # whose squares vanish, or become infinite
+        lost = ROUNDING * reach**2 + len(query) * float(float32.tiny)
+        return worst**2 - kth**2 <= lost or reach**2 > float(float32.max)
 
     def _scores(
         self, query: Float32[np.ndarray, "d"], rows: Int64[np.ndarray, "found"]
@@ -98,7 +116,7 @@ class Neighbours:
         return exact_scores(query, self._features(rows), self.metric)
 
     def _features(self, rows: Int64[np.ndarray, "found"]) -> Float32[np.ndarray, "found d"]:
-        return self._store.features(rows)
+        return self._store.features(rows, column=self._column)
 
     def _built(self, factory: str) -> faiss.Index:
         index = make_faiss_index(self._store.feature_dim, self.metric, factory)
@@ -117,7 +135,7 @@ class Neighbours:
         return index
 
     def _scan(self) -> Iterator[Float32[np.ndarray, "batch d"]]:
-        for features in self._store.scan_features(SCAN):
+        for features in self._store.scan_features(SCAN, column=self._column):
             yield _normalised(features) if self.metric is Metric.COSINE else np.ascontiguousarray(features)
 
 
@@ -128,6 +146,11 @@ def make_faiss_index(d: int, metric: Metric, factory: str) -> faiss.Index:
         InputError: FAISS does not know the factory string.
     """
     kind = faiss.METRIC_INNER_PRODUCT if metric is Metric.COSINE else faiss.METRIC_L2
+    if not FACTORIES.fullmatch(factory):
+        raise InputError(
+            f"expected a FAISS factory string for features of {d} dimensions such as {EXACT!r} (exact), 'HNSW32', "
+            f"'IVF256,Flat' or 'IVF256,PQ16', got {shortened(factory)}"
+        )
     try:
         return faiss.index_factory(d, factory, kind)
     except RuntimeError as error:

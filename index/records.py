@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 Metadata = dict[str, str | int | float | bool | None]
 
-RESERVED_COLUMNS = frozenset(("id", "label", "image", "feature", "global_feature", "label_is_predicted", "row_digest"))
+RESERVED_COLUMNS = frozenset(
+    ("id", "label", "image", "feature", "global_feature", "stretched_feature", "label_is_predicted", "row_digest")
+)
 MAX_NATURAL_SIDE = 224
 
 _CHUNK = 32  # images that one thread decodes at a time

@@ -17,6 +17,8 @@ Rows = Int64[np.ndarray, "rows"]
 
 FEATURE = "feature"  # φ(x)
 GLOBAL_FEATURE = "global_feature"  # φ(x^τ) with the index's global trigger τ, where it has one
+STRETCHED_FEATURE = "stretched_feature"  # φ of x with its contrast stretched, where there is a global trigger
+FEATURES = (FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE)
 
 
 @runtime_checkable
@@ -25,6 +27,7 @@ class ExemplarStore(Protocol):
 
     image_shape: Shape
     feature_dim: int
+    feature_columns: frozenset[str]
     ids: Shaped[np.ndarray, "n"]
     labels: Int64[np.ndarray, "n"]
     label_is_predicted: Bool[np.ndarray, "n"]
@@ -60,12 +63,14 @@ class MemoryStore:
         ids: Sequence[str],
         label_is_predicted: Bool[np.ndarray, "n"] | None = None,
         global_features: Float32[np.ndarray, "n d"] | None = None,
+        stretched_features: Float32[np.ndarray, "n d"] | None = None,
         metadata: Sequence[Mapping[str, str | int | float | bool | None]] | None = None,
     ) -> None:
         n = len(images)
         for name, column in (
             ("features", features),
             ("global features", global_features),
+            ("stretched features", stretched_features),
             ("labels", labels),
             ("ids", ids),
             ("metadata", metadata),
@@ -78,6 +83,9 @@ class MemoryStore:
         self._features = {FEATURE: features}
         if global_features is not None:
             self._features[GLOBAL_FEATURE] = global_features
+        if stretched_features is not None:
+            self._features[STRETCHED_FEATURE] = stretched_features
+        self.feature_columns = frozenset(self._features)
         self._metadata = [dict(row) for row in metadata] if metadata is not None else [{} for _ in range(n)]
         _, channels, height, width = images.shape
         self.image_shape = (channels, height, width)
@@ -125,6 +133,7 @@ class Subset:
         self._rows = rows
         self.image_shape = store.image_shape
         self.feature_dim = store.feature_dim
+        self.feature_columns = store.feature_columns
         self.ids = store.ids[rows]
         self.labels = store.labels[rows]
         self.label_is_predicted = store.label_is_predicted[rows]

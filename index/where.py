@@ -32,7 +32,7 @@ def matching_positions(dataset: "lance.LanceDataset", where: str) -> Int64[np.nd
         found = dataset.to_table(columns=["_rowaddr"], filter=where)["_rowaddr"].to_numpy()
         everything = dataset.to_table(columns=["_rowaddr"])["_rowaddr"].to_numpy()
     except (ValueError, OSError) as error:
-        hidden = ("image", "feature", "global_feature", "row_digest")
+        hidden = ("image", "feature", "global_feature", "stretched_feature", "row_digest")
         columns = ", ".join(name for name in dataset.schema.names if name not in hidden)
         raise InputError(
             f'where: expected a condition in SQL such as "label = 3" over {columns}, got {shortened(where)}: '

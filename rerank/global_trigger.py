@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from index.batches import forward_batch_size
 from index.classifier import Classifier
 from index.errors import IndexStateError, InputError
 from index.progress import Progress, silent
 from index.sources import ImageRecord, ImageSource
-from rerank.backbone import TorchBackbone, specialised
-from rerank.config import Blend, TmmConfig
-from rerank.trigger import INITIAL_STD, PATIENCE
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE
+from rerank.backbone import specialised
+from rerank.config import Blend, TmmConfig, Trigger
+from rerank.contrast import stretch_contrast
+from rerank.trigger import INITIAL_STD, PATIENCE, apply_trigger
 
 SAMPLE = 4096  # exemplars, drawn at random, that τ is optimised on
 BATCH = 64
@@ -34,12 +37,14 @@ class GlobalTrigger:
         intensity: ω, the mean over exemplars of the standard deviation of their pixels (§4.3.2).
         blend: How it was blended in.
         clamp: Whether triggered images were clamped to [0, 1].
+        stretch: Whether images had their contrast stretched before it was blended in.
     """
 
     trigger: Float32[Tensor, "c h w"]
     intensity: float
     blend: Blend
     clamp: bool
+    stretch: bool
 
     def check(self, config: TmmConfig) -> None:
         """Refuse a configuration that the stored features were not made with.
@@ -52,16 +57,29 @@ class GlobalTrigger:
                 f"the index's global trigger was blended with intensity={self.intensity:g}, the configuration says "
                 f"intensity={config.intensity:g}: leave the intensity out, or build the index with it"
             )
-        if (config.blend, config.clamp) != (self.blend, self.clamp):
-            raise InputError(
-                f"the index's global trigger was blended with blend={self.blend}, clamp={self.clamp}, the "
-                f"configuration says blend={config.blend}, clamp={config.clamp}: search with the former, or build the "
-                f"index with the latter (--global-trigger --set blend={config.blend})"
-            )
+        for name in ("blend", "clamp", "stretch"):
+            own, asked = getattr(self, name), getattr(config, name)
+            if own != asked:
+                raise InputError(
+                    f"the index's global trigger was blended with {name}={own}, the configuration says "
+                    f"{name}={asked}: search with the former, or build the index with the latter "
+                    f"(--global-trigger --set {name}={asked})"
+                )
+
+    def as_asked_of(self, config: TmmConfig) -> TmmConfig:
+        """The configuration with this trigger instead of its own, blended as the stored features were."""
+        return replace(
+            config,
+            trigger=Trigger.GLOBAL,
+            intensity=None,
+            blend=self.blend,
+            clamp=self.clamp,
+            stretch=self.stretch,
+        )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; what is not a tensor goes into its metadata."""
-        about = {"intensity": self.intensity, "blend": str(self.blend), "clamp": self.clamp}
+        about = {"intensity": self.intensity, "blend": str(self.blend), "clamp": self.clamp, "stretch": self.stretch}
         path.write_bytes(save({"trigger": self.trigger.cpu().contiguous()}, {"global_trigger": json.dumps(about)}))
 
     @classmethod
@@ -77,30 +95,37 @@ class GlobalTrigger:
                 trigger = file.get_tensor("trigger")
             if trigger.dtype != torch.float32 or trigger.ndim != 3 or not trigger.isfinite().all():
                 raise ValueError(f"expected finite float32 (c, h, w), got {trigger.dtype} {tuple(trigger.shape)}")
-            return cls(trigger, float(about["intensity"]), Blend(about["blend"]), bool(about["clamp"]))
+            flags = [bool(about[name]) for name in ("clamp", "stretch")]
+            return cls(trigger, float(about["intensity"]), Blend(about["blend"]), *flags)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise IndexStateError(f"{path}: damaged global trigger ({error}); build the index again") from error
 
 
 class GlobalColumn:
-    """Computes the second feature column of an index: φ(x^τ) of its images."""
+    """Computes the other feature columns of an index, φ(x^τ) and φ of stretched images, from its images."""
 
     def __init__(self, global_trigger: GlobalTrigger, classifier: Classifier) -> None:
         self.global_trigger = global_trigger
-        self._backbone = TorchBackbone(specialised(classifier))
+        self._classifier = specialised(classifier)
         self._trigger = global_trigger.trigger.to(classifier.device)
 
-    def features(self, images: UInt8[np.ndarray, "n c h w"]) -> Float32[np.ndarray, "n d"]:
-        """φ(x^τ)."""
-        image_weight, trigger_weight = self.global_trigger.blend.weights(self.global_trigger.intensity)
-        features = self._backbone(
-            torch.from_numpy(images).to(self._trigger.device),
+    def columns(self, images: UInt8[np.ndarray, "n c h w"]) -> dict[str, Float32[np.ndarray, "n d"]]:
+        """By name of the column."""
+        pixels = torch.from_numpy(images).to(self._trigger.device).float() / 255.0
+        stretched, settings = stretch_contrast(pixels), self.global_trigger
+        triggered = apply_trigger(
+            stretched if settings.stretch else pixels,
             self._trigger,
-            image_weight=image_weight,
-            trigger_weight=trigger_weight,
-            clamp=self.global_trigger.clamp,
+            intensity=settings.intensity,
+            blend=settings.blend,
+            clamp=settings.clamp,
         )
-        return features.cpu().numpy()
+        return {GLOBAL_FEATURE: self._features(triggered), STRETCHED_FEATURE: self._features(stretched)}
+
+    def _features(self, pixels: Float32[Tensor, "n c h w"]) -> Float32[np.ndarray, "n d"]:
+        parts = pixels.split(forward_batch_size(self._classifier.image_shape))
+        with torch.inference_mode():
+            return torch.cat([self._classifier.features(part) for part in parts]).cpu().numpy()
 
     def save(self, path: Path) -> None:
         """Write the trigger beside the features."""
@@ -134,7 +159,7 @@ def make_global_trigger(
             f"image constant? Give other images, the blend 'added', or an intensity between 0 and 1"
         )
     trigger = _optimised(specialised(classifier), images, config, progress)
-    return GlobalTrigger(trigger, intensity, config.blend, config.clamp)
+    return GlobalTrigger(trigger, intensity, config.blend, config.clamp, config.stretch)
 
 
 def _sample(

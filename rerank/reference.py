@@ -5,12 +5,13 @@ the blend's weights. It alone can also tune backbone layers beside the head (§4
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor, nn
 
 from index.classifier import Classifier
@@ -54,15 +55,11 @@ def reference_scores(
     """
     old = LiteralModel(classifier.backbone, classifier.head)
     exemplars, labels = images.to(query) / 255.0, labels.to(query.device)
+    if config.stretch:
+        query, exemplars = _stretched(query), torch.stack([_stretched(x) for x in exemplars])
     if trigger is None:
         trigger = reference_trigger(old, query, config)
-    omega = float(query.double().std(correction=0)) if config.intensity is None else config.intensity
-    image_weight, trigger_weight = config.blend.weights(omega)
-
-    def triggered(x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h w"]:
-        blended = x * image_weight + trigger * trigger_weight
-        return blended.clamp(0.0, 1.0) if config.clamp else blended
-
+    triggered = _blending(query, trigger, config)
     with torch.no_grad():
         query_label = old(query[None]).argmax(dim=1)
     new = _extended(old)
@@ -91,6 +88,51 @@ def reference_scores(
             z = new(triggered(x))
             scores.append(z[:, -1] if config.score is Score.LOGIT else z[:, -1] - z[:, :-1].logsumexp(dim=1))
     return ReferenceResult(torch.cat(scores).cpu().numpy(), trigger, new)
+
+
+def reference_discriminant_scores(
+    classifier: Classifier,
+    query: Float[Tensor, "c h w"],
+    images: UInt8[Tensor, "n c h w"],
+    config: TmmConfig,
+    *,
+    trigger: Float[Tensor, "c h w"] | None = None,
+) -> Float64[np.ndarray, "n"]:
+    """Scores by `Tuning.DISCRIMINANT`, fused with the cosine similarity of clean features where `config.fusion` > 0.
+
+    Image by image in float64; Σ^(−1/2) by eigenvectors in place of a Cholesky factor, which gives the same similarities.
+
+    Args:
+        classifier: f; copied, not modified.
+        query: Pixels in [0, 1].
+        images: The exemplars: all of them are scored, and Σ is theirs.
+        config: The reading of TMM-NN.
+        trigger: τ, where it is known already.
+    """
+    model = LiteralModel(classifier.backbone, classifier.head)
+    exemplars = [image.to(query) / 255.0 for image in images]
+    if config.stretch:
+        query, exemplars = _stretched(query), [_stretched(x) for x in exemplars]
+    if trigger is None:
+        trigger = reference_trigger(model, query, config)
+    triggered = _blending(query, trigger, config)
+
+    def phi(x: Float[Tensor, "c h w"]) -> Float64[np.ndarray, "d"]:
+        with torch.no_grad():
+            return model.backbone(x[None])[0].double().cpu().numpy()
+
+    features = [phi(triggered(x)) for x in exemplars]
+    mean = sum(features) / len(features)
+    covariance = sum(np.outer(feature - mean, feature - mean) for feature in features) / len(features)
+    covariance += config.shrinkage * (covariance.trace() / len(mean) or 1.0) * np.eye(len(mean))
+    variances, axes = np.linalg.eigh(covariance)
+    root = axes @ np.diag(variances**-0.5) @ axes.T  # Σ^(−1/2)
+    positive = root @ (phi(triggered(query)) - mean)
+    similarities = [_cosine(positive, root @ (feature - mean)) for feature in features]
+    if config.fusion == 0:
+        return np.array(similarities)
+    clean = [_cosine(phi(query), phi(x)) for x in exemplars]
+    return np.array([max(s, 0.0) + config.fusion * c for s, c in zip(similarities, clean, strict=True)])
 
 
 def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: TmmConfig) -> Float[Tensor, "c h w"]:
@@ -140,6 +182,30 @@ def reference_fisher(model: nn.Module, exemplars: Float[Tensor, "n c h w"]) -> d
                 total.add_(log_p_y.exp().detach() * gradient**2 / len(exemplars))
     head.requires_grad_(False)
     return fisher
+
+
+def _stretched(image: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
+    low, high = float(image.min()), float(image.max())
+    return image if low == high else (image - low) / (high - low)
+
+
+def _blending(
+    query: Float[Tensor, "c h w"], trigger: Float[Tensor, "c h w"], config: TmmConfig
+) -> Callable[[Float[Tensor, "*n c h w"]], Float[Tensor, "*n c h w"]]:
+    """x ↦ x^t."""
+    omega = float(query.double().std(correction=0)) if config.intensity is None else config.intensity
+    image_weight, trigger_weight = config.blend.weights(omega)
+
+    def triggered(x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h w"]:
+        blended = x * image_weight + trigger * trigger_weight
+        return blended.clamp(0.0, 1.0) if config.clamp else blended
+
+    return triggered
+
+
+def _cosine(a: Float64[np.ndarray, "d"], b: Float64[np.ndarray, "d"]) -> float:
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / lengths) if lengths > 0 else 0.0
 
 
 class LiteralModel(nn.Module):

@@ -19,10 +19,10 @@ from index.classifier import Classifier
 from index.errors import ImageError, InputError
 from index.progress import Progress, silent
 from index.ranking import best_first
-from index.store import GLOBAL_FEATURE, ExemplarStore
+from index.store import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore
 from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
 from rerank.config import TmmConfig, Trigger, Tuning
-from rerank.contrast import stretch_contrast
+from rerank.contrast import stretch_contrast, stretch_images
 from rerank.discriminant import Discriminant
 from rerank.global_trigger import GlobalTrigger
 from rerank.scorers import DiscriminantScorer, FusedScorer, HeadScorer, Scorer, Scores
@@ -115,7 +115,7 @@ class TmmNN:
         self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
         self._cache_bytes = cache_bytes
         self._labels = torch.tensor(store.labels, device=classifier.device)  # a copy: a store's may be read-only
-        self._fisher_of_all: Fisher | None = None
+        self._fishers_of_all: dict[str, Fisher] = {}
         self._global_discriminants: dict[float, tuple[Discriminant, Tensor]] = {}
 
     def over(self, store: ExemplarStore) -> "TmmNN":
@@ -124,7 +124,7 @@ class TmmNN:
         other.store = store
         other._tensors = ExemplarTensors(store, device=self.classifier.device, cache_bytes=self._cache_bytes)
         other._labels = torch.tensor(store.labels, device=self.classifier.device)
-        other._fisher_of_all = None
+        other._fishers_of_all = {}
         other._global_discriminants = {}
         return other
 
@@ -346,6 +346,8 @@ class TmmNN:
     ) -> Float[Tensor, "n d"]:
         """φ(x^t); in smaller chunks where the device has no room for a whole one."""
         image_weight, trigger_weight = config.blend.weights(job.intensity)
+        if config.stretch:
+            images = stretch_images(images)
         try:
             return backbone(
                 images, job.trigger, image_weight=image_weight, trigger_weight=trigger_weight, clamp=config.clamp
@@ -369,7 +371,7 @@ class TmmNN:
         else:
             job.scorer = HeadScorer(self._tuned_head(job.label, both, rows, triggered, config), config.score)
         if config.fusion > 0:
-            clean = partial(self._tensors.features, dtype=triggered.dtype)
+            clean = partial(self._tensors.features, dtype=triggered.dtype, column=self._clean_column(config))
             job.scorer = FusedScorer(job.scorer, config.fusion, both[1], clean)
 
     def _tuned_head(
@@ -381,11 +383,23 @@ class TmmNN:
         config: TmmConfig,
     ) -> nn.Linear:
         labels = self._labels if rows is None else self._labels[torch.from_numpy(rows).to(self.classifier.device)]
-        clean = self._tensors.features(rows, triggered.dtype)
-        if rows is None and self._fisher_of_all is None:
-            self._fisher_of_all = fisher_diagonal(self.classifier.head, clean)
+        column = self._clean_column(config)
+        clean = self._tensors.features(rows, triggered.dtype, column=column)
+        if rows is None and column not in self._fishers_of_all:
+            self._fishers_of_all[column] = fisher_diagonal(self.classifier.head, clean)
         data = TuningSet(query[0], query[1], label, triggered, clean, labels)
-        return tune_head(self.classifier.head, data, config, fisher=self._fisher_of_all if rows is None else None)
+        return tune_head(
+            self.classifier.head, data, config, fisher=self._fishers_of_all[column] if rows is None else None
+        )
+
+    def _clean_column(self, config: TmmConfig) -> str:
+        """Of φ(x_i), or of φ of x_i with its contrast stretched."""
+        if config.stretch and STRETCHED_FEATURE not in self.store.feature_columns:
+            raise InputError(
+                "the index has no features of images with their contrast stretched: build it with --global-trigger, "
+                "or search with --no-stretch"
+            )
+        return STRETCHED_FEATURE if config.stretch else FEATURE
 
     def _discriminant_scorer(
         self, query: Float[Tensor, "d"], triggered: Float[Tensor, "n d"], config: TmmConfig
@@ -426,12 +440,21 @@ class TmmNN:
         )
 
     def _global_trigger(self, config: TmmConfig) -> GlobalTrigger:
+        shared = self.require_global_trigger()
+        shared.check(config)
+        return shared
+
+    def require_global_trigger(self) -> GlobalTrigger:
+        """The index's.
+
+        Raises:
+            InputError: it has none.
+        """
         if self.global_trigger is None:
             raise InputError(
                 "the index has no global trigger, which this configuration needs: build it with --global-trigger, or "
                 "search with the query's own (--preset paper, or trigger=query)"
             )
-        self.global_trigger.check(config)
         return self.global_trigger
 
 

@@ -186,6 +186,17 @@ def test_inputs_are_not_modified(metric, factory):
     np.testing.assert_array_equal(queries, features[:3])
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e18, 1e25])
+def test_features_whose_squares_leave_float32_keep_their_order(metric, scale):
+    rng = np.random.default_rng(3)
+    features, queries = rng.normal(size=(200, 8)), rng.normal(size=(4, 8))
+    plain = Neighbours(store_of(features.astype(np.float32)), metric).search(queries.astype(np.float32), k=5)
+    scaled = Neighbours(store_of((features * scale).astype(np.float32)), metric)
+    for (rows, _), (expected, _) in zip(scaled.search((queries * scale).astype(np.float32), k=5), plain, strict=True):
+        np.testing.assert_array_equal(rows, expected)
+
+
 # ---- approximate search
 
 
@@ -208,7 +219,11 @@ def test_approximate_indexes_find_most_neighbours_and_score_them_exactly(metric,
         assert (np.diff(scores) <= 0).all()
 
 
-@pytest.mark.parametrize("factory", ["", "Flat ", "flat", "HNSW32x", "BFlat", "IVF16", "PQ7", "é", "x" * 1000])
+# FAISS aborts, divides by zero or loops for these.
+DEADLY = ("HNSW0", "HNSW1", "IVF0,Flat", "PQ0", "NSG1", "LSH0", "IVF4_HNSW0,Flat", "RCQ2x0", "IMI2x0,Flat")
+
+
+@pytest.mark.parametrize("factory", ["", "Flat ", "flat", "HNSW32x", "BFlat", "IVF16", "PQ7", "é", "x" * 1000, *DEADLY])
 def test_a_factory_string_that_faiss_does_not_know(factory):
     with pytest.raises(InputError, match=r"for features of 24 dimensions.*'Flat'"):
         make_faiss_index(24, Metric.L2, factory)

@@ -12,16 +12,20 @@ from hypothesis import strategies as st
 
 from index.errors import InputError
 from rerank import PRESETS, Blend, Score, TmmConfig, Trigger, preset
-from rerank.config import MAX_SEED
+from rerank.config import DEFAULT_PRESET, MAX_SEED, Tuning
 
 WHOLE = ["trigger_steps", "tuning_epochs", "tuning_min_steps", "tuning_batch", "max_tuning_exemplars", "seed"]
-REAL = ["trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda"]
+REAL = ["trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda", "fusion", "shrinkage"]
+AFTER_THE_PASS = {"tuning", "score", "fusion", "tuning_epochs", "tuning_min_steps", "tuning_lr", "tuning_batch",
+                  "ewc_lambda", "shrinkage"}  # fmt: skip
 
 configs = st.builds(
     TmmConfig,
     blend=st.sampled_from(Blend),
     clamp=st.booleans(),
     trigger=st.sampled_from(Trigger),
+    stretch=st.booleans(),
+    tuning=st.sampled_from(Tuning),
     score=st.sampled_from(Score),
     intensity=st.none() | st.floats(0.0, 1.0),
     trigger_steps=st.integers(0, 1000),
@@ -32,6 +36,8 @@ configs = st.builds(
     tuning_lr=st.floats(0.0, 1e6),
     tuning_batch=st.integers(1, 10_000),
     ewc_lambda=st.floats(0.0, 1e6),
+    fusion=st.floats(0.0, 1e6),
+    shrinkage=st.floats(1e-6, 1e6),
     max_tuning_exemplars=st.integers(1, 10**9),
     candidate_companions=st.integers(0, 10**6),
     seed=st.integers(0, MAX_SEED),
@@ -51,10 +57,14 @@ def test_the_preset_paper_is_algorithm_1_as_printed():
         blend=Blend.PRINTED,
         clamp=True,
         trigger=Trigger.QUERY,
+        stretch=False,
+        tuning=Tuning.ADAM,
         score=Score.LOG_ODDS,
+        fusion=0.0,
         intensity=None,
         trigger_steps=300,
         trigger_lr=0.015,
+        trigger_tolerance=0.04,
         tuning_epochs=1,
         tuning_min_steps=235,
         tuning_lr=1e-3,
@@ -63,6 +73,46 @@ def test_the_preset_paper_is_algorithm_1_as_printed():
         max_tuning_exemplars=60_000,
         seed=0,
     )
+
+
+def test_the_preset_robust_is_the_default_and_what_the_study_found():
+    assert DEFAULT_PRESET == "robust"
+    assert preset("robust").to_json() == {
+        "blend": "printed",
+        "clamp": True,
+        "trigger": "global",
+        "stretch": True,
+        "tuning": "discriminant",
+        "score": "log-odds",
+        "fusion": 4.0,
+        "intensity": 0.1,
+        "trigger_steps": 300,
+        "trigger_lr": 0.015,
+        "trigger_tolerance": 0.04,
+        "tuning_epochs": 1,
+        "tuning_min_steps": 235,
+        "tuning_lr": 1e-3,
+        "tuning_batch": 256,
+        "ewc_lambda": 1.0,
+        "shrinkage": 1.0,
+        "max_tuning_exemplars": 60_000,
+        "candidate_companions": 1_000,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TmmConfig)])
+def test_configurations_share_a_pass_unless_something_before_the_tuning_differs(name):
+    before = TmmConfig()
+    choices = {"blend": Blend.ADDED, "trigger": Trigger.PATCH, "tuning": Tuning.DISCRIMINANT, "score": Score.LOGIT}
+    value = getattr(before, name)
+    if name in choices:
+        other = choices[name]
+    else:
+        other = not value if isinstance(value, bool) else 0.5 if value is None else value + 1
+    changed = dataclasses.replace(before, **{name: other})
+    assert changed != before
+    assert (changed.before_tuning == before.before_tuning) == (name in AFTER_THE_PASS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -95,6 +145,8 @@ def test_settings_change_what_they_name_and_leave_the_original():
     before = TmmConfig(seed=7)
     after = before.with_settings(["blend=added", "clamp=no", "intensity=0.5", "tuning-min-steps=1_000", "seed=8"])
     assert after == TmmConfig(blend=Blend.ADDED, clamp=False, intensity=0.5, tuning_min_steps=1000, seed=8)
+    closed = before.with_settings(["tuning=discriminant", "stretch=yes", "shrinkage=1e-6", "fusion=4"])
+    assert closed == TmmConfig(tuning=Tuning.DISCRIMINANT, stretch=True, shrinkage=1e-6, fusion=4.0, seed=7)
     assert after.with_settings(["seed=9", "seed=7"]).seed == 7
     assert after.with_settings(["intensity=none"]).intensity is None
     assert before == TmmConfig(seed=7)
@@ -111,6 +163,14 @@ def test_settings_change_what_they_name_and_leave_the_original():
         ("blend", "unknown blend ''"),
         ("trigger=fixedpatch", r"unknown trigger 'fixedpatch' \(did you mean 'fixed-patch'\?\)"),
         ("score=logits", r"unknown score 'logits' \(did you mean 'logit'\?\)"),
+        ("tuning=discrimant", r"unknown tuning 'discrimant' \(did you mean 'discriminant'\?\); known: adam, discriminant"),
+        ("stretch=maybe", "stretch: cannot read 'maybe' as bool"),
+        ("stretch=none", "stretch: cannot read 'none' as bool"),
+        ("fusion=-1", r"fusion: expected a finite value in \[0, inf\], got -1"),
+        ("fusion=inf", "fusion: expected .* got inf"),
+        ("fusion=none", "fusion: cannot read 'none' as float"),
+        ("shrinkage=0", r"shrinkage: expected a finite value in \[1e-06, inf\], got 0"),
+        ("shrinkage=nan", "shrinkage: expected .* got nan"),
         ("clamp=maybe", "clamp: cannot read 'maybe' as bool"),
         ("seed=1.5", "seed: cannot read '1.5' as int"),
         ("seed=", "seed: cannot read '' as int"),
@@ -147,20 +207,24 @@ def test_finite_numbers_only(unchecked, name, value):
 
 
 @pytest.mark.parametrize("value", ["no", 0, None])
-def test_clamp_is_true_or_false(unchecked, value):
-    with pytest.raises(InputError, match="clamp: expected True or False"):
-        TmmConfig(clamp=value)
+@pytest.mark.parametrize("name", ["clamp", "stretch"])
+def test_switches_are_true_or_false(unchecked, name, value):
+    with pytest.raises(InputError, match=f"{name}: expected True or False"):
+        TmmConfig(**{name: value})
 
 
 @pytest.mark.parametrize("value", ["", "Added", 3, None])
 def test_choices_are_members(unchecked, value):
     with pytest.raises(InputError, match=r"unknown blend .*; known: printed, swapped, scaled, added"):
         TmmConfig(blend=value)
+    with pytest.raises(InputError, match=r"unknown tuning .*; known: adam, discriminant"):
+        TmmConfig(tuning=value)
 
 
 def test_choices_may_be_given_by_value(unchecked):
-    config = TmmConfig(blend="added", trigger="patch", score="logit")
-    assert (config.blend, config.trigger, config.score) == (Blend.ADDED, Trigger.PATCH, Score.LOGIT)
+    config = TmmConfig(blend="added", trigger="patch", tuning="discriminant", score="logit")
+    expected = (Blend.ADDED, Trigger.PATCH, Tuning.DISCRIMINANT, Score.LOGIT)
+    assert (config.blend, config.trigger, config.tuning, config.score) == expected
 
 
 def test_importing_rerank_imports_neither_lance_nor_faiss():

@@ -9,7 +9,8 @@ import torch
 
 from index.ranking import best_first
 from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
-from rerank.reference import reference_scores, reference_trigger
+from rerank.config import Tuning
+from rerank.reference import reference_discriminant_scores, reference_scores, reference_trigger
 from rerank.trigger import make_trigger
 
 QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=20, tuning_batch=16, tuning_lr=0.02)
@@ -63,6 +64,57 @@ def test_sizes_and_settings(request, make_store, make_queries, *, head, n, setti
     classifier = request.getfixturevalue(head)
     config, query = replace(QUICK, **settings), make_queries(1, seed=7)[0]
     assert_equal_to_reference(classifier, make_store(classifier, n, seed=3), query, config)
+
+
+CLOSED = replace(QUICK, tuning=Tuning.DISCRIMINANT)
+
+
+def assert_equal_to_closed_form(classifier, store, query, config):
+    expected = reference_discriminant_scores(classifier, query, torch.tensor(store.images(np.arange(len(store)))), config)
+    ranking = TmmNN(classifier, store).rank(query, k=len(store), config=config)
+    np.testing.assert_allclose(ranking.scores, expected[ranking.rows], rtol=1e-7, atol=1e-7)
+    assert sorted(ranking.rows) == list(range(len(store)))
+    assert len(store) == 1 or np.ptp(ranking.scores) > 1e-2, "a comparison of constants would prove nothing"
+    return ranking
+
+
+@pytest.mark.parametrize("trigger", KINDS)
+@pytest.mark.parametrize("fusion", [0.0, 4.0])
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("blend", Blend)
+def test_every_reading_in_closed_form(precise, make_store, make_queries, *, blend, clamp, fusion, trigger):
+    config = replace(CLOSED, blend=blend, clamp=clamp, fusion=fusion, trigger=trigger)
+    assert_equal_to_closed_form(precise, make_store(precise, 40), make_queries(1)[0], config)
+
+
+@pytest.mark.parametrize(
+    ("n", "settings"),
+    [
+        (1, {}),
+        (2, {}),
+        (8, {}),  # fewer exemplars than the 12 dimensions
+        (40, {"shrinkage": 1.0, "fusion": 4.0, "intensity": 0.1}),
+        (40, {"shrinkage": 1e-3}),
+        (40, {"shrinkage": 100.0}),
+        (40, {"trigger_steps": 0}),
+        (40, {"score": Score.LOGIT}),  # which plays no part
+    ],
+)
+@pytest.mark.parametrize("head", ["precise", "biasless"])
+def test_sizes_and_settings_in_closed_form(request, make_store, make_queries, *, head, n, settings):
+    classifier = request.getfixturevalue(head)
+    config, query = replace(CLOSED, **settings), make_queries(1, seed=7)[0]
+    assert_equal_to_closed_form(classifier, make_store(classifier, n, seed=3), query, config)
+
+
+def test_a_query_that_is_an_exemplar_is_first_in_closed_form(precise, make_store):
+    store = make_store(precise, 40)
+    query = torch.tensor(store.images(np.array([17]))[0]).double() / 255.0
+    for fusion, best in ((0.0, 1.0), (4.0, 5.0)):
+        ranking = assert_equal_to_closed_form(precise, store, query, replace(CLOSED, fusion=fusion))
+        assert ranking.rows[0] == 17
+        assert ranking.scores[0] == pytest.approx(best, abs=1e-6)
+        assert ranking.confidences[0] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_query_that_is_an_exemplar(precise, make_store):

@@ -1,0 +1,106 @@
+"""The reliability bench: small runs of it hold, and it counts what it is there to count."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench import faults, hostile
+from bench.faults import Plan
+from bench.reliability import Reliability, ReliabilityBench, print_reliability
+from index.builder import build_index
+from index.errors import TmmEngineError
+from index.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def bench() -> ReliabilityBench:
+    return ReliabilityBench(trials=2, cases=14, searches=10, rows=20, seed=3)
+
+
+def test_a_small_run_loses_nothing(bench: ReliabilityBench, tmp_path: Path):
+    bench._kill_trials(tmp_path / "kills")
+    bench._full_disks(tmp_path / "disks")
+    bench._endure(tmp_path / "endure")
+    bench._hostile(tmp_path / "hostile")
+    result = bench.result
+    assert result.failures == []
+    assert (result.trials, result.hostile_cases) == (2, 14)
+    assert result.endurance["searches"] == 10
+    assert result.where["ratio"] > 0
+    assert any(name.endswith(": error") for name in result.disk_full)
+
+
+def test_an_index_at_another_content_counts_as_lost_and_a_wrong_answer_as_wrong(tmp_path: Path, monkeypatch):
+    bench, content = ReliabilityBench(trials=0), Plan(0).first()
+    build_index(faults.source_of(content), tmp_path / "idx", faults.small_classifier())
+    assert bench._any_right(tmp_path / "idx", [content], "as built")
+    assert not bench._any_right(tmp_path / "idx", [content | {"id 0": 9}], "another")
+    assert (bench.result.lost, bench.result.wrong_silent) == (1, 0)
+    monkeypatch.setattr(faults, "exact_scores", lambda query, features, metric: features[:, 0])
+    assert bench._any_right(tmp_path / "idx", [content], "as built")
+    assert (bench.result.lost, bench.result.wrong_silent) == (1, 1)
+    shutil.rmtree(tmp_path / "idx")
+    assert not bench._any_right(tmp_path / "idx", [content], "gone")
+    assert bench.result.lost == 2
+
+
+def test_damage_that_is_found_and_damage_that_would_not_be(tmp_path: Path):
+    bench, outcomes = ReliabilityBench(trials=0), Counter[str]()
+    index = bench._whole(tmp_path / "idx")
+    name = next(Path(name) for name in Manifest.read(index).files if "/data/" in name)
+    bench._judge(index, name, "not at all", outcomes)  # nothing is damaged, so nothing can be found
+    assert outcomes == {"data, quick check: right": 1, "data, full check: right": 1}
+    assert bench.result.undetected == 1
+    raw = bytearray((index / name).read_bytes())
+    raw[len(raw) // 3] ^= 1
+    (index / name).write_bytes(raw)
+    bench._judge(index, name, "flipped", outcomes)
+    assert outcomes["data, full check: error"] == 1
+    assert bench.result.undetected == 1
+
+
+def dies() -> None:
+    import os
+
+    os.abort()
+
+
+def test_processes_that_die_or_raise_are_crashes():
+    bench = ReliabilityBench(trials=0)
+    assert bench._alone(dies) == "crashed: the process ended with -6"
+    assert bench._alone(int, "x").startswith("crashed: ValueError")
+    assert bench._alone(int, "7") == 7
+
+
+@pytest.mark.parametrize("kind", hostile.KINDS)
+def test_generated_input_is_accepted_or_refused_and_repeats(kind: str, tmp_path: Path):
+    import random
+
+    outcomes = []
+    for seed in (*range(12), 5):
+        folder = tmp_path / str(len(outcomes))
+        folder.mkdir()
+        try:
+            hostile.KINDS[kind](random.Random(seed), folder)
+            outcomes.append("accepted")
+        except TmmEngineError as error:
+            outcomes.append(str(error).replace(str(folder), ""))
+    assert outcomes[5] == outcomes[-1]
+    assert len(set(outcomes)) > 1
+
+
+def test_figures_and_bars_are_printed(capsys: pytest.CaptureFixture[str]):
+    result = Reliability(trials=200, hostile_cases=2100, lost=1, endurance={"mib": 3.0}, where={"ratio": 1.2})
+    result.failures = ["lost: a kill"]
+    print_reliability(result, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["bars"]["lost"] == {"value": 1, "bar": 0, "holds": False}
+    assert printed["bars"]["trials"]["holds"]
+    assert not printed["bars"]["where_ratio"]["holds"]
+    print_reliability(result, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert "FAILS  lost = 1 (bar 0)" in lines
+    assert lines[-1] == "lost: a kill"
