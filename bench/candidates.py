@@ -4,7 +4,7 @@ And what the global trigger gives up: the rank at which it, and the query's own 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from index.neighbours import Metric, Neighbours
 from index.progress import Progress, silent
 from index.ranking import in_turn
 from index.sources import ImageSource
-from rerank.config import Trigger, preset
+from rerank.config import preset
 from rerank.global_trigger import make_global_trigger
 from rerank.tmm import TmmNN
 
@@ -90,8 +90,8 @@ def measure_candidates(
         progress: Told of the searches done.
     """
     config = preset("paper")
-    by_global = replace(config, trigger=Trigger.GLOBAL)
     shared = make_global_trigger(source, classifier, config)
+    by_global = shared.as_asked_of(config)
     store = in_memory(source, classifier, shared)
     tmm = TmmNN(classifier, store, global_trigger=shared)
     nearest = {metric: Neighbours(store, metric) for metric in Metric}

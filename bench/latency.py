@@ -33,9 +33,9 @@ from index.errors import InputError
 from index.neighbours import Metric, Neighbours
 from index.progress import Progress, silent
 from index.sources import ArraySource, ImageSource
-from index.store import GLOBAL_FEATURE, MemoryStore
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
 from rerank.backbone import Precision, TorchBackbone, specialised
-from rerank.config import Trigger, preset
+from rerank.config import DEFAULT_PRESET, preset
 from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
 from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
 from rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
@@ -127,7 +127,8 @@ class LatencyBench:
         self.classifier, self.repeats, self.progress = classifier, repeats, progress
         self.config = preset("paper")
         self.latency = Latency(device=str(classifier.device))
-        self.global_trigger = make_global_trigger(source, classifier, self.config)
+        self.default = preset(DEFAULT_PRESET)
+        self.global_trigger = make_global_trigger(source, classifier, self.default)
         self.store = in_memory(source, classifier, self.global_trigger)
         self.sizes = sorted({min(size, len(self.store)) for size in SIZES})
         self.size = min(RATIO_SIZE, len(self.store))
@@ -265,11 +266,12 @@ class LatencyBench:
         for repeat in range(self.repeats + 1):
             self._grow(searchers, near, self.queries[repeat % len(self.queries)])
             if repeat == 0:
-                self._forget("exact by size", "candidates", "global")
+                self._forget("exact by size", "candidates", "global", "default")
         exact = {size: self.latency.median("exact by size", size) for size in self.sizes}
         self.latency.figures |= {
             "candidates_over_exact": self.latency.median("candidates", largest) / exact[largest],
             "global_over_exact": self.latency.median("global", largest) / exact[largest],
+            "default_over_exact": self.latency.median("default", largest) / exact[largest],
         }
         if len(exact) > 1:
             slope, _ = np.polyfit(np.log(list(exact)), np.log(list(exact.values())), 1)
@@ -283,9 +285,10 @@ class LatencyBench:
 
         for size, tmm in searchers.items():  # leaves the largest in `tmm`
             self.latency.time("exact by size", size, partial(tmm.rank, query, k=10, config=self.config))
-        by_global = replace(self.config, trigger=Trigger.GLOBAL)
+        by_global = self.global_trigger.as_asked_of(self.config)
         self.latency.time("candidates", size, by_candidates)
         self.latency.time("global", size, partial(tmm.rank, query, k=10, config=by_global))
+        self.latency.time("default", size, partial(tmm.rank, query, k=10, config=self.default))
 
     def neighbours(self) -> None:
         """L2 and cosine beside FAISS called directly."""
@@ -358,15 +361,17 @@ class LatencyBench:
 
 
 def in_memory(source: ImageSource, classifier: Classifier, global_trigger: GlobalTrigger) -> MemoryStore:
-    """A source's images, features and global-trigger features as arrays."""
+    """A source's images and features of all kinds as arrays."""
     column, report = GlobalColumn(global_trigger, classifier), BuildReport()
     batches = list(embedded(source, classifier, report))
+    more = [column.columns(batch.images) for batch in batches]
     return MemoryStore(
         np.concatenate([batch.images for batch in batches]),
         np.concatenate([batch.features for batch in batches]),
         np.concatenate([batch.labels for batch in batches]),
         ids=[record.id for batch in batches for record in batch.records],
-        global_features=np.concatenate([column.columns(batch.images)[GLOBAL_FEATURE] for batch in batches]),
+        global_features=np.concatenate([part[GLOBAL_FEATURE] for part in more]),
+        stretched_features=np.concatenate([part[STRETCHED_FEATURE] for part in more]),
     )
 
 
@@ -378,6 +383,7 @@ def _first(store: MemoryStore, count: int) -> MemoryStore:
         store.labels[:count],
         ids=store.ids[:count].tolist(),
         global_features=store.features(rows, column=GLOBAL_FEATURE),
+        stretched_features=store.features(rows, column=STRETCHED_FEATURE),
     )
 
 

@@ -29,3 +29,6 @@ engine bench robustness "${small[@]}" "${few[@]}" --methods "l2;cosine;robust;pa
   --out "$out/paper-$file.jsonl"
 engine bench radius "${small[@]}" --methods "l2;cosine;robust;paper" --queries 4 --directions 1 \
   --kinds gaussian,brightness --out "$out/paper-radius-$file.jsonl"
+engine bench semantic "${main[@]}" --methods "l2;cosine;robust" --queries 100 --gallery "$out/gallery-$file.png" \
+  --out "$out/semantic-$file.jsonl"
+engine bench ood "${main[@]}" --methods "l2;cosine;robust" --queries 24 --foreign noise --out "$out/ood-$file.jsonl"

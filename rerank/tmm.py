@@ -174,10 +174,7 @@ class TmmNN:
                 constant query image); or a global trigger is asked for that the index does not have, or has for another
                 blend.
         """
-        count, classes = len(queries), self.classifier.num_classes
-        for label in labels or []:
-            if label is not None and not 0 <= label < classes:
-                raise InputError(f"label: expected 0 to {classes - 1}, got {label}")
+        count = len(queries)
         jobs = self._jobs(queries, candidates or [None] * count, labels or [None] * count, config, together=together)
         rankings: list[Ranking] = []
         for group in self._groups(jobs, config):
@@ -203,7 +200,8 @@ class TmmNN:
             raise InputError("expected configurations that differ only after the pass: in tuning, score or fusion")
         [job] = self._jobs(query[None], [None], [label], first, together=False)
         tuning_rows, _ = self._rows(None, first)
-        triggered = self._triggered([job], tuning_rows, first, silent)
+        with _timed([job], "pass"):
+            triggered = self._triggered([job], tuning_rows, first, silent)
         return [
             self._rank_triggered([replace(job, timings=dict(job.timings))], triggered, k, config, silent)[0]
             for config in configs
@@ -219,6 +217,10 @@ class TmmNN:
         together: bool,
     ) -> list[_Job]:
         """Step 1 for all queries."""
+        classes = self.classifier.num_classes
+        for label in labels:
+            if label is not None and not 0 <= label < classes:
+                raise InputError(f"label: expected 0 to {classes - 1}, got {label}")
         start = time.perf_counter()
         if config.stretch:
             queries = stretch_contrast(queries)
