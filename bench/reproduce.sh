@@ -20,15 +20,29 @@ few=(--families brightness,gaussian,blur,shift --levels brightness=0.7,0.5,0.3 -
   --levels blur=1 --levels shift=1)
 baselines="l2;cosine;l2,stretch=true;cosine,stretch=true;robust"
 
-engine bench robustness "${main[@]}" "${levels[@]}" --methods "$baselines" --queries 40 --out "$out/robustness-$file.jsonl"
-engine bench radius "${main[@]}" --methods "l2;cosine;cosine,stretch=true;robust" --queries 24 --directions 2 \
-  --out "$out/radius-$file.jsonl"
-engine bench robustness "${main[@]}" "${levels[@]}" --methods "paper,trigger=global" --queries 16 \
-  --out "$out/robustness-$file.jsonl"
-engine bench robustness "${small[@]}" "${few[@]}" --methods "l2;cosine;robust;paper" --queries 6 \
-  --out "$out/paper-$file.jsonl"
-engine bench radius "${small[@]}" --methods "l2;cosine;robust;paper" --queries 4 --directions 1 \
-  --kinds gaussian,brightness --out "$out/paper-radius-$file.jsonl"
-engine bench semantic "${main[@]}" --methods "l2;cosine;robust" --queries 100 --gallery "$out/gallery-$file.png" \
-  --out "$out/semantic-$file.jsonl"
-engine bench ood "${main[@]}" --methods "l2;cosine;robust" --queries 24 --foreign noise --out "$out/ood-$file.jsonl"
+
+for stage in ${STAGES:-robustness radius paper semantic ood}; do
+  case $stage in
+  robustness)
+    engine bench robustness "${main[@]}" "${levels[@]}" --methods "$baselines" --queries "${QUERIES:-40}" \
+      --out "$out/robustness-$file.jsonl"
+    ;;
+  radius)
+    engine bench radius "${main[@]}" --methods "l2;cosine;robust" --queries "${QUERIES:-40}" --directions 1 \
+      --kinds gaussian,brightness,adversarial,feature --out "$out/radius-$file.jsonl"
+    ;;
+  paper) # the preset `paper` passes every exemplar through the network for every query: fewer exemplars, fewer queries
+    engine bench robustness "${small[@]}" "${few[@]}" --methods "l2;cosine;robust;paper" --queries "${FEW:-6}" \
+      --out "$out/paper-$file.jsonl"
+    engine bench radius "${small[@]}" --methods "l2;cosine;robust;paper" --queries "${FEW:-6}" --directions 1 \
+      --kinds gaussian,brightness --out "$out/paper-radius-$file.jsonl"
+    ;;
+  semantic)
+    engine bench semantic "${main[@]}" --methods "l2;cosine;robust" --queries 100 \
+      --gallery "$out/gallery-$file.png" --out "$out/semantic-$file.jsonl"
+    ;;
+  ood)
+    engine bench ood "${main[@]}" --methods "l2;cosine;robust" --queries 24 --foreign noise --out "$out/ood-$file.jsonl"
+    ;;
+  esac
+done

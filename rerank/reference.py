@@ -100,7 +100,7 @@ def reference_discriminant_scores(
 ) -> Float64[np.ndarray, "n"]:
     """Scores by `Tuning.DISCRIMINANT`, fused with the cosine similarity of clean features where `config.fusion` > 0.
 
-    Image by image in float64; Σ^(−1/2) by eigenvectors in place of a Cholesky factor, which gives the same similarities.
+    Image by image in float64; Σ^(−1/2) by eigenvectors in place of a Cholesky factor: the similarities are the same.
 
     Args:
         classifier: f; copied, not modified.

@@ -150,8 +150,9 @@ def test_stretched_a_darkened_query_is_the_original(work: Path, tmp_path: Path, 
     for name, image in (("bright", original * 2), ("dark", original), ("lifted", original + 40)):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     arguments = ("search", work / "photos.idx", tmp_path, "--mode", mode, "--json")
-    for option, same in (("--stretch", True), ("--no-stretch", False), (None, mode == "tmm")):
-        bright, dark, lifted = answers(run(*arguments, *([option] if option else [])))
+    without = ("--no-stretch", "--preset", "paper", "--set", "tuning_min_steps=10")
+    for options, same in ((("--stretch",), True), (without, False), ((), mode == "tmm")):
+        bright, dark, lifted = answers(run(*arguments, *options))
         for other in (dark, lifted) if same else (lifted,):  # cosine: this network's φ(x / 2) is φ(x) / 2
             differences = [dict(ranked(other)).get(id_, np.inf) - score for id_, score in ranked(bright)]
             assert (np.abs(differences).max() < 1e-4) == same
@@ -258,7 +259,17 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
     write_photos(tmp_path / "photos", count=1700)
     make_classifier().save(tmp_path / "weights.safetensors")
     build = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", "build-index", "photos", "new.idx", "--weights", "weights.safetensors", *SHORT],
+        [
+            sys.executable,
+            "-m",
+            "engine.cli",
+            "build-index",
+            "photos",
+            "new.idx",
+            "--weights",
+            "weights.safetensors",
+            *SHORT,
+        ],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stderr=subprocess.PIPE,

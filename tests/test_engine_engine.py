@@ -30,7 +30,9 @@ def classifier() -> Classifier:
 
 @pytest.fixture(scope="module")
 def memory(classifier: Classifier) -> Engine:
-    return Engine.from_arrays(IMAGES[:N], LABELS[:N], classifier, metadata={"page": list(range(N))}, global_trigger=SHORTLY)
+    return Engine.from_arrays(
+        IMAGES[:N], LABELS[:N], classifier, metadata={"page": list(range(N))}, global_trigger=SHORTLY
+    )
 
 
 @pytest.fixture(scope="module")

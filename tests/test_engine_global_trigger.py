@@ -19,6 +19,10 @@ from rerank.global_trigger import GlobalTrigger
 from tests.digits import IMAGES, SHORT, write_photos, write_queries
 
 
+MEAN = ("--set", "intensity=none", "--set", "stretch=false")  # as the paper has it: ω is the exemplars' mean
+LIKE_THE_PAPER = TmmConfig(trigger=Trigger.GLOBAL)
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -32,8 +36,7 @@ def work(tmp_path_factory) -> Path:
     classifier = Classifier.from_architecture("resnet18", image_shape=(1, 8, 8), seed=0, num_classes=10)
     classifier.save(folder / "weights.safetensors")
     options = ("--model", "resnet18", "--weights", folder / "weights.safetensors")
-    mean = ("--set", "intensity=none", *SHORT)  # the exemplars' mean standard deviation, as the paper has it
-    for name, more in (("plain", ("--no-global-trigger",)), ("global", SHORT), ("mean", mean)):
+    for name, more in (("plain", ("--no-global-trigger",)), ("global", SHORT), ("mean", (*SHORT, *MEAN))):
         built = run("build-index", folder / "photos", folder / f"{name}.idx", *options, *more)
         assert built.exit_code == 0, built.stderr
     return folder
@@ -52,15 +55,16 @@ def test_it_is_blended_as_the_default_search_wants_it_unless_told_otherwise(work
     assert kept["mean"].intensity == pytest.approx(np.mean([(image / 255.0).std() for image in IMAGES[:80]]), rel=1e-6)
     for trigger in kept.values():
         assert (trigger.blend, trigger.clamp) == (Blend.PRINTED, True)
+    assert (kept["global"].stretch, kept["mean"].stretch) == (True, False)
 
 
 @pytest.mark.parametrize(
     ("index", "options", "config"),
     [
         ("global", (), preset("robust")),
-        ("global", ("--preset", "paper", "--set", "trigger=global"), TmmConfig(trigger=Trigger.GLOBAL)),
-        ("mean", ("--preset", "paper", "--set", "trigger=global"), TmmConfig(trigger=Trigger.GLOBAL)),
-        ("mean", ("--set", "intensity=none"), replace(preset("robust"), intensity=None)),
+        ("global", ("--preset", "paper", "--set", "trigger=global", "--stretch"), replace(LIKE_THE_PAPER, stretch=True)),
+        ("mean", ("--preset", "paper", "--set", "trigger=global"), LIKE_THE_PAPER),
+        ("mean", MEAN, replace(preset("robust"), intensity=None, stretch=False)),
     ],
 )
 def test_the_command_line_searches_with_it_as_python_does(work, index, options, config):
@@ -86,6 +90,8 @@ def test_the_command_line_searches_with_it_as_python_does(work, index, options, 
         ("plain", ("--preset", "paper", "--set", "trigger=global"), "no global trigger"),
         ("plain", ("--preset", "paper", "--prefilter", "global", "--candidates", 5), "no global trigger"),
         ("mean", (), "intensity=0.1: leave the intensity out"),
+        ("mean", ("--set", "intensity=none"), "--set stretch=True"),
+        ("global", ("--no-stretch",), "--set stretch=False"),
         ("global", ("--set", "trigger=global", "--set", "blend=added"), "blend=added"),
         ("global", ("--prefilter", "global", "--candidates", 5, "--set", "clamp=false"), "clamp=False"),
         ("global", ("--set", "trigger=global", "--set", "intensity=0.9"), "intensity=0.9"),
@@ -98,14 +104,16 @@ def test_the_command_line_refuses_what_does_not_fit(work, index, options, messag
     assert message in result.stderr
 
 
-def test_the_prefilter_hands_over_the_best_of_the_global_trigger(work):
+@pytest.mark.parametrize("index", ["mean", "global"])
+def test_the_prefilter_hands_over_the_best_of_the_global_trigger(work, index):
+    by = replace(LIKE_THE_PAPER, stretch=index == "global")  # as the index's features are, whatever the rerank's
     queries = sorted((work / "queries").iterdir())
-    with Engine.open(work / "mean.idx", device="cpu") as engine:
-        by_global = engine.search(list(queries), k=12, config=TmmConfig(trigger=Trigger.GLOBAL))
+    with Engine.open(work / f"{index}.idx", device="cpu") as engine:
+        by_global = engine.search(list(queries), k=12, config=by)
         config = TmmConfig(intensity=0.4, trigger_steps=5)  # the query's own trigger may have another intensity
         found = engine.search(list(queries), k=12, candidates=12, prefilter="global", config=config)
         labelled = engine.search(queries[0], k=12, candidates=12, prefilter="global", label=3, config="paper")
-        same_label = engine.search(queries[0], k=12, config=TmmConfig(trigger=Trigger.GLOBAL), label=3)
+        same_label = engine.search(queries[0], k=12, config=by, label=3)
     for first, second in zip([*by_global, same_label], [*found, labelled], strict=True):
         assert second.scored == 12
         assert {hit.id for hit in second.hits} == {hit.id for hit in first.hits}

@@ -163,7 +163,10 @@ def test_settings_change_what_they_name_and_leave_the_original():
         ("blend", "unknown blend ''"),
         ("trigger=fixedpatch", r"unknown trigger 'fixedpatch' \(did you mean 'fixed-patch'\?\)"),
         ("score=logits", r"unknown score 'logits' \(did you mean 'logit'\?\)"),
-        ("tuning=discrimant", r"unknown tuning 'discrimant' \(did you mean 'discriminant'\?\); known: adam, discriminant"),
+        (
+            "tuning=discrimant",
+            r"unknown tuning 'discrimant' \(did you mean 'discriminant'\?\); known: adam, discriminant",
+        ),
         ("stretch=maybe", "stretch: cannot read 'maybe' as bool"),
         ("stretch=none", "stretch: cannot read 'none' as bool"),
         ("fusion=-1", r"fusion: expected a finite value in \[0, inf\], got -1"),

@@ -19,7 +19,7 @@ from index.errors import IndexStateError, InputError
 from index.manifest import GLOBAL_TRIGGER
 from index.progress import silent
 from index.sources import ArraySource, open_source
-from index.store import GLOBAL_FEATURE, MemoryStore
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
 from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
 from rerank import global_trigger as made
 from rerank.backbone import Precision
@@ -57,7 +57,7 @@ def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier
         store.features(every),
         store.labels,
         ids=store.ids.tolist(),
-        global_features=GlobalColumn(shared, classifier).features(store.images(every).copy()),
+        global_features=GlobalColumn(shared, classifier).columns(store.images(every).copy())[GLOBAL_FEATURE],
     )
 
 
@@ -176,21 +176,23 @@ def test_constant_images_are_refused_where_the_intensity_matters(classifier, ble
     intensity=st.floats(0, 1),
     blend=st.sampled_from(Blend),
     clamp=st.booleans(),
+    stretch=st.booleans(),
 )
-def test_it_survives_a_file(tmp_path_factory, *, trigger, intensity, blend, clamp):
+def test_it_survives_a_file(tmp_path_factory, *, trigger, intensity, blend, clamp, stretch):
     path = tmp_path_factory.mktemp("trigger") / "trigger.safetensors"
-    written = GlobalTrigger(torch.tensor(trigger), intensity, blend, clamp)
+    written = GlobalTrigger(torch.tensor(trigger), intensity, blend, clamp, stretch)
     written.save(path)
     read = GlobalTrigger.load(path)
     np.testing.assert_array_equal(read.trigger, trigger)
-    assert (read.intensity, read.blend, read.clamp) == (intensity, blend, clamp)
+    assert (read.intensity, read.blend, read.clamp, read.stretch) == (intensity, blend, clamp, stretch)
 
 
 def damaged_files(shared: GlobalTrigger, folder: Path) -> Iterator[tuple[str, bytes]]:
     path = folder / "whole"
     shared.save(path)
     whole = path.read_bytes()
-    about = {"global_trigger": json.dumps({"intensity": 0.5, "blend": "printed", "clamp": True})}
+    settings = {"intensity": 0.5, "blend": "printed", "clamp": True, "stretch": False}
+    about = {"global_trigger": json.dumps(settings)}
     tensor = shared.trigger.clone()
     yield from ((f"cut to {size}", whole[:size]) for size in (0, 1, 8, 100, len(whole) // 2, len(whole) - 1))
     yield "longer", whole + b"\0"
@@ -199,7 +201,9 @@ def damaged_files(shared: GlobalTrigger, folder: Path) -> Iterator[tuple[str, by
     yield "no tensor", save({"other": tensor}, about)
     yield "not JSON", save({"trigger": tensor}, {"global_trigger": "{"})
     yield "a list", save({"trigger": tensor}, {"global_trigger": "[]"})
-    yield "no blend", save({"trigger": tensor}, {"global_trigger": '{"intensity": 1, "clamp": true}'})
+    for name in settings:
+        rest = {other: value for other, value in settings.items() if other != name}
+        yield f"no {name}", save({"trigger": tensor}, {"global_trigger": json.dumps(rest)})
     yield "unknown blend", save({"trigger": tensor}, {"global_trigger": about["global_trigger"].replace("prin", "")})
     yield "half precision", save({"trigger": tensor.half()}, about)
     yield "flat", save({"trigger": tensor.flatten()}, about)
@@ -220,24 +224,35 @@ def test_damage_is_told(shared, tmp_path):
 # ---- the column in an index
 
 
+@pytest.mark.parametrize("stretch", [False, True])
 @pytest.mark.parametrize(("blend", "clamp"), [(Blend.PRINTED, True), (Blend.ADDED, False), (Blend.SCALED, True)])
-def test_the_stored_column_is_what_the_trigger_makes_of_the_images(tmp_path, classifier, make_images, blend, clamp):
+def test_the_stored_columns_are_what_the_trigger_and_stretching_make_of_the_images(
+    tmp_path, classifier, make_images, *, blend, clamp, stretch
+):
     images = make_images(50)
-    shared = make_global_trigger(source_of(images), classifier, replace(QUICK, blend=blend, clamp=clamp))
+    settings = replace(QUICK, blend=blend, clamp=clamp, stretch=stretch)
+    shared = make_global_trigger(source_of(images), classifier, settings)
     build_index(source_of(images), tmp_path / "a.idx", classifier, global_column=GlobalColumn(shared, classifier))
     manifest, store = opened(tmp_path / "a.idx")
     assert manifest.global_trigger
     assert GLOBAL_TRIGGER in manifest.files
     kept = GlobalTrigger.load(tmp_path / "a.idx" / GLOBAL_TRIGGER)
     x = torch.tensor(images).float() / 255.0
-    expected = classifier.features(apply_trigger(x, kept.trigger, intensity=kept.intensity, blend=blend, clamp=clamp))
+    flat = x.flatten(1)
+    stretched = ((flat.T - flat.min(1).values) / (flat.max(1).values - flat.min(1).values)).T.view_as(x)
+    seen = stretched if stretch else x
+    expected = classifier.features(
+        apply_trigger(seen, kept.trigger, intensity=kept.intensity, blend=blend, clamp=clamp)
+    )
     rows = np.arange(50)
     np.testing.assert_allclose(store.features(rows, column=GLOBAL_FEATURE), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(store.features(rows), classifier.features(x), rtol=1e-4, atol=1e-5)
+    found = store.features(rows, column=STRETCHED_FEATURE)
+    np.testing.assert_allclose(found, classifier.features(stretched), rtol=1e-4, atol=1e-5)
 
 
 def test_triggered_features_that_are_not_finite_are_refused(tmp_path, classifier, make_images):
-    broken = GlobalTrigger(torch.full(SHAPE, torch.inf), 0.5, Blend.ADDED, clamp=False)
+    broken = GlobalTrigger(torch.full(SHAPE, torch.inf), 0.5, Blend.ADDED, clamp=False, stretch=False)
     with pytest.raises(InputError, match=r"0: the model's features are not finite numbers"):
         build_index(
             source_of(make_images(20)), tmp_path / "a.idx", classifier, global_column=GlobalColumn(broken, classifier)
@@ -302,8 +317,9 @@ def test_another_blend_clamping_or_intensity_is_refused(classifier, shared, make
     tmm = TmmNN(classifier, store_with(shared, make_store(classifier, 20), classifier), global_trigger=shared)
     query = make_queries(1, dtype=torch.float32)[0]
     for change, message in (
-        ({"blend": Blend.ADDED}, r"blend=printed, clamp=True.*blend=added, clamp=True.*build the index with"),
-        ({"clamp": False}, r"clamp=True.*clamp=False"),
+        ({"blend": Blend.ADDED}, r"blend=printed,.*blend=added: .*build the index with .*--set blend=added"),
+        ({"clamp": False}, r"clamp=True.*clamp=False.*--set clamp=False"),
+        ({"stretch": True}, r"stretch=False.*stretch=True.*--set stretch=True"),
         ({"intensity": 0.9}, r"intensity=0\.\d+.*intensity=0\.9: leave the intensity out"),
     ):
         with pytest.raises(InputError, match=message):
@@ -314,5 +330,7 @@ def test_another_blend_clamping_or_intensity_is_refused(classifier, shared, make
 
 def test_an_index_without_one_is_refused(classifier, make_store, make_queries):
     tmm = TmmNN(classifier, make_store(classifier, 20))
-    with pytest.raises(InputError, match=r"has no global trigger; build it with --global-trigger.*trigger=query"):
+    with pytest.raises(
+        InputError, match=r"has no global trigger, which .* needs: build it with --global-trigger.*trigger=query"
+    ):
         tmm.rank(make_queries(1, dtype=torch.float32)[0], k=3, config=BY_GLOBAL)

@@ -70,7 +70,9 @@ CLOSED = replace(QUICK, tuning=Tuning.DISCRIMINANT)
 
 
 def assert_equal_to_closed_form(classifier, store, query, config):
-    expected = reference_discriminant_scores(classifier, query, torch.tensor(store.images(np.arange(len(store)))), config)
+    expected = reference_discriminant_scores(
+        classifier, query, torch.tensor(store.images(np.arange(len(store)))), config
+    )
     ranking = TmmNN(classifier, store).rank(query, k=len(store), config=config)
     np.testing.assert_allclose(ranking.scores, expected[ranking.rows], rtol=1e-7, atol=1e-7)
     assert sorted(ranking.rows) == list(range(len(store)))
