@@ -47,7 +47,7 @@ class MetadataTable:
             table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
             texts = [column if python_type(column.type) else column.cast(pa.string()) for column in table.columns]
             table = pa.table(texts, names=table.column_names)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
             raise InputError(f"{path}: expected CSV with a header line, got {error}; write it again") from error
         key = next((name for name in NAME_COLUMNS if table.column_names.count(name) == 1), None)
         if key is None or len(set(table.column_names)) != table.num_columns:

@@ -376,6 +376,18 @@ def test_digests_of_a_new_version_are_those_of_its_files(index):
     assert {name for name in every.keys() - manifest.files.keys() if "/data/" in name} == set()
 
 
+def test_discarding_versions_frees_what_only_they_needed(index):
+    add_exemplars(index, source([40]), CLASSIFIER)
+    delete_exemplars(index, ids=["id 2"])
+    assert compact(index).version == 4
+    assert len(at(index, 2)) == 21
+    compact(index, discard_versions=True)
+    kinds = sorted(name.split("/")[1] for name in data_files(index) if "/" in name)
+    assert kinds == ["_transactions", "_versions", "data"]
+    assert sorted(Manifest.read(index).files) == sorted(data_files(index))
+    assert list((index / VERSIONS).iterdir()) == []
+
+
 def test_an_index_moved_with_its_versions_stays_whole(index, tmp_path):
     add_exemplars(index, source([40]), CLASSIFIER)
     shutil.move(index, tmp_path / "moved here")

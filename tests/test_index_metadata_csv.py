@@ -65,7 +65,7 @@ def test_tables_that_do_not_fit_are_refused(photos: Path, content: str, message:
 
 
 def test_bytes_that_are_no_text_are_refused(photos: Path):
-    for content in (b"file_name,note\ndigit-3/0003.png,\xff\xfe\n", b"\x00\x01\x02" * 100):
+    for content in (b"file_name,note\ndigit-3/0003.png,\xff\xfe\n", b"\x00\x01\x02" * 100, b"file_name,\xff\nx,1\n"):
         (photos / "metadata.csv").write_bytes(content)
         with pytest.raises(InputError, match=r"metadata\.csv"):
             FolderSource(photos)
