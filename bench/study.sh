@@ -25,5 +25,5 @@ run() {
     --levels contrast=0.5,0.2 --levels blur=1 --levels jpeg=25 --levels shift=1 \
     --methods "$1" --queries "$2" --out "$out/study-$(echo "$name" | tr 'A-Z ' 'a-z-').jsonl"
 }
-run "$closed" 16 "$@"
-run "$steps" 4 "$@"
+run "$closed" "${QUERIES:-16}" "$@"
+run "$steps" "${FEW:-4}" "$@"

@@ -122,8 +122,8 @@ def reference_discriminant_scores(
             return model.backbone(x[None])[0].double().cpu().numpy()
 
     features = [phi(triggered(x)) for x in exemplars]
-    mean = sum(features) / len(features)
-    covariance = sum(np.outer(feature - mean, feature - mean) for feature in features) / len(features)
+    mean = np.mean(features, axis=0)
+    covariance = np.mean([np.outer(feature - mean, feature - mean) for feature in features], axis=0)
     covariance += config.shrinkage * (covariance.trace() / len(mean) or 1.0) * np.eye(len(mean))
     variances, axes = np.linalg.eigh(covariance)
     root = axes @ np.diag(variances**-0.5) @ axes.T  # Σ^(−1/2)

@@ -263,6 +263,7 @@ def test_the_oracle_wants_the_exemplars_of_its_records(work: Path, monkeypatch: 
         done = measured(work, "oracle", *options, out=out)
         assert done.exit_code == 2
         assert f"Missing option '{lacking}'" in done.stderr
+    assert not (work / "bad.jsonl").exists()
 
 
 def test_what_cannot_be_written_or_read(work: Path):

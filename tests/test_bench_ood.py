@@ -27,7 +27,8 @@ scores = st.floats(-100, 100, allow_subnormal=False)
 @pytest.fixture(scope="module")
 def suite() -> Suite:
     images, labels = tiny_arrays(1)
-    return Suite.load(ArraySource(images, labels, name="tiny"), tiny_classifier(), exemplars=N)
+    ids = [f"{'az'[row % 2]}{row:03}" for row in range(len(images))]  # before and behind those of foreign exemplars
+    return Suite.load(ArraySource(images, labels, ids=ids, name="tiny"), tiny_classifier(), exemplars=N)
 
 
 # --------------------------------------------------------------------------------------------- bound
@@ -130,10 +131,11 @@ def measure(path: Path, suite: Suite, *retrievers: object, levels: tuple[str, ..
 
 def test_only_foreign_exemplars_that_come_first_are_counted(suite: Suite, tmp_path: Path):
     own = [5.0 if row in suite.queries(3) else 9.0 for row in range(N)]  # other true exemplars do not matter
-    foreign = [0.0, 6.0, 5.0, 4.0, 7.0, 1.0]
+    foreign = [6.0, 0.0, 5.0, 4.0, 1.0, 7.0]
     found = measure(tmp_path / "o.jsonl", suite, ByRow("a", own, foreign), ByRow("b", own, [1.0, 0.0] * 3))
     ahead = {id_: 2 + (id_ > "foreign/00000002") for id_ in suite.store.ids[suite.queries(3)]}  # a tie, by id
     assert len(found) == 6
+    assert set(ahead.values()) == {2, 3}
     for record in found:
         assert (record["foreign"], record["foreign_count"], record["level"]) == ("noise", M, "clean")
         assert record["outranked"] == (ahead[record["query"]] if record["method"] == "a" else 0)

@@ -18,7 +18,6 @@ from rerank import Blend, TmmConfig, Trigger, preset
 from rerank.global_trigger import GlobalTrigger
 from tests.digits import IMAGES, SHORT, write_photos, write_queries
 
-
 MEAN = ("--set", "intensity=none", "--set", "stretch=false")  # as the paper has it: ω is the exemplars' mean
 LIKE_THE_PAPER = TmmConfig(trigger=Trigger.GLOBAL)
 
@@ -62,7 +61,11 @@ def test_it_is_blended_as_the_default_search_wants_it_unless_told_otherwise(work
     ("index", "options", "config"),
     [
         ("global", (), preset("robust")),
-        ("global", ("--preset", "paper", "--set", "trigger=global", "--stretch"), replace(LIKE_THE_PAPER, stretch=True)),
+        (
+            "global",
+            ("--preset", "paper", "--set", "trigger=global", "--stretch"),
+            replace(LIKE_THE_PAPER, stretch=True),
+        ),
         ("mean", ("--preset", "paper", "--set", "trigger=global"), LIKE_THE_PAPER),
         ("mean", MEAN, replace(preset("robust"), intensity=None, stretch=False)),
     ],

@@ -23,7 +23,7 @@ from index.images import Shape
 from index.manifest import GLOBAL_TRIGGER, MANIFEST, MODEL, digest_files
 from index.records import ImageRecord, ImageSource, UnreadableImage
 from index.sources import ArraySource, open_source
-from index.store import GLOBAL_FEATURE
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tests.builders import (
     COUNT,
     beside,
@@ -188,24 +188,27 @@ def test_metadata_of_all_kinds_comes_back(target):
 
 
 class Negative:
-    """The features of the negative, as a second column."""
+    """The features of the negative and of the halved image, as more columns."""
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        return embed(255 - images, tiny_classifier())
+    def columns(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        classifier = tiny_classifier()
+        return {GLOBAL_FEATURE: embed(255 - images, classifier), STRETCHED_FEATURE: embed(images // 2, classifier)}
 
     def save(self, path: Path) -> None:
         path.write_bytes(b"negative")
 
 
-def test_a_second_column_of_features_is_stored_beside_what_made_it(target):
+def test_more_columns_of_features_are_stored_beside_what_made_it(target):
     tiny_build(target, global_column=Negative())
     manifest, store = opened(target)
     assert manifest.global_trigger
     assert (target / GLOBAL_TRIGGER).read_bytes() == b"negative"
     assert manifest.files == digest_files(target)
-    expected = reference_features(tiny_classifier(), 255 - tiny_arrays(0)[0])
-    found = store.features(np.arange(COUNT), column=GLOBAL_FEATURE)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    images = tiny_arrays(0)[0]
+    for column, changed in ((GLOBAL_FEATURE, 255 - images), (STRETCHED_FEATURE, images // 2)):
+        expected = reference_features(tiny_classifier(), changed)
+        found = store.features(np.arange(COUNT), column=column)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert seed_of(target) == 0
 
 

@@ -17,7 +17,7 @@ from index import lance_store
 from index.errors import IndexStateError, InputError
 from index.lance_store import LanceStore, LanceWriter, exemplar_schema, fixed_size_column
 from index.records import RESERVED_COLUMNS
-from index.store import GLOBAL_FEATURE, ExemplarStore, MemoryStore
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore, MemoryStore
 
 KINDS = ("memory", "lance")
 VALUES = {
@@ -43,6 +43,10 @@ class Exemplars:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def stretched_features(self) -> np.ndarray | None:
+        return None if self.global_features is None else self.global_features[::-1] - 1
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
@@ -102,6 +106,7 @@ def write(path: Path, content: Exemplars, *, batch: int = 4) -> int:
         }
         if content.global_features is not None:
             given[GLOBAL_FEATURE] = fixed_size_column(content.global_features[rows])
+            given[STRETCHED_FEATURE] = fixed_size_column(content.stretched_features[rows])
         writer.write(given | {name: values[rows] for name, values in content.columns.items()})
     return writer.commit()
 
@@ -123,6 +128,7 @@ def stored(kind: str, content: Exemplars, *, batch: int = 4) -> Iterator[Exempla
             ids=content.ids,
             label_is_predicted=content.predicted,
             global_features=content.global_features,
+            stretched_features=content.stretched_features,
             metadata=content.metadata if content.columns else None,
         )
         return
@@ -154,6 +160,7 @@ def test_what_goes_in_comes_out(kind, content, data):
         scanned = [(store.scan_images(size), content.images), (store.scan_features(size), content.features)]
         if content.global_features is not None:
             scanned.append((store.scan_features(size, column=GLOBAL_FEATURE), content.global_features))
+            scanned.append((store.scan_features(size, column=STRETCHED_FEATURE), content.stretched_features))
             taken = store.features(rows, column=GLOBAL_FEATURE)
             np.testing.assert_array_equal(taken, content.global_features[rows])
         for scan, column in scanned:

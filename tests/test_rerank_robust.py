@@ -13,7 +13,7 @@ from rerank import Score, TmmConfig, TmmNN, Trigger, preset
 from rerank.backbone import Precision
 from rerank.config import Tuning
 from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
-from rerank.reference import reference_discriminant_scores
+from rerank.reference import reference_discriminant_scores, reference_scores
 
 N = 60
 ROBUST = replace(preset("robust"), trigger_steps=20, tuning_min_steps=10)
@@ -93,6 +93,16 @@ def test_under_the_querys_own_trigger_it_is_the_slow_search(classifier, store, q
     found = by_row(TmmNN(classifier, store).rank(query, k=N, config=config))
     np.testing.assert_allclose(found, slow, rtol=0.0, atol=0.02)  # stretched exemplars are rounded to 8 bits again
     assert np.ptp(slow) > 0.5
+
+
+@pytest.mark.parametrize("score", Score)
+def test_stretching_goes_with_a_head_tuned_by_steps_too(tmm, shared, classifier, store, query, score):
+    config = replace(ROBUST, tuning=Tuning.ADAM, fusion=0.0, score=score)
+    images, labels = torch.tensor(store.images(np.arange(N))), torch.tensor(store.labels)
+    slow = reference_scores(classifier, query, images, labels, config, trigger=shared[True].trigger)
+    ranking = tmm.rank(query, k=N, config=config)
+    np.testing.assert_allclose(by_row(ranking), slow.scores, rtol=1e-4, atol=1e-4)
+    assert np.ptp(slow.scores) > 0.1
 
 
 @KINDS
