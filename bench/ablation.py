@@ -20,7 +20,7 @@ from bench.suite import Suite
 from index.classifier import Classifier
 from index.errors import InputError, nearest
 from index.progress import Progress, silent
-from index.store import MemoryStore
+from index.store import STRETCHED_FEATURE, MemoryStore
 from rerank.config import Blend, Score, TmmConfig, Trigger, Tuning
 from rerank.reference import reference_scores
 
@@ -135,9 +135,9 @@ def layer_variants(base: Method, classifier: Classifier) -> list[Variant]:
         InputError: the model has no such layers, or the reference cannot do what the base asks for.
     """
     config = _config_of(base)
-    if config.trigger is Trigger.GLOBAL or config.stretch or config.tuning is not Tuning.ADAM or config.fusion:
+    if config.trigger is Trigger.GLOBAL or config.tuning is not Tuning.ADAM or config.fusion:
         raise InputError(
-            f"layers: expected a base without global trigger, stretch, fusion and closed form, such as paper, got "
+            f"layers: expected a base without global trigger, fusion and closed form, such as paper, got "
             f"{base.name}: the slow reference, which alone tunes layers, has none of these"
         )
     modules = dict(classifier.backbone.named_modules())
@@ -210,7 +210,11 @@ def beginning(suite: Suite, exemplars: int) -> Suite:
     """The suite of the first exemplars in its order, which become rows 0, 1, 2, … and queries in that order."""
     rows, store = suite.order[:exemplars], suite.store
     part = MemoryStore(
-        store.images(rows), store.features(rows), store.labels[rows], ids=[str(id_) for id_ in store.ids[rows]]
+        store.images(rows),
+        store.features(rows),
+        store.labels[rows],
+        ids=[str(id_) for id_ in store.ids[rows]],
+        stretched_features=store.features(rows, column=STRETCHED_FEATURE),
     )
     return replace(suite, store=part, order=np.arange(len(rows)))
 

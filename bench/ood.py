@@ -36,7 +36,8 @@ from index.errors import InputError
 from index.images import Shape
 from index.progress import Progress, silent
 from index.records import ImageRecord, ImageSource
-from index.store import MemoryStore
+from index.store import STRETCHED_FEATURE, MemoryStore
+from rerank.contrast import embed_stretched
 
 KEY = ("query", "level", "method", "foreign")
 NOISE = "noise"  # the name of foreign exemplars of uniform noise
@@ -69,14 +70,15 @@ def mixed(suite: Suite, foreign: UInt8[np.ndarray, "m c h w"]) -> MemoryStore:
     """The suite's exemplars in their rows, and behind them the foreign ones, labelled as the model sees them."""
     store, step = suite.store, forward_batch_size(suite.classifier.image_shape)
     rows = np.arange(len(store))
-    features = np.concatenate(
-        [embed(foreign[start : start + step], suite.classifier) for start in range(0, len(foreign), step)]
-    )
+    parts = [foreign[start : start + step] for start in range(0, len(foreign), step)]
+    features = np.concatenate([embed(part, suite.classifier) for part in parts])
+    stretched = np.concatenate([embed_stretched(part, suite.classifier) for part in parts])
     return MemoryStore(
         np.concatenate([store.images(rows), foreign]),
         np.concatenate([store.features(rows), features]),
         np.concatenate([store.labels, predict(features, suite.classifier)]),
         ids=[*(str(id_) for id_ in store.ids), *(f"foreign/{number:08d}" for number in range(len(foreign)))],
+        stretched_features=np.concatenate([store.features(rows, column=STRETCHED_FEATURE), stretched]),
         label_is_predicted=np.arange(len(store) + len(foreign)) >= len(store),
     )
 

@@ -150,7 +150,7 @@ def radius(source: str, **options: Any) -> None:
 
 @click.command()
 @click.argument("source")
-@sized(exemplars=1000, queries=6)
+@sized(exemplars=1000, queries=5)
 @k_option
 @click.option("--base", default="paper", show_default=True, help="The preset that is varied, one setting at a time.")
 @click.option("--set", "base_settings", multiple=True, metavar="NAME=VALUE", help="Changed in the base; repeatable.")

@@ -4,15 +4,12 @@ Everything that could die runs in a process of its own, forked from a server tha
 """
 
 import json
-import os
 import random
 import shutil
-import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -22,6 +19,7 @@ from typing import Any
 
 from bench import faults, hostile
 from bench.faults import Content, Plan
+from bench.reliability_surroundings import Attempts, Skipped, clocks, full_disks, permissions, read_only
 from engine.verify import verify_index
 from index.builder import build_index
 from index.changes import add_exemplars, delete_exemplars
@@ -56,6 +54,7 @@ class Reliability:
         undetected: Damage that opening with every check did not find.
         damaged: Outcomes of opening after damage, without and with the full check.
         disk_full: Outcomes of changes where the disk is full.
+        surroundings: Outcomes where permissions are missing, the disk is read only, or the clock was set back.
         hostile_cases: Generated inputs.
         hostile: Outcomes of them.
         crashed: Tracebacks, deaths, hangs, and too much memory, of damage and hostile input together.
@@ -70,6 +69,7 @@ class Reliability:
     undetected: int = 0
     damaged: dict[str, int] = field(default_factory=dict)
     disk_full: dict[str, int] = field(default_factory=dict)
+    surroundings: dict[str, int] = field(default_factory=dict)
     hostile_cases: int = 0
     hostile: dict[str, int] = field(default_factory=dict)
     crashed: int = 0
@@ -125,7 +125,9 @@ class ReliabilityBench:
     def run(self) -> Reliability:
         """Everything, one after the other."""
         with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
-            for part in (self._kill_trials, self._damage, self._full_disks, self._endure, self._hostile):
+            Path(folder).chmod(0o755)  # some of what follows gives its privileges up
+            parts = (self._kill_trials, self._damage, self._full_disks, self._surroundings, self._endure, self._hostile)
+            for part in parts:
                 part(Path(folder) / part.__name__)
                 shutil.rmtree(Path(folder) / part.__name__, ignore_errors=True)
         return self.result
@@ -257,27 +259,28 @@ class ReliabilityBench:
     # ---- disks, endurance, input
 
     def _full_disks(self, folder: Path) -> None:
+        self.result.disk_full = self._try_all(full_disks(folder))
+
+    def _surroundings(self, folder: Path) -> None:
+        for attempts in (permissions, read_only, clocks):
+            self.result.surroundings |= self._try_all(attempts(folder / attempts.__name__))
+
+    def _try_all(self, attempts: Attempts) -> dict[str, int]:
+        """How often there was which outcome; one that is not allowed, or another content than its own, fails."""
         outcomes: Counter[str] = Counter()
-        for limit in (0, 500, 2000, 8000, 20_000):
-            index = folder / str(limit) / "idx"
-            index.parent.mkdir(parents=True)
-            build_index(faults.source_of(Plan(limit).first()), index, faults.small_classifier())
-            outcome = self._alone(faults.fill_disk, index, limit, limit)
-            outcomes[f"no file beyond {limit} bytes: {outcome}"] += 1
-            if outcome == "error":
-                self._any_right(index, [Plan(limit).first()], f"files limited to {limit} bytes")
-            elif outcome != "done":
-                self._fail("crashed", f"files limited to {limit} bytes: {outcome}")
-        with small_disk(folder / "disk") as disk:
-            if disk is None:
-                outcomes["small disk: not mounted, which takes root on Linux"] += 1
-            else:
-                build_index(faults.source_of(Plan(0).first()), disk / "idx", faults.small_classifier())
-                outcome = self._alone(faults.change_on_small_disk, disk / "idx", 0)
-                outcomes[f"small disk: {outcome}"] += 1
-                if outcome != "error":
-                    self._fail("crashed" if outcome.startswith("crashed") else "wrong_silent", f"small disk: {outcome}")
-        self.result.disk_full = dict(outcomes)
+        for attempt in attempts:
+            if isinstance(attempt, Skipped):
+                outcomes[attempt.what] += 1
+                continue
+            with attempt.around:
+                outcome = self._alone(attempt.work, *attempt.arguments)
+            outcomes[f"{attempt.what}: {outcome}"] += 1
+            if outcome not in attempt.allowed:
+                wrong = outcome in ("right", "wrong", "done")
+                self._fail("wrong_silent" if wrong else "crashed", f"{attempt.what}: {outcome}")
+            elif (content := attempt.allowed[outcome]) is not None:
+                self._any_right(attempt.index, [content], attempt.what)
+        return dict(outcomes)
 
     def _endure(self, folder: Path) -> None:
         folder.mkdir()
@@ -351,24 +354,6 @@ class ReliabilityBench:
         self.result.failures.append(f"{figure}: {what}")
 
 
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A file system of 1 MiB in memory; None where it cannot be mounted."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if (
-        os.name != "posix"
-        or shutil.which("mount") is None
-        or subprocess.run(mount, capture_output=True, check=False).returncode
-    ):
-        yield None
-        return
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=False)
-
-
 def print_reliability(result: Reliability, *, as_json: bool) -> None:
     """On stdout: one JSON object, or the bars and the counts as lines."""
     if as_json:
@@ -376,7 +361,7 @@ def print_reliability(result: Reliability, *, as_json: bool) -> None:
         return
     for name, (value, holds) in result.bars().items():
         print(f"{'holds' if holds else 'FAILS'}  {name} = {value:g} (bar {BARS[name]:g})")
-    for title in ("damaged", "disk_full", "hostile", "endurance", "where"):
+    for title in ("damaged", "disk_full", "surroundings", "hostile", "endurance", "where"):
         for name, count in sorted(getattr(result, title).items()):
             print(f"{title}: {name}: {count:g}")
     for failure in result.failures:

@@ -65,7 +65,7 @@ class Method:
                 raise InputError(f"{text}: a baseline takes only stretch=true, got {', '.join(settings)}")
             return cls(text, Metric(kind), "stretch=true" in settings, None)
         if kind not in PRESETS:
-            known = [*Metric, *PRESETS]
+            known = [*map(str, Metric), *PRESETS]
             raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
         return cls(text, None, False, preset(kind).with_settings(settings))
 
@@ -101,8 +101,8 @@ class TmmRetriever:
         self.name, self.config, self.tmm = method.name, method.config, tmm
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
-        """The scores of the configuration."""
-        config = replace(self.config, seed=seed)
+        """The scores of the configuration; ``seed`` is added to its own."""
+        config = replace(self.config, seed=self.config.seed + seed)
         return _by_row(self.tmm.rank(self._pixels(query), k=len(self.tmm.store), config=config))
 
     def scores_beside(

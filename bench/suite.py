@@ -73,6 +73,12 @@ class Suite:
             progress("reading", len(records), len(source))
         if not records:
             raise InputError(f"{source.name}: no image could be read")
+        largest = max(record.label for record in records if record.label is not None)
+        if largest >= classifier.num_classes:
+            raise InputError(
+                f"{source.name}: expected labels below the classifier's {classifier.num_classes} classes, got "
+                f"{largest}; give the weights trained on it"
+            )
         generator = np.random.default_rng(seed)
         chosen = np.sort(generator.permutation(len(records))[:exemplars])
         kept = [records[row] for row in chosen]

@@ -65,11 +65,11 @@ def print_result(result: SearchResult) -> None:
     for heading, justify in (
         ("#", "right"),
         ("score", "right"),
-        ("P(dummy)", "right"),
+        ("confidence", "right"),
         ("label", "left"),
         ("id", "left"),
     ):
-        if heading != "P(dummy)" or result.mode == "tmm":
+        if heading != "confidence" or result.mode == "tmm":
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for hit in result.hits:
         confidence = [] if hit.confidence is None else [f"{hit.confidence:.4f}"]

@@ -19,8 +19,10 @@ class Hit:
         label: Class index.
         class_name: The class's name (the index as text where no names are known).
         label_is_predicted: True if the source had no labels and the model's prediction stands in.
-        score: Log-odds or logit of the dummy class (tmm), minus the L2 distance (l2), cosine similarity (cosine).
-        confidence: P(dummy class) in [0, 1] for tmm, None otherwise.
+        score: Log-odds, logit, similarity or a fusion (tmm, as its configuration says), minus the L2 distance (l2),
+            cosine similarity (cosine).
+        confidence: In [0, 1] for tmm, None otherwise: P(dummy class), or with a head in closed form the positive part
+            of the decorrelated similarity, which is 1 for the query itself.
         metadata: The source's other columns; ``path`` where it had files.
         image: uint8 (c, h, w), the stored exemplar.
     """

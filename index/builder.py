@@ -1,6 +1,6 @@
 """`build_index`: images -> features -> store, streamed, with progress, all or nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,8 +83,8 @@ def build_index(
 
     Raises:
         IndexStateError: the target is in the way, not writable, full, or being built by another process.
-        InputError: source and classifier do not fit, the source is empty, a label is out of range, or, with `strict`,
-            an image is unreadable.
+        InputError: source and classifier do not fit, the source is empty, an id is there twice, a label is out of range,
+            or, with `strict`, an image is unreadable.
     """
     check_build(source, target, classifier, overwrite=overwrite, neighbours=neighbours)
     report = BuildReport(labels_predicted=not source.labelled)
@@ -201,9 +201,12 @@ def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int
 def _readable(
     source: ImageSource, classifier: Classifier, report: BuildReport, *, strict: bool
 ) -> Iterator[ImageRecord]:
+    seen: set[str] = set()
     for record in source.read(classifier.image_shape):
         if isinstance(record, ImageRecord):
             _check_label(record, classifier)
+            _check_new(record, seen)
+            seen.add(record.id)
             yield record
         elif strict:
             raise ImageError(f"{record.id}: {record.reason} (without --strict it would be skipped)")
@@ -217,6 +220,11 @@ def _check_label(record: ImageRecord, classifier: Classifier) -> None:
             f"{record.id}: label {record.label}, but the model's head has {classifier.num_classes} classes "
             f"(0 to {classifier.num_classes - 1}): is this the data set the model was trained on?"
         )
+
+
+def _check_new(record: ImageRecord, seen: Set[str]) -> None:
+    if record.id in seen:
+        raise InputError(f"expected different ids, got {record.id!r} twice; make the source's ids unique")
 
 
 def _check_finite(features: Float32[np.ndarray, "n d"], records: list[ImageRecord]) -> None:

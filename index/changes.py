@@ -97,7 +97,8 @@ def add_exemplars(
         writer = LanceWriter(index / EXEMPLARS, change.schema)
         for batch in embedded(adapted, classifier, report, strict=strict):
             ids = [record.id for record in batch.records]
-            _check_ids(ids, new, {} if replace_same else present, source.name)
+            if not replace_same:
+                _check_free(ids, present, source.name)
             new.update(ids)
             writer.write(batch.columns(adapted) | global_columns(batch, global_column))
             progress("adding", report.exemplars + report.skipped_count, len(source))
@@ -221,10 +222,7 @@ def _whole_rows(change: Change, batch_size: int) -> Iterator[pa.Table]:
         yield table
 
 
-def _check_ids(ids: Sequence[str], new: set[str], present: Mapping[str, int], source: str) -> None:
-    if len(set(ids)) != len(ids) or (twice := new.intersection(ids)):
-        some = sorted(twice)[:NAMED] if len(set(ids)) == len(ids) else "one batch"
-        raise InputError(f"{source}: expected different ids, got some twice ({some}); make them unique")
+def _check_free(ids: Sequence[str], present: Mapping[str, int], source: str) -> None:
     if taken := [id_ for id_ in ids if id_ in present]:
         listed = ", ".join(map(repr, taken[:NAMED])) + (", …" if len(taken) > NAMED else "")
         raise InputError(

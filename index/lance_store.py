@@ -86,6 +86,7 @@ class LanceWriter:
 
         Raises:
             InputError: a value that its column cannot hold.
+            IndexStateError: a file is shorter than what was written to it.
         """
         given = [field for field in self._schema if field.name != ROW_DIGEST]
         rows = pa.table([_arrow_array(columns[field.name], field) for field in given], schema=pa.schema(given))
@@ -116,8 +117,20 @@ class LanceWriter:
     def _flush(self) -> None:
         if self._pending:
             table = pa.concat_tables(self._pending)
-            self._fragments += write_fragments(table, str(self._path), schema=self._schema)
+            fragments = write_fragments(table, str(self._path), schema=self._schema)
+            self._check_whole(fragments)
+            self._fragments += fragments
             self._pending, self._pending_rows = [], 0
+
+    def _check_whole(self, fragments: list[FragmentMetadata]) -> None:
+        # Lance does not report a last write that fails, as on a disk that is full by then
+        for file in (file for fragment in fragments for file in fragment.files):
+            path = self._path / "data" / file.path
+            if (found := path.stat().st_size) != file.file_size_bytes:
+                raise IndexStateError(
+                    f"{path} could not be written whole: expected {file.file_size_bytes:,} bytes, got {found:,}; "
+                    f"is the disk full? Nothing was changed"
+                )
 
 
 class LanceStore:

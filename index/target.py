@@ -22,7 +22,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         IndexStateError: it exists and is no index, or is one and `overwrite` is not set, or its folder cannot be
             written.
     """
-    if target.exists() and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
+    if _exists(target) and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
         raise IndexStateError(f"{target} exists and is not an index: it is left alone; choose another path")
     if (target / MANIFEST).is_file() and not overwrite:
         raise IndexStateError(f"{target} is an index already; pass --overwrite (overwrite=True) to replace it")
@@ -90,10 +90,10 @@ def recover(target: Path) -> None:
     exist.
 
     Raises:
-        IndexStateError: its folder cannot be written to, or another process does not let go of it.
+        IndexStateError: its folder cannot be entered or written to, or another process does not let go of it.
     """
     target = target.resolve()
-    if not target.exists() and _beside(target, "previous").exists():
+    if not _exists(target) and _exists(_beside(target, "previous")):
         try:
             with _lock(target).acquire(timeout=RECOVERY_SECONDS):
                 _recover(target)
@@ -129,6 +129,13 @@ def _beside(target: Path, role: str) -> Path:
 
 def _lock(target: Path) -> filelock.FileLock:
     return filelock.FileLock(_beside(target, "lock"))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise IndexStateError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -25,6 +25,7 @@ from bench.self_retrieval import KEY, measure_self_retrieval
 from bench.suite import Suite
 from index.errors import InputError
 from index.sources import ArraySource
+from index.store import STRETCHED_FEATURE
 from rerank.config import PRESETS
 from tests.builders import tiny_arrays, tiny_classifier
 from tests.digits import IMAGES, LABELS, make_classifier
@@ -116,6 +117,10 @@ def test_smaller_sets_are_nested_and_keep_their_queries(suite: Suite):
     for part, whole in (
         (few.store.images(np.arange(7)), suite.store.images(same)),
         (few.store.features(np.arange(7)), suite.store.features(same)),
+        (
+            few.store.features(np.arange(7), column=STRETCHED_FEATURE),
+            suite.store.features(same, column=STRETCHED_FEATURE),
+        ),
         (few.store.labels, suite.store.labels[same]),
     ):
         np.testing.assert_array_equal(part, whole)
@@ -196,6 +201,6 @@ def test_the_head_alone_is_the_fast_path_and_layers_change_it(digits: Suite):
 def test_layers_need_a_resnet_and_what_the_reference_can_do(suite: Suite, digits: Suite):
     with pytest.raises(InputError, match="expected a model with layer1"):
         layer_variants(Method.parse("paper"), suite.classifier)
-    for base in ("robust", "paper,fusion=1", "paper,tuning=discriminant", "paper,stretch=true"):
+    for base in ("robust", "paper,fusion=1", "paper,tuning=discriminant", "paper,trigger=global"):
         with pytest.raises(InputError, match="slow reference"):
             layer_variants(Method.parse(base), digits.classifier)

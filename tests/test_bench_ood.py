@@ -17,6 +17,8 @@ from bench.suite import Suite
 from index.builder import embed, predict
 from index.errors import InputError
 from index.sources import ArraySource, FolderSource
+from index.store import STRETCHED_FEATURE
+from rerank.contrast import embed_stretched
 from tests.builders import tiny_arrays, tiny_classifier
 from tests.digits import write_photos
 
@@ -92,6 +94,8 @@ def test_foreign_exemplars_come_last_and_bear_the_models_labels(suite: Suite):
     np.testing.assert_array_equal(store.features(own), suite.store.features(own))
     features = embed(foreign, suite.classifier)
     np.testing.assert_array_equal(store.features(others), features)
+    stretched = [suite.store.features(own, column=STRETCHED_FEATURE), embed_stretched(foreign, suite.classifier)]
+    np.testing.assert_array_equal(store.features(rows, column=STRETCHED_FEATURE), np.concatenate(stretched))
     np.testing.assert_array_equal(store.labels[:N], suite.store.labels)
     np.testing.assert_array_equal(store.labels[N:], predict(features, suite.classifier))
     assert store.label_is_predicted.tolist() == N * [False] + M * [True]

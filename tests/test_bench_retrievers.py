@@ -74,18 +74,24 @@ def test_two_methods_of_one_name_are_refused(suite: Suite):
 # --------------------------------------------------------------------------------------------- scores
 
 
+def stretched(images: np.ndarray) -> np.ndarray:
+    low, high = images.min(axis=(-3, -2, -1), keepdims=True), images.max(axis=(-3, -2, -1), keepdims=True)
+    return (images - low) / (high - low)
+
+
 def test_baselines_score_as_written_down(suite: Suite, query: np.ndarray):
-    with torch.inference_mode():
-        clean, stretched = (
-            suite.classifier.features(torch.tensor(pixels)[None]).double().numpy()[0]
-            for pixels in (query * 0.5, (query - query.min()) / (query.max() - query.min()))
-        )
-    features = suite.store.features(np.arange(N)).astype(np.float64)
+    def features(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return suite.classifier.features(torch.tensor(pixels)).double().numpy()
+
+    images, dark = suite.store.images(np.arange(N)) / np.float32(255), query * np.float32(0.5)
     l2, cosine, stretching = suite.retrievers([Method.parse(name) for name in ("l2", "cosine", "cosine,stretch=true")])
-    np.testing.assert_allclose(l2.scores(query * 0.5), -np.linalg.norm(features - clean, axis=1), rtol=1e-5)
-    for retriever, feature in ((cosine, clean), (stretching, stretched)):
-        expected = features @ feature / np.linalg.norm(features, axis=1) / np.linalg.norm(feature)
-        np.testing.assert_allclose(retriever.scores(query * 0.5), expected, rtol=1e-4, atol=1e-5)
+    distances = np.linalg.norm(features(images) - features(dark[None]), axis=1)
+    np.testing.assert_allclose(l2.scores(dark), -distances, rtol=1e-4)
+    for retriever, one, all_ in ((cosine, dark, images), (stretching, stretched(dark), stretched(images))):
+        x, exemplars = features(one[None])[0], features(all_)
+        expected = exemplars @ x / np.linalg.norm(exemplars, axis=1) / np.linalg.norm(x)
+        np.testing.assert_allclose(retriever.scores(dark), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_tmm_scores_are_the_rerankers_in_row_order(suite: Suite, query: np.ndarray):

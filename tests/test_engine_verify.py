@@ -15,6 +15,7 @@ from index.changes import add_exemplars, delete_exemplars
 from index.images import Shape
 from index.manifest import CACHE, EXEMPLARS, MANIFEST, MODEL, VERSIONS, Manifest, data_files, digest_of
 from index.sources import ImageRecord
+from index.store import FEATURES, GLOBAL_FEATURE, STRETCHED_FEATURE
 from rerank import TmmConfig
 from rerank.global_trigger import GlobalColumn, make_global_trigger
 from tests.builders import opened, tiny_arrays
@@ -102,19 +103,40 @@ def test_every_damaged_file_is_found(index, how):
     assert verify_index(index, model=network()).findings == []
 
 
-def test_a_feature_that_was_damaged_is_computed_again(index):
+@pytest.mark.parametrize("column", FEATURES)
+def test_a_feature_that_was_damaged_is_computed_again(index, column):
     store = opened(index)[1]
-    row = np.array([7])
-    feature, images, features = store.features(row), store.images(np.arange(N - 1)), store.features(np.arange(N - 1))
-    flip(data_file(index, feature), position_of(data_file(index, feature), feature) + 6)
+    row, rows = np.array([7]), np.arange(N - 1)
+    images, features = store.images(rows), {each: store.features(rows, column=each) for each in FEATURES}
+    damaged = store.features(row, column=column)
+    flip(data_file(index, damaged), position_of(data_file(index, damaged), damaged) + 6)
+    assert (store.features(row, column=column) != damaged).any()
     done = verify_index(index, model=network())
     assert [finding.remedy for finding in done.findings] == [REPAIR]
     assert any("features of 39 exemplars" in line for line in repair_index(index, model=network()))
     assert verify_index(index, model=network()).sound
     manifest, store = opened(index)
     assert manifest.version == 4
-    np.testing.assert_array_equal(store.images(np.arange(N - 1)), images)
-    np.testing.assert_allclose(store.features(np.arange(N - 1)), features, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(store.images(rows), images)
+    for each in FEATURES:
+        np.testing.assert_allclose(store.features(rows, column=each), features[each], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("column", [GLOBAL_FEATURE, STRETCHED_FEATURE])
+def test_a_column_that_is_not_of_its_images_is_found_though_every_digest_fits(tmp_path, column):
+    class Wrong(GlobalColumn):
+        def columns(self, images: Any) -> Any:
+            right = super().columns(images)
+            return right | {column: right[column] + 0.5}
+
+    source = ArraySource(IMAGES[:20], LABELS[:20])
+    trigger = make_global_trigger(source, CLASSIFIER, TmmConfig(trigger_steps=5))
+    build_index(source, tmp_path / "idx", CLASSIFIER, global_column=Wrong(trigger, CLASSIFIER))
+    done = verify_index(tmp_path / "idx", model=network())
+    assert len(done.findings) == 20
+    assert all(f"the column '{column}'" in finding.what for finding in done.findings)
+    repair_index(tmp_path / "idx", model=network())
+    assert verify_index(tmp_path / "idx", model=network()).findings == []
 
 
 def test_a_damaged_image_is_named_and_never_covered_up(index):
@@ -153,8 +175,11 @@ class Twice(ArraySource):
             yield ImageRecord(record.id[:-1], record.image, record.label, record.metadata)
 
 
-def test_ids_that_are_there_twice_are_found(tmp_path):
-    build_index(Twice(IMAGES[:4], LABELS[:4], ids=["aa", "ab", "ba", "ca"]), tmp_path / "idx", CLASSIFIER)
+def test_ids_that_are_there_twice_are_found(tmp_path, monkeypatch):
+    """As in an index of another program, for `build_index` refuses them."""
+    with monkeypatch.context() as patched:
+        patched.setattr("index.builder._check_new", lambda record, seen: None)
+        build_index(Twice(IMAGES[:4], LABELS[:4], ids=["aa", "ab", "ba", "ca"]), tmp_path / "idx", CLASSIFIER)
     [finding] = verify_index(tmp_path / "idx", model=network()).findings
     assert "1 ids are there more than once" in finding.what
 

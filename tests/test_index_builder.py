@@ -224,6 +224,19 @@ def test_the_factory_string_is_recorded(target):
     assert opened(target)[0].neighbours == "HNSW32"
 
 
+@pytest.mark.parametrize("again", [3, 40])  # in the first batch, and in another
+def test_an_id_twice_is_refused_and_the_old_index_stays(target, again):
+    tiny_build(target, seed=1)
+    before = snapshot(target)
+    images, labels = tiny_arrays(0)
+    records = [ImageRecord(f"id {n}", images[n], int(labels[n]), {}) for n in range(again)]
+    source = GivenRecords([*records, ImageRecord("id 1", images[50], 0, {})])
+    with pytest.raises(InputError, match="got 'id 1' twice; make the source's ids unique"):
+        build_index(source, target, tiny_classifier(), overwrite=True)
+    assert snapshot(target) == before
+    assert beside(target) == set()
+
+
 # ---- images that cannot be read
 
 

@@ -22,7 +22,10 @@ from index.images import Shape
 from index.lance_store import LanceStore
 from index.manifest import EXEMPLARS, MANIFEST, VERSIONS, Manifest, data_files, digest_files
 from index.sources import ArraySource, ImageRecord
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE
 from index.target import locked
+from rerank.config import TmmConfig
+from rerank.global_trigger import GlobalColumn, make_global_trigger
 from tests.builders import opened, reference_features, snapshot, tiny_arrays, tiny_build, tiny_classifier
 from tests.conftest import CLASSES
 
@@ -176,7 +179,7 @@ def test_an_id_twice_in_a_source_is_refused(index):
     before = snapshot(index)
     twice = Twice(POOL[:3], LABELS[:3], metadata={"number": [0, 1, 2]})
     for replace_same in (False, True):
-        with pytest.raises(InputError, match="got some twice"):
+        with pytest.raises(InputError, match="got 'same' twice"):
             add_exemplars(index, twice, CLASSIFIER, replace_same=replace_same)
     assert snapshot(index) == before
 
@@ -404,3 +407,28 @@ def test_the_classifier_read_from_the_index_adds_too(tmp_path):
     images, labels = tiny_arrays(3, 2)
     more = ArraySource(images, labels, ids=["x", "y"], metadata={"seed": [3, 3]})
     assert add_exemplars(tmp_path / "idx", more, loaded).exemplars == 98
+
+
+def test_every_column_of_features_goes_through_every_change(tmp_path):
+    """Added, replaced, deleted, compacted: in every version each column is that of the images."""
+    config, index = TmmConfig(trigger_steps=5), tmp_path / "idx"
+    column = GlobalColumn(make_global_trigger(source(list(range(20))), CLASSIFIER, config), CLASSIFIER)
+    build_index(source(list(range(20))), index, CLASSIFIER, global_column=column)
+    add_exemplars(index, source([60, 61], ["id 4", "new"]), CLASSIFIER, replace_same=True, global_column=column)
+    delete_exemplars(index, ids=["id 9"])
+    compact(index)
+    for version in range(1, 5):
+        manifest = Manifest.read(index, version=version)
+        store = LanceStore(
+            index / EXEMPLARS,
+            image_shape=manifest.image_shape,
+            feature_dim=manifest.feature_dim,
+            version=manifest.lance_version,
+            global_features=True,
+        )
+        rows = np.arange(len(store))
+        expected = column.columns(store.images(rows).copy())
+        assert expected.keys() == {GLOBAL_FEATURE, STRETCHED_FEATURE}
+        for name, features in expected.items():
+            np.testing.assert_allclose(store.features(rows, column=name), features, rtol=1e-4, atol=1e-5)
+    assert sorted(store.ids) == sorted({*(f"id {n}" for n in range(20)), "new"} - {"id 9"})

@@ -97,7 +97,7 @@ def test_under_the_querys_own_trigger_it_is_the_slow_search(classifier, store, q
 
 @pytest.mark.parametrize("score", Score)
 def test_stretching_goes_with_a_head_tuned_by_steps_too(tmm, shared, classifier, store, query, score):
-    config = replace(ROBUST, tuning=Tuning.ADAM, fusion=0.0, score=score)
+    config = replace(ROBUST, tuning=Tuning.ADAM, fusion=0.0, score=score, tuning_min_steps=40, tuning_lr=0.05)
     images, labels = torch.tensor(store.images(np.arange(N))), torch.tensor(store.labels)
     slow = reference_scores(classifier, query, images, labels, config, trigger=shared[True].trigger)
     ranking = tmm.rank(query, k=N, config=config)
