@@ -285,4 +285,4 @@ def _written_by(kind: str, index: Path) -> list[Path]:
     lock, exemplars = index.with_name(f".{index.name}.lock"), index / EXEMPLARS
     if kind == "build":
         return [lock, index.parent]
-    return [lock, index, exemplars / "_versions", exemplars if kind == "delete" else exemplars / "data"]
+    return [lock, index, exemplars / "_versions", *([] if kind == "delete" else [exemplars / "data"])]

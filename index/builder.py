@@ -83,8 +83,8 @@ def build_index(
 
     Raises:
         IndexStateError: the target is in the way, not writable, full, or being built by another process.
-        InputError: source and classifier do not fit, the source is empty, an id is there twice, a label is out of range,
-            or, with `strict`, an image is unreadable.
+        InputError: source and classifier do not fit, the source is empty, an id is there twice, a label is out of
+            range, or, with `strict`, an image is unreadable.
     """
     check_build(source, target, classifier, overwrite=overwrite, neighbours=neighbours)
     report = BuildReport(labels_predicted=not source.labelled)

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from bench import faults, hostile
 from bench.faults import Plan
 from bench.reliability import Reliability, ReliabilityBench, print_reliability
+from bench.reliability_surroundings import CONTENT, KINDS, NOT_MOUNTED, Attempt, Skipped, outcome_of
 from index.builder import build_index
-from index.errors import TmmEngineError
+from index.errors import IndexStateError, TmmEngineError
 from index.manifest import Manifest
 
 
@@ -31,6 +34,72 @@ def test_a_small_run_loses_nothing(bench: ReliabilityBench, tmp_path: Path):
     assert result.endurance["searches"] == 10
     assert result.where["ratio"] > 0
     assert any(name.endswith(": error") for name in result.disk_full)
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that who gave root's privileges up can reach, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_permissions_read_only_disks_and_clocks_set_back_lose_nothing(public_folder: Path):
+    bench = ReliabilityBench(trials=0)
+    bench._surroundings(public_folder)
+    result, outcomes = bench.result, bench.result.surroundings
+    assert result.failures == []
+    assert outcomes["nothing denied, read: right"] == 1
+    assert outcomes["idx cannot be written, read: right"] == 1
+    assert outcomes["idx/exemplars.lance/data cannot be entered, read: error"] == 1
+    assert outcomes["index.json cannot be read: error"] == 1
+    for kind in KINDS:
+        assert outcomes[f".idx.lock cannot be written, {kind}: error"] == 1
+        assert outcomes[f"clock set back, {kind}: done"] == 1
+        if f"read-only disk: {NOT_MOUNTED}" not in outcomes:
+            assert outcomes[f"read-only disk, {kind}: error"] == 1
+
+
+def say(outcome: str) -> str:
+    return outcome
+
+
+def test_outcomes_that_are_not_allowed_and_contents_that_are_not_left_are_counted(tmp_path: Path):
+    bench, index = ReliabilityBench(trials=0), tmp_path / "idx"
+    build_index(faults.source_of(CONTENT), index, faults.small_classifier())
+    attempts = [
+        Attempt("as it should be", index, say, ("error",), {"error": CONTENT}),
+        Attempt("done where it cannot be", index, say, ("done",), {"error": CONTENT}),
+        Attempt("lost", index, say, ("done",), {"done": CONTENT | {"id 0": 9}}),
+        Attempt("raised", index, int, ("x",), {"error": CONTENT}),
+        Skipped("not here"),
+    ]
+    outcomes = bench._try_all(iter(attempts))
+    assert (bench.result.wrong_silent, bench.result.lost, bench.result.crashed) == (1, 1, 1)
+    assert (outcomes["as it should be: error"], outcomes["not here"]) == (1, 1)
+
+
+def test_an_error_is_one_line():
+    def fail(text: str) -> str:
+        raise IndexStateError(text)
+
+    assert outcome_of(lambda: fail("one line")) == "error"
+    assert outcome_of(lambda: fail("one\nand another")).startswith("an error that is not one line")
+
+
+def test_a_file_that_lacks_only_its_end_is_an_error_and_not_done(tmp_path: Path):
+    """Lance says nothing of a last write that fails."""
+    bench, seed = ReliabilityBench(trials=0), 5
+    now = Plan(seed).first()
+    kind, after = Plan(seed).next(now)
+    assert kind == "build"
+    for name in ("whole", "cut"):
+        build_index(faults.source_of(now), tmp_path / name, faults.small_classifier())
+    assert bench._alone(faults.fill_disk, tmp_path / "whole", 10**6, seed) == "done"
+    assert bench._any_right(tmp_path / "whole", [after], "whole")
+    [data] = (tmp_path / "whole" / "exemplars.lance" / "data").iterdir()
+    assert bench._alone(faults.fill_disk, tmp_path / "cut", data.stat().st_size - 1, seed) == "error"
+    assert bench._any_right(tmp_path / "cut", [now], "cut")
 
 
 def test_an_index_at_another_content_counts_as_lost_and_a_wrong_answer_as_wrong(tmp_path: Path, monkeypatch):

@@ -141,7 +141,7 @@ def test_a_damaged_trigger_is_told_when_the_index_is_opened(work, tmp_path):
     replace(manifest, files=manifest.files | {GLOBAL_TRIGGER: digest_of(path)}).write(built)
     result = run("search", built, work / "queries")
     assert result.exit_code == 1
-    assert "is not what was written" in result.stderr
+    assert "damaged global trigger" in result.stderr
     path.unlink()
     assert "is missing" in run("search", built, work / "queries").stderr
 
