@@ -65,7 +65,7 @@ def _search(index: Path) -> float:
     engine = Engine.open(index, device="cpu", model=spec.architecture if spec.is_user_code else None)
     query = engine.exemplar(str(engine.store.ids[0]))
     before = _idle()
-    engine.search(query, k=10)
+    engine.search(query, k=10, config="paper")
     return peak_memory_mib() - before
 
 
