@@ -3,14 +3,15 @@
 #   bench/reproduce.sh NAME SOURCE WEIGHTS MODEL [options of the source and the model …]
 # for example
 #   bench/reproduce.sh MNIST mnist mnist.safetensors resnet18 --root data
-# Records go to bench/results/reproduction; an interrupted run goes on where it stopped.
+# Records go to bench/results; an interrupted run goes on where it stopped.
+# STAGES, QUERIES and FEW choose and size the runs; the galleries it draws show images of the data sets: never commit those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 source=$2 weights=$3 model=$4
 shift 4
 file=$(echo "$name" | tr 'A-Z ' 'a-z-')
-out=bench/results/reproduction
-mkdir -p "$out"
+out=bench/results/reproduction few_out=bench/results/paper
+mkdir -p "$out" "$few_out"
 common=("$source" --weights "$weights" --model "$model" --seed 1 "$@")
 main=("${common[@]}" --exemplars 5000 --name "$name")
 small=("${common[@]}" --exemplars 1000 --name "$name, 1,000 exemplars")
@@ -33,9 +34,9 @@ for stage in ${STAGES:-robustness radius paper semantic ood}; do
     ;;
   paper) # the preset `paper` passes every exemplar through the network for every query: fewer exemplars, fewer queries
     engine bench robustness "${small[@]}" "${few[@]}" --methods "l2;cosine;robust;paper" --queries "${FEW:-6}" \
-      --out "$out/paper-$file.jsonl"
+      --out "$few_out/paper-$file.jsonl"
     engine bench radius "${small[@]}" --methods "l2;cosine;robust;paper" --queries "${FEW:-6}" --directions 1 \
-      --kinds gaussian,brightness --out "$out/paper-radius-$file.jsonl"
+      --kinds gaussian,brightness --out "$few_out/paper-radius-$file.jsonl"
     ;;
   semantic)
     engine bench semantic "${main[@]}" --methods "l2;cosine;robust" --queries 100 \

@@ -58,6 +58,7 @@ PATHS = {  # path -> (exemplars, times)
     "exact onnx": (40, REPEATS),
     "candidates": (48, REPEATS),
     "global": (48, REPEATS),
+    "default": (48, REPEATS),
     "reference, Fisher alone": (40, 1),
     "reference, batch 256": (40, 1),
     "reference, batch 1024": (40, 1),
@@ -199,6 +200,7 @@ def test_figures_are_what_the_records_say(measured):
         "batched_trigger": median("16 triggers together") / median("16 triggers apart"),
         "candidates_over_exact": median("candidates") / slowest_size,
         "global_over_exact": median("global") / slowest_size,
+        "default_over_exact": median("default") / slowest_size,
         "slope": np.log2(slowest_size / median("exact by size", 24)),  # of the line through two sizes, one the double
         "l2_over_faiss": median("l2") / median("l2 by FAISS alone"),
         "cosine_over_faiss": median("cosine") / median("cosine by FAISS alone"),
