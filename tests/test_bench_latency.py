@@ -172,7 +172,7 @@ def test_every_path_is_recorded_as_often_as_asked_without_the_warm_up(measured):
     assert {key: len(latency.seconds(*key)) for key in latency.paths()} == expected
     assert all(record.seconds > 0.0 for record in latency.records)
     with_trigger = {record.path for record in latency.records if record.trigger_seconds > 0.0}
-    assert with_trigger == {"exact", "exact bf16", "exact onnx", "exact by size", "candidates", "global"}
+    assert with_trigger == {"exact", "exact bf16", "exact onnx", "exact by size", "candidates", "global", "default"}
     assert all(record.trigger_seconds < record.seconds for record in latency.records)
 
 
