@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import assume, given, HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import ExifTags, Image
@@ -190,6 +190,7 @@ def test_grey_becomes_three_equal_channels_and_colour_its_luma():
 def test_array_layouts_and_types_agree(pixels, channels):
     expected = np.stack([pixels] * channels)
     shape = expected.shape
+    assume(shape != (3, 3, 3))  # nothing tells which of the axes are the channels
     forms = [expected, expected.transpose(1, 2, 0), expected / 255, (expected / 255).astype(np.float16)]
     forms += [torch.from_numpy(expected), torch.from_numpy(expected / 255).requires_grad_()]
     forms += [torch.from_numpy(expected / 255).half(), pixels] if channels == 1 else []
