@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
+from torch import Tensor
 
+from bench.attack import features_of
 from bench.noise import Perturbation
 from bench.records import RecordFile
 from bench.retrievers import Method, Retriever
@@ -85,6 +87,10 @@ class ReferenceRetriever:
         return reference_scores(
             self._classifier, pixels, self._images, self._labels, config, tune_layers=self._layers
         ).scores
+
+    def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """φ(x): the trigger is the query's own and is not differentiated through; layers are as before the tuning."""
+        return features_of(self._classifier)(pixels)
 
 
 def variants_of(base: Method, settings: Sequence[str] | None, *, exemplars: int) -> list[Variant]:

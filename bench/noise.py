@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float32, Float64
 from PIL import Image as PillowImage
 from scipy.ndimage import gaussian_filter
-from torch import Tensor
 
-from index.classifier import Classifier
+from bench.attack import Embedding, pgd
 from index.errors import InputError, member
 
-PGD_STEPS = 20
-PGD_TRAVEL = 2.5  # all steps together, as a multiple of the level: enough to reach any point of the ball and to turn
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 Image = Float32[np.ndarray, "c h w"]
@@ -37,7 +33,8 @@ class Family(StrEnum):
     BLUR = "blur"  # Gaussian; the level is σ in pixels
     JPEG = "jpeg"  # the level is Pillow's quality
     SHIFT = "shift"  # by so many pixels up, down, left or right, the edge repeated
-    PGD = "pgd"  # x + δ, ‖δ‖₂ ≤ level, that moves φ(x) far
+    PGD = "pgd"  # x + δ, ‖δ‖₂ ≤ level, that moves φ(x) far: one for all methods
+    ADAPTIVE = "adaptive"  # x + δ, ‖δ‖₂ ≤ level, that moves far what a method ranks by: one for each method
 
 
 LEVELS: dict[Family, tuple[float, ...]] = {
@@ -49,6 +46,7 @@ LEVELS: dict[Family, tuple[float, ...]] = {
     Family.JPEG: (75.0, 50.0, 25.0, 10.0),
     Family.SHIFT: (1.0, 2.0, 4.0),
     Family.PGD: (0.25, 0.5, 1.0, 2.5),
+    Family.ADAPTIVE: (0.5, 1.0),
 }
 """The levels a benchmark uses unless told otherwise, from mild to strong."""
 
@@ -94,22 +92,23 @@ class Perturbation:
             return str(self.family)
         return f"{self.family} {np.format_float_positional(self.level, trim='-')}"
 
-    def apply(self, image: Image, *, seed: int, classifier: Classifier | None = None) -> Image:
-        """The perturbed image, a new array; the same bytes for the same arguments (PGD: on the same device).
+    def apply(self, image: Image, *, seed: int, embedding: Embedding | None = None) -> Image:
+        """The perturbed image, a new array; the same bytes for the same arguments (attacks: on the same device).
 
         Args:
             image: float32 (c, h, w) in [0, 1].
             seed: Of what is random: the direction of Gaussian noise (the same one at every level), that of a shift, the
-                start of PGD. Not negative.
-            classifier: Whose features PGD moves; the other families do without.
+                start of an attack, the same one for both. Not negative.
+            embedding: What an attack moves: `features_of` the classifier for PGD, a retriever's own for the adaptive
+                one; the other families do without.
 
         Returns:
             float32 (c, h, w) in [0, 1]. Under Gaussian noise its L2 distance from ``image`` is the level to 1e-4,
-            under PGD at most that.
+            under an attack at most that.
 
         Raises:
             InputError: not such an image; one with too little room in [0, 1] for the noise; a JPEG that has neither 1
-                nor 3 channels; PGD without a classifier.
+                nor 3 channels; an attack without an embedding.
         """
         _check(image)
         generator = _generator(self.family, seed)
@@ -129,10 +128,10 @@ class Perturbation:
                 perturbed = _jpeg(image, quality=int(self.level))
             case Family.SHIFT:
                 perturbed = _shifted(image, generator, pixels=int(self.level))
-            case Family.PGD:
-                if classifier is None:
-                    raise InputError("pgd: expected a classifier whose features to move, got none (pass classifier=)")
-                perturbed = _pgd(image, generator, classifier, bound=self.level)
+            case Family.PGD | Family.ADAPTIVE:
+                if embedding is None:
+                    raise InputError(f"{self.family}: expected what to move, got nothing (pass embedding=)")
+                perturbed = pgd(image, _generator(Family.PGD, seed), embedding, bound=self.level)
         return np.clip(perturbed, 0, 1)  # rounding may have left the range
 
 
@@ -235,29 +234,3 @@ def _shifted(image: Image, generator: np.random.Generator, *, pixels: int) -> Im
     rows = np.clip(np.arange(height) - down, 0, height - 1)
     columns = np.clip(np.arange(width) - right, 0, width - 1)
     return image[:, rows[:, None], columns]
-
-
-def _pgd(image: Image, generator: np.random.Generator, classifier: Classifier, *, bound: float) -> Image:
-    """Projected gradient ascent on ‖φ(x+δ) − φ(x)‖₂, from a random start (Madry et al., arXiv 1706.06083).
-
-    Each step goes along the normalised gradient, then back into the ball; clipping to [0, 1] only shortens δ.
-    """
-    like = classifier.head.weight
-    x = torch.tensor(image).to(like)
-    delta = _clipped(x, bound * _unit(torch.tensor(generator.standard_normal(image.shape)).to(like)))
-    target = classifier.features(x[None])
-    for _ in range(PGD_STEPS):
-        delta.requires_grad_()
-        distance = torch.linalg.vector_norm(classifier.features((x + delta)[None]) - target)
-        (gradient,) = torch.autograd.grad(distance, delta)
-        delta = delta.detach() + PGD_TRAVEL * bound / PGD_STEPS * _unit(gradient)
-        delta = _clipped(x, delta.norm().clamp(max=bound) * _unit(delta))
-    return (x + delta).float().cpu().numpy()
-
-
-def _unit(vector: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-    return vector / vector.norm().clamp(min=torch.finfo(vector.dtype).tiny)
-
-
-def _clipped(x: Float[Tensor, "c h w"], delta: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-    return (x + delta).clamp(0, 1) - x

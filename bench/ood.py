@@ -27,7 +27,8 @@ from jaxtyping import Float, Int64, UInt8
 
 from bench.noise import Perturbation
 from bench.records import RecordFile
-from bench.retrievers import Retriever, rank_of, scores_of_all
+from bench.retrievers import Retriever, rank_of
+from bench.self_retrieval import scores_under
 from bench.suite import Suite
 from index.batches import forward_batch_size
 from index.builder import embed, predict
@@ -123,7 +124,7 @@ def measure_foreign(
         record_file: Opened with KEY.
         foreign: What the foreign exemplars are called.
         foreign_count: How many there are.
-        classifier: For adversarial perturbations.
+        classifier: Whose features PGD moves.
         seed: Of the noise; each query draws its own, the same as in self-retrieval.
         progress: Told of searches done.
     """
@@ -136,15 +137,13 @@ def measure_foreign(
         for perturbation in perturbations:
             key = {"query": str(store.ids[row]), "level": perturbation.name, "foreign": foreign}
             missing = [one for one in retrievers if not record_file.done(**key, method=one.name)]
-            if missing:
-                query = perturbation.apply(image, seed=noise, classifier=classifier)
-                for retriever, scores in scores_of_all(missing, query):
-                    rivals = scores[beside]
-                    found = {
-                        "outranked": rank_of(rivals, store.ids[beside], 0),
-                        "foreign_count": foreign_count,
-                        "bound": outranking_bound(float(rivals[0]), rivals[1:]),
-                    }
-                    record_file.append(key | {"method": retriever.name} | found)
+            for retriever, scores in scores_under(perturbation, image, missing, seed=noise, classifier=classifier):
+                rivals = scores[beside]
+                found = {
+                    "outranked": rank_of(rivals, store.ids[beside], 0),
+                    "foreign_count": foreign_count,
+                    "bound": outranking_bound(float(rivals[0]), rivals[1:]),
+                }
+                record_file.append(key | {"method": retriever.name} | found)
             done += 1
             progress("searching", done, total)

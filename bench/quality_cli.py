@@ -49,7 +49,7 @@ out_option = click.option(
     "--out",
     type=click.Path(path_type=Path),
     required=True,
-    help="Records as JSON lines; a rerun goes on with them.",
+    help="Records as JSON lines; a rerun goes on with them. Global triggers are kept beside them, in .triggers.",
 )
 perturbations_option = click.option(
     "--perturbations",
@@ -68,7 +68,8 @@ suite_options = joined(sized(exemplars=2000, queries=50), methods_option, k_opti
     "--families",
     default="brightness,gaussian,contrast,blur,jpeg,shift,pgd",
     show_default=True,
-    help="Perturbations, separated by commas.",
+    help="Perturbations, separated by commas. Two are attacks: pgd, one for all methods, moves the plain features; "
+    "adaptive, one for each method and as slow, moves what that method ranks by.",
 )
 @click.option(
     "--levels", multiple=True, metavar="FAMILY=L,L,…", help="Levels of a family instead of its own; repeatable."
@@ -110,7 +111,13 @@ def robustness(source: str, **options: Any) -> None:
 @click.argument("source")
 @suite_options
 @click.option("--directions", type=click.IntRange(min=1), default=2, show_default=True, help="Gaussian ones a query.")
-@click.option("--kinds", default="gaussian,brightness,adversarial,feature,margin,seed", show_default=True)
+@click.option(
+    "--kinds",
+    default="gaussian,brightness,adversarial,adaptive,feature,margin,seed",
+    show_default=True,
+    help="Of radius, separated by commas. Two lead straight to an attack's end: adversarial, on the plain features; "
+    "adaptive, on what the method ranks by.",
+)
 @click.option("--skip", type=click.IntRange(min=0), default=0, help="Leave out the first so many random queries.")
 def radius(source: str, **options: Any) -> None:
     """The robustness radius of Definition 1: how far a query can move before its top k changes (§3.4).
@@ -241,7 +248,7 @@ def ood(source: str, **options: Any) -> None:
         store = mixed(suite, images)
         with suite.records(options["out"], "ood", methods, KEY, foreign_count=len(images)) as records:
             measure_foreign(
-                make_retrievers(methods, suite.classifier, store, progress=progress),
+                make_retrievers(methods, suite.classifier, store, triggers=suite.triggers, progress=progress),
                 queries,
                 store,
                 perturbations,
@@ -294,12 +301,15 @@ def load_suite(source: str, options: dict[str, Any], progress: "Progress") -> "S
 def suite_of(images: "ImageSource", classifier: "Classifier", options: dict[str, Any], progress: "Progress") -> "Suite":
     """The same, of a source and a classifier that are open."""
     from bench.suite import Suite
+    from bench.triggers import folder_beside
 
+    out = options["out"]  # none for a dry run
     return Suite.load(
         images,
         classifier,
         exemplars=options["exemplars"],
         seed=options["seed"],
         data_set=options["name"],
+        triggers=out and folder_beside(out),
         progress=progress,
     )

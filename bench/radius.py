@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64, Shaped
 
+from bench.attack import Embedding, features_of
 from bench.noise import Family, Image, Perturbation, gaussian_reach
 from bench.records import RecordFile
 from bench.retrievers import Retriever, top
@@ -47,9 +48,10 @@ TopSet = Callable[[Image], frozenset[int]]
 class Kind(StrEnum):
     """What a record's radius is."""
 
-    GAUSSIAN = "gaussian"  # `empirical_radius`, in L2 norm of pixels, and the next two
+    GAUSSIAN = "gaussian"  # `empirical_radius`, in L2 norm of pixels, and the next three
     BRIGHTNESS = "brightness"
-    ADVERSARIAL = "adversarial"
+    ADVERSARIAL = "adversarial"  # towards where PGD has moved φ(x): one path for all methods
+    ADAPTIVE = "adaptive"  # towards where it has moved what the method ranks by
     FEATURE = "feature"  # `closed_form_radius`, in L2 norm of features
     MARGIN = "margin"  # `margin_radius`, in L2 norm of pixels
     SEED = "seed"  # not a radius: `seed_changes_top`, a share in [0, 1]
@@ -150,12 +152,12 @@ def brightness_path(image: Image) -> QueryPath:
     return lambda t: image * np.float32(1 - t * (1 - DARKEST))
 
 
-def adversarial_path(image: Image, *, classifier: Classifier, largest_norm: float) -> QueryPath:
-    """Straight from the image to where PGD has moved its features far with a perturbation of ``largest_norm`` at most.
+def adversarial_path(image: Image, *, embedding: Embedding, largest_norm: float) -> QueryPath:
+    """Straight from the image to where PGD has moved its embedding far with a perturbation of ``largest_norm`` at most.
 
-    The direction is thus the worst for the features at the path's end, not at every norm.
+    The direction is thus the worst for the embedding at the path's end, not at every norm.
     """
-    end = Perturbation(Family.PGD, largest_norm).apply(image, seed=0, classifier=classifier)
+    end = Perturbation(Family.PGD, largest_norm).apply(image, seed=0, embedding=embedding)
     return lambda t: np.clip(image + np.float32(t) * (end - image), 0, 1)
 
 
@@ -336,23 +338,15 @@ class _Query:
 
     @cached_property
     def adversarial(self) -> QueryPath:
-        return adversarial_path(self.image, classifier=self.classifier, largest_norm=self.largest_norm)
+        return adversarial_path(self.image, embedding=features_of(self.classifier), largest_norm=self.largest_norm)
 
     @cached_property
     def feature(self) -> Float64[np.ndarray, "d"]:
         with torch.no_grad():
-            images = torch.tensor(self.image)[None].to(self.classifier.head.weight)
-            return self.classifier.features(images)[0].double().cpu().numpy()
+            return features_of(self.classifier)(torch.tensor(self.image)[None])[0].double().cpu().numpy()
 
     def radius(self, retriever: Retriever, kind: Kind, direction: int) -> Radius:
         match kind:
-            case Kind.GAUSSIAN:
-                noise = _derived(self.seed, self.row, direction)
-                return self._along(gaussian_path(self.image, seed=noise, largest_norm=self.largest_norm), retriever)
-            case Kind.BRIGHTNESS:
-                return self._along(brightness_path(self.image), retriever)
-            case Kind.ADVERSARIAL:
-                return self._along(self.adversarial, retriever)
             case Kind.FEATURE:
                 metric = Metric(retriever.name)
                 value = closed_form_radius(self.feature, self.features, k=self.k, metric=metric)
@@ -366,11 +360,24 @@ class _Query:
                 seeds = range(self.seed, self.seed + CONTROL_SEEDS)
                 share = seed_changes_top(retriever, self.image, ids=self.ids, k=self.k, seeds=seeds)
                 return Radius(share, censored=False, evaluations=CONTROL_SEEDS)
+            case _:
+                return self._along(self._path(retriever, kind, direction), retriever)
+
+    def _path(self, retriever: Retriever, kind: Kind, direction: int) -> QueryPath:
+        match kind:
+            case Kind.GAUSSIAN:
+                noise = _derived(self.seed, self.row, direction)
+                return gaussian_path(self.image, seed=noise, largest_norm=self.largest_norm)
+            case Kind.BRIGHTNESS:
+                return brightness_path(self.image)
+            case Kind.ADVERSARIAL:
+                return self.adversarial
+            case Kind.ADAPTIVE:
+                return adversarial_path(self.image, embedding=retriever.embedding, largest_norm=self.largest_norm)
+        raise AssertionError(f"{kind} is not found along a path")
 
     def _along(self, path: QueryPath, retriever: Retriever) -> Radius:
-        def top_set(image: Image) -> frozenset[int]:
-            return _top_set(retriever, image, ids=self.ids, k=self.k, seed=self.seed)
-
+        top_set = partial(_top_set, retriever, ids=self.ids, k=self.k, seed=self.seed)
         return empirical_radius(top_set, path, tolerance=self.tolerance)
 
 

@@ -53,10 +53,10 @@ class RecordFile:
         lock: filelock.BaseFileLock,
         *,
         key: tuple[str, ...],
-        done: set[tuple[Any, ...]],
+        found: dict[tuple[Any, ...], Record],
         unwritten: Record | None,
     ) -> None:
-        self._file, self._lock, self._key, self._done = file, lock, key, done
+        self._file, self._lock, self._key, self._found = file, lock, key, found
         self._unwritten = unwritten  # settings, until this run has something to record
 
     @classmethod
@@ -115,25 +115,29 @@ class RecordFile:
                     f"{path}: expected {name} {before!r}, with which its records were made, got {now!r} (choose "
                     "another --out, or delete the file)"
                 )
-        done = set()
+        found: dict[tuple[Any, ...], Record] = {}
         for number, record in lines:
             if SETTINGS in record:
                 continue
             if missing := [name for name in key if name not in record]:
                 raise InputError(f"{path}, line {number}: expected a record with {missing[0]!r} (delete the line)")
-            done.add(tuple(record[name] for name in key))
+            found[tuple(record[name] for name in key)] = record
         file = path.open("ab", buffering=0)
         file.truncate(content.rfind(b"\n") + 1)
         unwritten = settings if not runs or settings != runs[-1] else None
-        opened = cls(file, lock, key=key, done=done, unwritten=unwritten)
+        opened = cls(file, lock, key=key, found=found, unwritten=unwritten)
         if not runs:  # an unwritable file fails before the first measurement
             opened._write_settings()
         return opened
 
     def done(self, **key: Any) -> bool:
         """Whether there is a record with these values of the key fields, all of them."""
+        return self.find(**key) is not None
+
+    def find(self, **key: Any) -> Record | None:
+        """The record with these values of the key fields, all of them, if there is one."""
         assert key.keys() == set(self._key), f"expected {self._key}, got {tuple(key)}"
-        return self._values(key) in self._done
+        return self._found.get(self._values(key))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record: JSON values, NumPy's too; NaN and infinite numbers become null.
@@ -143,13 +147,14 @@ class RecordFile:
         """
         values = self._values(record)
         assert SETTINGS not in record, f"a record cannot have a field {SETTINGS!r}"
-        assert values not in self._done, f"{dict(zip(self._key, values, strict=True))} is recorded already"
+        assert values not in self._found, f"{dict(zip(self._key, values, strict=True))} is recorded already"
+        line = plain(dict(record))
         try:
             self._write_settings()
-            self._write(plain(dict(record)))
+            self._write(line)
         except OSError as error:
             raise InputError(f"cannot write {self._file.name}: {error.strerror} (make room, then run again)") from None
-        self._done.add(values)
+        self._found[values] = line
 
     def close(self) -> None:
         """Let others write."""

@@ -42,12 +42,14 @@ FAMILIES = {
     "jpeg": Axis("JPEG compression", "JPEG quality", None, falling=True),
     "shift": Axis("Shift", "shift in pixels", 0.0),
     "pgd": Axis("Adversarial (PGD on features)", "bound on the L2 norm", 0.0),
+    "adaptive": Axis("Adaptive (PGD on what the method ranks by)", "bound on the L2 norm", 0.0),
 }
 
 KINDS = {  # of a radius -> title, unit
     "gaussian": ("Gaussian noise", "L2 norm of the change in pixels"),
     "brightness": ("Brightness", "L2 norm of the change in pixels"),
     "adversarial": ("Adversarial direction", "L2 norm of the change in pixels"),
+    "adaptive": ("Adaptive adversarial direction", "L2 norm of the change in pixels"),
     "feature": ("Features, closed form", "L2 norm of the change in the feature"),
     "margin": ("Margin bound, not certified", "L2 norm of the change in pixels"),
 }

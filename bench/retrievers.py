@@ -1,26 +1,34 @@
 """What the benchmarks compare: ways to score every exemplar for a query, all with one face."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped
+from torch import Tensor
+from torch.nn.functional import normalize
 
+from bench.triggers import global_trigger, optimisation
 from index.batches import forward_batch_size
 from index.classifier import Classifier
 from index.errors import InputError, nearest
 from index.neighbours import Metric, exact_scores
 from index.progress import Progress, silent
 from index.ranking import best_first
-from index.sources import ArraySource
 from index.store import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
-from rerank.config import PRESETS, TmmConfig, Trigger, preset
+from rerank.config import PRESETS, TmmConfig, Trigger, Tuning, preset
 from rerank.contrast import stretch_contrast
-from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from rerank.discriminant import Discriminant
+from rerank.global_trigger import GlobalColumn, GlobalTrigger
+from rerank.recognition import Recognised
 from rerank.tmm import Ranking, TmmNN
+from rerank.trigger import apply_trigger
 
 Image = Float32[np.ndarray, "c h w"]
 
@@ -34,6 +42,12 @@ class Retriever(Protocol):
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """A score for every exemplar row; larger is better, no NaN. `query` is in pixels of [0, 1]."""
 
+    def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e"]:
+        """What it ranks by, differentiable: who moves this moves the ranks. `pixels` are in [0, 1], on any device."""
+
+
+BASELINE_SETTINGS = ("stretch", "recognition")
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -44,12 +58,15 @@ class Method:
             ``paper,blend=added,score=logit``.
         metric: Of a baseline; None for TMM-NN.
         stretch: Whether a baseline compares images with their contrast stretched.
+        recognition: From which cosine similarity on a baseline takes the query for a copy of an exemplar
+            (`rerank.recognition`); None never.
         config: Of TMM-NN; None for a baseline.
     """
 
     name: str
     metric: Metric | None
     stretch: bool
+    recognition: float | None
     config: TmmConfig | None
 
     @classmethod
@@ -61,17 +78,22 @@ class Method:
         """
         kind, *settings = text.split(",")
         if kind in list(Metric):
-            if any(setting not in ("stretch=true", "stretch=false") for setting in settings):
-                raise InputError(f"{text}: a baseline takes only stretch=true, got {', '.join(settings)}")
-            return cls(text, Metric(kind), "stretch=true" in settings, None)
+            if unknown := [setting for setting in settings if setting.partition("=")[0] not in BASELINE_SETTINGS]:
+                raise InputError(
+                    f"{text}: a baseline takes {' and '.join(BASELINE_SETTINGS)}, got {', '.join(unknown)}"
+                )
+            config = TmmConfig().with_settings(settings)
+            return cls(text, Metric(kind), config.stretch, config.recognition, None)
         if kind not in PRESETS:
             known = [*map(str, Metric), *PRESETS]
             raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
-        return cls(text, None, False, preset(kind).with_settings(settings))
+        return cls(text, None, False, None, preset(kind).with_settings(settings))
 
     def settings(self) -> dict[str, Any]:
         """For the records."""
-        return {"stretch": self.stretch} if self.config is None else self.config.to_json()
+        if self.config is not None:
+            return self.config.to_json()
+        return {"stretch": self.stretch} | ({} if self.recognition is None else {"recognition": self.recognition})
 
 
 class MetricRetriever:
@@ -80,17 +102,33 @@ class MetricRetriever:
     def __init__(self, method: Method, classifier: Classifier, store: MemoryStore) -> None:
         assert method.metric is not None
         self.name = method.name
-        self._metric, self._stretch = method.metric, method.stretch
+        self._metric, self._stretch, self._recognition = method.metric, method.stretch, method.recognition
         self._classifier = classifier
         column = STRETCHED_FEATURE if method.stretch else FEATURE
         self._features = store.features(np.arange(len(store)), column=column)
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """Minus the distance, or the similarity."""
-        pixels = torch.from_numpy(query)[None].to(self._classifier.device)
         with torch.inference_mode():
-            features = self._classifier.features(stretch_contrast(pixels) if self._stretch else pixels)
-        return exact_scores(features[0].cpu().numpy(), self._features, self._metric)
+            features = self._embedded(torch.from_numpy(query)[None])[0].cpu()
+        if self._recognition is not None:
+            features = self._recognised(features, threshold=self._recognition)
+        return exact_scores(features.numpy(), self._features, self._metric)
+
+    def _recognised(self, query: Float32[Tensor, "d"], *, threshold: float) -> Float32[Tensor, "d"]:
+        row = int(exact_scores(query.numpy(), self._features, self._metric).argmax())
+        exemplar = torch.from_numpy(self._features[row])
+        similarity = float(torch.cosine_similarity(query, exemplar, dim=0))
+        return Recognised.at(row, similarity, threshold=threshold).moved(query, exemplar)
+
+    def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """φ, of the stretched image where the method stretches; for cosine of unit length."""
+        features = self._embedded(pixels)
+        return normalize(features) if self._metric is Metric.COSINE else features
+
+    def _embedded(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        pixels = pixels.to(self._classifier.head.weight)
+        return self._classifier.features(stretch_contrast(pixels) if self._stretch else pixels)
 
 
 class TmmRetriever:
@@ -113,12 +151,43 @@ class TmmRetriever:
         rankings = self.tmm.rank_variants(self._pixels(query), k=len(self.tmm.store), configs=configs)
         return [_by_row(ranking) for ranking in rankings]
 
+    def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e"]:
+        """φ(x^t) of unit length, decorrelated first where the discriminant does so, and √fusion · φ(x) of unit length.
+
+        Of the stretched image where the method stretches. With the discriminant, half the squared distance to an
+        exemplar in it is what the exemplar's score lacks of the largest. A trigger of the query's own is not
+        differentiated through: then it is φ(x), as it comes. Nor is recognition.
+        """
+        phi, shared = self.tmm.classifier.features, self.tmm.global_trigger
+        pixels = pixels.to(self.tmm.classifier.head.weight)
+        clean = stretch_contrast(pixels) if self.config.stretch else pixels
+        if shared is None:
+            return phi(clean)
+        trigger = shared.trigger.to(clean)
+        blended = apply_trigger(clean, trigger, intensity=shared.intensity, blend=shared.blend, clamp=shared.clamp)
+        triggered = phi(blended)
+        if self.config.tuning is Tuning.DISCRIMINANT:
+            triggered = self._discriminant.decorrelated(triggered)
+        return torch.cat([normalize(triggered), math.sqrt(self.config.fusion) * normalize(phi(clean))], dim=1)
+
+    @cached_property
+    def _discriminant(self) -> Discriminant:
+        """Of all exemplars under the global trigger."""
+        features = self.tmm.store.features(np.arange(len(self.tmm.store)), column=GLOBAL_FEATURE)
+        device = self.tmm.classifier.device
+        return Discriminant.fit([torch.from_numpy(features).to(device)], shrinkage=self.config.shrinkage)
+
     def _pixels(self, query: Image) -> torch.Tensor:
         return torch.from_numpy(query).to(self.tmm.classifier.device)
 
 
 def make_retrievers(
-    methods: Sequence[Method], classifier: Classifier, store: MemoryStore, *, progress: Progress = silent
+    methods: Sequence[Method],
+    classifier: Classifier,
+    store: MemoryStore,
+    *,
+    triggers: Path | None = None,
+    progress: Progress = silent,
 ) -> list[Retriever]:
     """A retriever for each method; those with the same global trigger share its features.
 
@@ -126,16 +195,17 @@ def make_retrievers(
         methods: With different names.
         classifier: f.
         store: Exemplars, their clean features, and those of them stretched.
+        triggers: The folder that keeps global triggers (`bench.triggers`), if any does.
         progress: Told of the global triggers' optimisation.
 
     Raises:
-        InputError: two methods of one name.
+        InputError: two methods of one name, or as `global_trigger`.
     """
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise InputError(f"expected different methods, got {', '.join(names)}")
     engines: dict[Any, TmmNN] = {}
-    triggers: dict[Any, GlobalTrigger] = {}  # what Eq. 2 gives does not depend on the blend
+    optimised: dict[Any, GlobalTrigger] = {}
     retrievers: list[Retriever] = []
     for method in methods:
         config = method.config
@@ -144,14 +214,15 @@ def make_retrievers(
             continue
         kind: Any = None
         if config.trigger is Trigger.GLOBAL:
-            optimisation = (config.trigger_steps, config.trigger_lr, config.trigger_tolerance, config.seed)
-            if optimisation not in triggers:
-                source, plain = ArraySource(store.images(np.arange(len(store)))), replace(config, intensity=None)
-                triggers[optimisation] = make_global_trigger(source, classifier, plain, progress=progress)
-            kind = (optimisation, config.blend, config.clamp, config.stretch, config.intensity)
+            how = optimisation(config)
+            if how not in optimised:
+                optimised[how] = global_trigger(store, classifier, config, folder=triggers, progress=progress)
+            kind = (how, config.blend, config.clamp, config.stretch, config.intensity)
         if kind not in engines:
             engines[kind] = (
-                TmmNN(classifier, store) if kind is None else _with_global(classifier, store, config, triggers[kind[0]])
+                TmmNN(classifier, store)
+                if kind is None
+                else _with_global(classifier, store, config, optimised[kind[0]])
             )
         retrievers.append(TmmRetriever(method, engines[kind]))
     return retrievers

@@ -18,6 +18,7 @@ from index.progress import Progress, silent
 from index.records import ImageRecord
 from index.sources import ImageSource
 from index.store import MemoryStore
+from rerank.config import TmmConfig
 from rerank.contrast import embed_stretched
 
 
@@ -32,6 +33,7 @@ class Suite:
         order: A seeded permutation of the store's rows: queries are taken from its beginning, so that a larger run
             goes on with a smaller one.
         seed: Of subset, order and noise.
+        triggers: The folder that keeps global triggers (`bench.triggers`), if any does.
     """
 
     data_set: str
@@ -39,6 +41,7 @@ class Suite:
     store: MemoryStore
     order: Int64[np.ndarray, "n"]
     seed: int
+    triggers: Path | None = None
 
     @classmethod
     def load(
@@ -49,6 +52,7 @@ class Suite:
         exemplars: int,
         seed: int = 0,
         data_set: str | None = None,
+        triggers: Path | None = None,
         progress: Progress = silent,
     ) -> "Suite":
         """Read a labelled source into memory.
@@ -59,6 +63,7 @@ class Suite:
             exemplars: How many of them, drawn at random; all where there are fewer.
             seed: Of the draw.
             data_set: Default: the source's name.
+            triggers: As the attribute.
             progress: Told of images read.
 
         Raises:
@@ -95,7 +100,7 @@ class Suite:
             ids=[record.id for record in kept],
             stretched_features=np.concatenate(stretched),
         )
-        return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed)
+        return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed, triggers)
 
     def queries(self, count: int, *, skip: int = 0) -> Int64[np.ndarray, "q"]:
         """Rows of `count` queries, after the first `skip` of the permutation.
@@ -109,7 +114,7 @@ class Suite:
 
     def retrievers(self, methods: Sequence[Method], *, progress: Progress = silent) -> list[Retriever]:
         """One for each method."""
-        return make_retrievers(methods, self.classifier, self.store, progress=progress)
+        return make_retrievers(methods, self.classifier, self.store, triggers=self.triggers, progress=progress)
 
     def records(
         self, path: Path, benchmark: str, methods: Sequence[Method], key: tuple[str, ...], **settings: Any
@@ -128,7 +133,10 @@ class Suite:
         """
         measured = {name: config for run in _runs(path) for name, config in run.get("methods", {}).items()}
         for method in methods:
-            if measured.get(method.name, method.settings()) != method.settings():
+            before = measured.get(method.name, method.settings())
+            if method.config is not None:
+                before = TmmConfig().to_json() | before  # a setting that came later had its default
+            if before != method.settings():
                 raise InputError(
                     f"{path}: {method.name!r} was measured with {measured[method.name]}, is now {method.settings()}; "
                     f"write to another file, or delete this one"

@@ -1,5 +1,6 @@
 """Which software passes exemplars through the backbone: PyTorch or ONNX Runtime; and which is faster here."""
 
+import shutil
 from enum import StrEnum
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from index.errors import InputError, ModelError, member
 from index.manifest import CACHE, Manifest
 from index.store import ExemplarStore
 from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
-from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, SpeedComparison, export_onnx, faster_backend
+from rerank.onnx_backbone import OnnxBackbone, export_onnx
+from rerank.onnx_graphs import TRIGGERED, is_sealed
+from rerank.speed import SpeedComparison, faster_backend
+
+GRAPHS = Path(CACHE) / "onnx"  # in an index
 
 
 class Backend(StrEnum):
@@ -69,15 +74,35 @@ def cached_onnx(index: Path, classifier: Classifier, device: torch.device) -> On
         ModelError: the backbone cannot be expressed in ONNX.
     """
     require_onnx()
-    folder = index / CACHE / "onnx"
+    folder = index / GRAPHS
     if (folder / TRIGGERED).is_file():
         try:
             return OnnxBackbone.load(folder / TRIGGERED, classifier, device=device)
         except ModelError:  # damaged, or another model's: a cache is made anew
             pass
+    shutil.rmtree(folder, ignore_errors=True)  # `export_onnx` leaves alone what it does not know for an export
     folder.parent.mkdir(exist_ok=True)
     export_onnx(classifier, folder)
     return OnnxBackbone.load(folder / TRIGGERED, classifier, device=device)
+
+
+def damaged_graphs(index: Path) -> list[Path]:
+    """The graphs in the index's cache that are not what was exported; `cached_onnx` makes them anew.
+
+    Raises:
+        InputError: there are graphs, and the 'onnx' extra is not installed.
+    """
+    paths = sorted((index / GRAPHS).glob("*.onnx"))
+    if paths:
+        require_onnx()
+    return [path for path in paths if not _is_whole(path)]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return is_sealed(path)
+    except OSError:
+        return False
 
 
 def compare_backends(index: Path, classifier: Classifier, store: ExemplarStore) -> SpeedComparison:

@@ -1,75 +1,40 @@
 """`Engine`: open an index, search it."""
 
 import copy
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, Int64
 from torch import nn
 
-from engine.backends import Backend, choose_backbone, choose_device, compare_backends
+from engine.backends import Backend, compare_backends
 from engine.living import Living
+from engine.opening import index_in_memory, open_parts
 from engine.query import ImageLike, Query, as_query
-from engine.results import FailedQuery, Hit, SearchResult
-from index.builder import BuildReport, check_fit, embedded, predict
+from engine.request import Mode, Prefilter, Request, SearchOptions
+from engine.results import FailedQuery, SearchResult
+from engine.searching import Searcher
 from index.classifier import Classifier
-from index.errors import ImageError, IndexStateError, InputError, ModelError, member, nearest
+from index.errors import ImageError, InputError, member, nearest
 from index.faiss_cache import FaissCache
-from index.lance_store import LanceStore, matching_rows
-from index.manifest import CACHE, EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
-from index.neighbours import EXACT, Metric, Neighbours
+from index.lance_store import matching_rows
+from index.manifest import CACHE, Manifest
+from index.neighbours import EXACT
 from index.progress import Progress, silent
-from index.ranking import in_turn
 from index.sources import ArraySource
-from index.store import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore, MemoryStore, Subset
-from index.target import locked, recover
+from index.store import ExemplarStore, Subset
+from index.target import locked
 from index.where import shortened
 from rerank.backbone import Backbone, Precision
 from rerank.config import DEFAULT_PRESET, TmmConfig, preset
-from rerank.contrast import stretch_contrast
-from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from rerank.global_trigger import GlobalTrigger
 from rerank.scoring import DEFAULT_CACHE_BYTES
-from rerank.tmm import Ranking, TmmNN
+from rerank.tmm import TmmNN
 
-
-class Mode(StrEnum):
-    """How exemplars are ranked: by TMM-NN, or by distance between features."""
-
-    TMM = "tmm"
-    L2 = "l2"
-    COSINE = "cosine"
-
-
-class Prefilter(StrEnum):
-    """What chooses the candidates that TMM-NN scores."""
-
-    L2 = "l2"
-    COSINE = "cosine"
-    UNION = "union"  # both rankings, taken in turn
-    GLOBAL = "global"  # TMM-NN with the index's global trigger
-
-
-class SearchOptions(TypedDict, total=False):
-    """The options of `Engine.search`, for type checkers."""
-
-    k: int
-    mode: str
-    candidates: int | None
-    prefilter: str
-    config: TmmConfig | str
-    label: int | None
-    together: bool
-    stretch: bool | None
-    where: str | None
-    progress: Progress
+__all__ = ["Engine", "Mode", "Prefilter", "SearchOptions"]
 
 
 class Engine(Living):
@@ -101,10 +66,7 @@ class Engine(Living):
         self._options: dict[str, Any] = {}
         self._global_trigger = global_trigger
         self._narrowed: dict[str, Engine] = {}
-        self._factory = neighbours
-        self._cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
-        self._neighbours: dict[tuple[Metric, str], Neighbours] = {}
-        self._tmm = TmmNN(
+        tmm = TmmNN(
             classifier,
             store,
             cache_bytes=cache_bytes,
@@ -112,6 +74,8 @@ class Engine(Living):
             backbone=backbone,
             global_trigger=global_trigger,
         )
+        cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
+        self._searcher = Searcher(classifier, tmm, class_names=self.class_names, neighbours=neighbours, cache=cache)
         self._rows = {str(id_): row for row, id_ in enumerate(store.ids)}
 
     @classmethod
@@ -151,39 +115,26 @@ class Engine(Living):
             ModelError: the model cannot be rebuilt, or is not the one that the features were computed with.
         """
         path = Path(path)
-        recover(path)
-        manifest = Manifest.read(path, version=version)
-        manifest.check_sizes(path)
-        manifest.check_digests(path, exemplars=verify)
-        classifier = Classifier.load(path / MODEL, model=model)
-        if classifier.fingerprint != manifest.fingerprint:
-            raise ModelError(
-                f"{path} was built with the model {manifest.fingerprint[:12]}…, this one is "
-                f"{classifier.fingerprint[:12]}…: its "
-                f"features would not match; open it with the same model, or build the index again"
-            )
-        classifier = classifier.to(choose_device(device))
-        store = LanceStore(
-            path / EXEMPLARS,
-            image_shape=manifest.image_shape,
-            feature_dim=manifest.feature_dim,
-            version=manifest.lance_version,
-            global_features=manifest.global_trigger,
+        parts = open_parts(
+            path,
+            model=model,
+            device=device,
+            precision=member(Precision, precision),
+            backend=member(Backend, backend),
+            version=version,
+            verify=verify,
         )
-        manifest.check_exemplars(path, len(store), store.files)
         engine = cls(
-            classifier,
-            store,
-            class_names=manifest.class_names,
-            neighbours=manifest.neighbours,
-            manifest=manifest,
+            parts.classifier,
+            parts.store,
+            class_names=parts.manifest.class_names,
+            neighbours=parts.manifest.neighbours,
+            manifest=parts.manifest,
             path=path,
             cache_bytes=cache_bytes,
             precision=precision,
-            backbone=choose_backbone(
-                path, manifest, classifier, backend=member(Backend, backend), precision=member(Precision, precision)
-            ),
-            global_trigger=_global_trigger(path, manifest),
+            backbone=parts.backbone,
+            global_trigger=parts.global_trigger,
         )
         engine._options = {
             "model": model,
@@ -228,14 +179,11 @@ class Engine(Living):
             InputError: shapes, lengths, labels or ids that do not fit.
         """
         source = ArraySource(images, labels, ids=ids, class_names=class_names, metadata=metadata)
-        check_fit(source, classifier)
-        shared = None
-        if global_trigger is not None:
-            config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
-            shared = make_global_trigger(source, classifier, config, progress=progress)
+        config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
+        store, shared = index_in_memory(source, classifier, global_trigger=config, progress=progress)
         return cls(
             classifier,
-            _memory_store(source, classifier, shared, progress),
+            store,
             class_names=class_names or classifier.class_names,
             neighbours=neighbours,
             global_trigger=shared,
@@ -247,7 +195,7 @@ class Engine(Living):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._neighbours.clear()
+        self._searcher.forget_neighbours()
 
     def __len__(self) -> int:
         return len(self.store)
@@ -255,7 +203,7 @@ class Engine(Living):
     @property
     def backend(self) -> str:
         """What passes exemplars through the backbone: software, precision, device."""
-        return self._tmm.backbone.name
+        return self._searcher.backend
 
     def compare_backends(self) -> dict[str, float]:
         """Time PyTorch and ONNX Runtime on this index, and note the images a second for ``backend="auto"``.
@@ -288,8 +236,8 @@ class Engine(Living):
                 raise InputError(f"no exemplar matches {shortened(where)}")
             narrowed = copy.copy(self)
             narrowed.store = Subset(self.store, rows)
-            narrowed._factory, narrowed._cache, narrowed._neighbours, narrowed._narrowed = EXACT, None, {}, {}
-            narrowed._tmm = self._tmm.over(narrowed.store)
+            narrowed._narrowed = {}
+            narrowed._searcher = self._searcher.over(narrowed.store)
             narrowed._rows = {str(id_): row for row, id_ in enumerate(narrowed.store.ids)}
             self._narrowed.clear()
             self._narrowed[where] = narrowed
@@ -323,6 +271,7 @@ class Engine(Living):
         label: int | None = None,
         together: bool = False,
         stretch: bool | None = None,
+        recognition: float | None = None,
         where: str | None = None,
         progress: Progress = silent,
     ) -> SearchResult | list[SearchResult]:
@@ -341,6 +290,9 @@ class Engine(Living):
                 for bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
             stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the
                 original was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``.
+            recognition: The similarity in [0, 1) from which on a query counts as a copy of an exemplar, and is answered
+                for as that exemplar would be (`rerank.recognition`): for ``l2`` and ``cosine`` the cosine similarity of
+                features, where 0.95 suits. None: as the configuration says for ``tmm``, never for the others.
             where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
                 tuned on, as if the index did not have them (`matching`).
             progress: Told of exemplars scored.
@@ -349,25 +301,22 @@ class Engine(Living):
             InputError: an unreadable image, an unknown mode, or an option out of range; raised before any search
                 begins.
         """
-        mode, config = member(Mode, mode), preset(config) if isinstance(config, str) else config
-        if stretch is None:
-            stretch = mode is Mode.TMM and config.stretch
-        request = _Request(
-            k=_positive("k", k),
+        request = Request.checked(
+            k=k,
             mode=mode,
-            candidates=None if candidates is None else _positive("candidates", candidates),
-            prefilter=member(Prefilter, prefilter),
-            config=replace(config, stretch=stretch),
+            candidates=candidates,
+            prefilter=prefilter,
+            config=config,
             label=label,
             together=together,
+            stretch=stretch,
+            recognition=recognition,
         )
         everything = copy.copy(self)  # `refresh` in another thread does not reach it
         current = everything if where is None else everything.matching(where)
         items = query if isinstance(query, list) else [query]
         queries = [current._query(item, position) for position, item in enumerate(items)]
-        searched = [_stretched(query) for query in queries] if stretch else queries
-        answers = (current._rerank if request.mode is Mode.TMM else current._nearest)(searched, request, progress)
-        results = [current._result(query, answer, request) for query, answer in zip(queries, answers, strict=True)]
+        results = current._searcher.search(queries, request, progress)
         if where is not None:
             note = f"restricted to the {len(current):,} of {len(everything):,} exemplars that match {shortened(where)}"
             results = [replace(result, exemplars=len(everything), notes=(note, *result.notes)) for result in results]
@@ -404,206 +353,3 @@ class Engine(Living):
 
     def _query(self, item: ImageLike | Query, position: int) -> Query:
         return as_query(item, shape=self.store.image_shape, name=f"query {position}")
-
-    def _nearest(self, queries: list[Query], request: "_Request", progress: Progress) -> "list[_Answer]":
-        """L2 or cosine."""
-        answers = [_Answer() for _ in queries]
-        searcher = self._searcher(Metric(request.mode), request, answers)
-        features = self._embed(queries, answers)
-        with _timed(answers, "neighbours"):
-            found = searcher.search(features, k=request.k)
-        for answer, (rows, scores) in zip(answers, found, strict=True):
-            answer.rows, answer.scores, answer.scored = rows, scores, len(self)
-        return answers
-
-    def _rerank(self, queries: list[Query], request: "_Request", progress: Progress) -> "list[_Answer]":
-        """TMM-NN, over all exemplars or over candidates."""
-        answers = [_Answer() for _ in queries]
-        features = self._embed(queries, answers)
-        pixels = torch.from_numpy(np.stack([query.pixels for query in queries])).to(self.classifier.device)
-        rankings = self._tmm.rank_many(
-            pixels,
-            k=request.k,
-            config=request.config,
-            candidates=self._candidates(pixels, features, request, answers),
-            labels=[request.label] * len(queries),
-            together=request.together,
-            progress=progress,
-        )
-        for answer, ranking in zip(answers, rankings, strict=True):
-            answer.rows, answer.scores, answer.scored = ranking.rows, ranking.scores, ranking.scored
-            answer.ranking = ranking
-            answer.timings |= ranking.timings
-        return answers
-
-    def _result(self, query: Query, answer: "_Answer", request: "_Request") -> SearchResult:
-        ranking = answer.ranking
-        notes = []
-        if len(answer.rows) < request.k:
-            notes.append(
-                f"k = {request.k} is more than the {answer.scored} exemplars scored: returned {len(answer.rows)}"
-            )
-        return SearchResult(
-            query=query.name,
-            mode=str(request.mode),
-            hits=self._hits(answer),
-            predicted_label=answer.predicted,
-            predicted_class=self.class_names[answer.predicted],
-            true_label=query.label,
-            true_class=None if query.label is None else self.class_names[query.label],
-            scored=answer.scored,
-            exemplars=len(self),
-            config=request.config.to_json() if ranking else None,
-            backend=self.backend if ranking else "FAISS",
-            timings=answer.timings,
-            notes=tuple(notes),
-            query_image=np.rint(query.pixels * 255.0).astype(np.uint8),
-            trigger=ranking.trigger if ranking else None,
-            triggered_query=ranking.triggered_query if ranking else None,
-        )
-
-    def _embed(self, queries: list[Query], answers: "list[_Answer]") -> Float32[np.ndarray, "q d"]:
-        """φ(x_q), one by one so that an answer does not depend on its neighbours in the list; notes the predictions."""
-        features = []
-        for query, answer in zip(queries, answers, strict=True):
-            with _timed([answer], "embedding"), torch.inference_mode():
-                pixels = torch.from_numpy(query.pixels[None]).to(self.classifier.device)
-                features.append(self.classifier.features(pixels).float().cpu().numpy())
-                answer.predicted = int(predict(features[-1], self.classifier)[0])
-        return np.concatenate(features)
-
-    def _candidates(
-        self,
-        pixels: Float32[torch.Tensor, "q c h w"],
-        features: Float32[np.ndarray, "q d"],
-        request: "_Request",
-        answers: "list[_Answer]",
-    ) -> list[Int64[np.ndarray, "candidates"] | None]:
-        """The rows that each query's rerank scores; None for all."""
-        count = request.candidates
-        if count is None or count >= len(self):
-            return [None] * len(answers)
-        if request.prefilter is Prefilter.GLOBAL:
-            config = self._tmm.require_global_trigger().as_asked_of(request.config)
-            labels = [request.label] * len(answers)
-            with _timed(answers, "prefilter"):
-                rankings = self._tmm.rank_many(pixels, k=count, config=config, labels=labels)
-            return [ranking.rows for ranking in rankings]
-        metrics = list(Metric) if request.prefilter is Prefilter.UNION else [Metric(request.prefilter)]
-        searchers = [self._searcher(metric, request, answers) for metric in metrics]
-        with _timed(answers, "prefilter"):
-            found = [[rows for rows, _ in searcher.search(features, k=count)] for searcher in searchers]
-        return [in_turn(rankings)[:count] for rankings in zip(*found, strict=True)]
-
-    def _searcher(self, metric: Metric, request: "_Request", answers: "list[_Answer]") -> Neighbours:
-        column = STRETCHED_FEATURE if request.config.stretch else FEATURE
-        if column not in self.store.feature_columns:
-            raise InputError(
-                "the index has no features of images with their contrast stretched: build it with --global-trigger, "
-                "or search with --no-stretch"
-            )
-        if (metric, column) not in self._neighbours:
-            with _timed(answers, "loading features"):
-                self._neighbours[metric, column] = Neighbours(
-                    self.store, metric, column=column, factory=self._factory, cache=self._cache
-                )
-        return self._neighbours[metric, column]
-
-    def _hits(self, answer: "_Answer") -> tuple[Hit, ...]:
-        images, metadata = self.store.images(answer.rows), self.store.metadata(answer.rows)
-        confidences = None if answer.ranking is None else answer.ranking.confidences
-        return tuple(
-            Hit(
-                rank=rank,
-                id=str(self.store.ids[row]),
-                label=int(self.store.labels[row]),
-                class_name=self.class_names[self.store.labels[row]],
-                label_is_predicted=bool(self.store.label_is_predicted[row]),
-                score=float(answer.scores[rank]),
-                confidence=None if confidences is None else float(confidences[rank]),
-                metadata=metadata[rank],
-                image=images[rank],
-            )
-            for rank, row in enumerate(answer.rows)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Checked options of a search."""
-
-    k: int
-    mode: Mode
-    candidates: int | None
-    prefilter: Prefilter
-    config: TmmConfig
-    label: int | None
-    together: bool
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What a search finds out about one query, step by step."""
-
-    predicted: int = -1
-    rows: Int64[np.ndarray, "k"] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    scores: Float[np.ndarray, "k"] = field(default_factory=lambda: np.empty(0))
-    scored: int = 0
-    ranking: Ranking | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-def _global_trigger(path: Path, manifest: Manifest) -> GlobalTrigger | None:
-    if not manifest.global_trigger:
-        return None
-    found = GlobalTrigger.load(path / GLOBAL_TRIGGER)
-    if tuple(found.trigger.shape) != manifest.image_shape:
-        raise IndexStateError(
-            f"{path / GLOBAL_TRIGGER}: expected a trigger of shape {manifest.image_shape}, got "
-            f"{tuple(found.trigger.shape)}; build the index again"
-        )
-    return found
-
-
-def _stretched(query: Query) -> Query:
-    return replace(query, pixels=stretch_contrast(torch.from_numpy(query.pixels)).numpy())
-
-
-def _memory_store(
-    source: ArraySource, classifier: Classifier, shared: GlobalTrigger | None, progress: Progress
-) -> MemoryStore:
-    report, batches = BuildReport(), []
-    for batch in embedded(source, classifier, report):
-        batches.append(batch)
-        progress("embedding", report.exemplars, len(source))
-    records = [record for batch in batches for record in batch.records]
-    more: dict[str, np.ndarray] = {}
-    if shared is not None:
-        parts = [GlobalColumn(shared, classifier).columns(batch.images) for batch in batches]
-        more = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return MemoryStore(
-        np.concatenate([batch.images for batch in batches]),
-        np.concatenate([batch.features for batch in batches]),
-        np.concatenate([batch.labels for batch in batches]),
-        ids=[record.id for record in records],
-        label_is_predicted=np.full(len(records), not source.labelled),
-        global_features=more.get(GLOBAL_FEATURE),
-        stretched_features=more.get(STRETCHED_FEATURE),
-        metadata=[record.metadata for record in records],
-    )
-
-
-@contextmanager
-def _timed(answers: "list[_Answer]", step: str) -> Iterator[None]:
-    """Time a step, shared equally by the answers it serves."""
-    start = time.perf_counter()
-    yield
-    seconds = (time.perf_counter() - start) / len(answers)
-    for answer in answers:
-        answer.timings[step] = answer.timings.get(step, 0.0) + seconds
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    return int(value)

@@ -78,6 +78,8 @@ class SearchResult:
         timings: Seconds by step; a step done for several queries together counts as shared equally.
         notes: What a user should know about this answer, in sentences.
         query_image: uint8 (c, h, w), the query as the model saw it.
+        recognised_as: Id of the exemplar that the query was taken for a copy of, and answered for; None where it
+            resembles none that much, or recognition is off.
         trigger: float32 (c, h, w) in pixel units, τ (tmm only).
         triggered_query: float32 (c, h, w), the blended query (tmm only).
     """
@@ -96,6 +98,7 @@ class SearchResult:
     timings: dict[str, float]
     notes: tuple[str, ...]
     query_image: UInt8[np.ndarray, "c h w"]
+    recognised_as: str | None = None
     trigger: Float[np.ndarray, "c h w"] | None = None
     triggered_query: Float[np.ndarray, "c h w"] | None = None
 

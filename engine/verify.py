@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Float32
 from torch import nn
 
+from engine.backends import damaged_graphs
 from index.batches import forward_batch_size
 from index.builder import embed
 from index.changes import rebuild_features
 from index.classifier import Classifier
 from index.commit import leftovers, remove_leftovers
-from index.errors import IndexStateError, ModelError, TmmEngineError
+from index.errors import IndexStateError, InputError, ModelError, TmmEngineError
 from index.faiss_cache import FaissCache
 from index.lance_store import LanceStore, lance_errors
 from index.manifest import (
@@ -116,7 +117,8 @@ def verify_index(
         store = _check_rows(index, manifest, done, progress)
         if store is not None:
             _check_features(index, manifest, store, done, model=model, sample=sample)
-    _check_caches(index, manifest, done)
+    for path in _damaged_caches(index, manifest, done):
+        done.found(f"{path} is damaged; searches ignore it", REPAIR, harmless=True)
     return done
 
 
@@ -147,9 +149,9 @@ def repair_index(index: Path, *, model: nn.Module | str | None = None, progress:
         before = set(index.rglob("*"))
         remove_leftovers(index, manifest)
         done += [f"removed {path}, left over" for path in sorted(before - set(index.rglob("*")))]
-        for path in FaissCache(index / CACHE, manifest.content).check(manifest.exemplars):
+        for path in _damaged_caches(index, manifest, found):
             path.unlink(missing_ok=True)
-            done.append(f"removed {path}; the next search builds it anew")
+            done.append(f"removed {path}; the next search that needs it builds it anew")
     if not found.sound:
         classifier, column = _classifier(index, manifest, model), None
         if manifest.global_trigger:
@@ -260,9 +262,14 @@ def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield rows[start : start + size]
 
 
-def _check_caches(index: Path, manifest: Manifest, done: Verification) -> None:
-    for path in FaissCache(index / CACHE, manifest.content).check(manifest.exemplars):
-        done.found(f"{path} is damaged; searches ignore it", REPAIR, harmless=True)
+def _damaged_caches(index: Path, manifest: Manifest, done: Verification) -> list[Path]:
+    """FAISS files and ONNX graphs that are not what was written; notes what could not be looked at."""
+    damaged = FaissCache(index / CACHE, manifest.content).check(manifest.exemplars)
+    try:
+        return damaged + damaged_graphs(index)
+    except InputError as error:
+        done.notes.append(f"the ONNX graphs in {index / CACHE} were not looked at: {error}")
+        return damaged
 
 
 def _classifier(index: Path, manifest: Manifest, model: nn.Module | str | None) -> Classifier:

@@ -8,6 +8,7 @@ from typing import Any
 from index.errors import InputError, member, nearest
 
 MAX_SEED = 2**63 - 1  # what torch and NumPy both take
+MAX_RECOGNITION = 0.9999  # above it even a copy's rounding decides
 
 
 class Blend(StrEnum):
@@ -69,6 +70,8 @@ class TmmConfig:
         tuning: How the dummy class's row of the head is found.
         score: What exemplars are ranked by; with `Tuning.DISCRIMINANT` always the decorrelated similarity.
         fusion: Above 0, exemplars are ranked by confidence + fusion · cosine similarity of clean features.
+        recognition: The similarity in (0, 1) from which on the query counts as a copy of an exemplar, and is answered
+            for as that exemplar would be (`rerank.recognition`); None never does.
         intensity: ω in [0, 1]; None takes the standard deviation of the query's pixels (§4.3.2).
         trigger_steps: At most so many Adam steps on Eq. 8.
         trigger_lr: Adam's learning rate for the trigger, in pixel units.
@@ -91,6 +94,7 @@ class TmmConfig:
     tuning: Tuning = Tuning.ADAM
     score: Score = Score.LOG_ODDS
     fusion: float = 0.0
+    recognition: float | None = None
     intensity: float | None = None
     trigger_steps: int = 300
     trigger_lr: float = 0.015
@@ -121,6 +125,8 @@ class TmmConfig:
         _require("shrinkage", self.shrinkage, minimum=1e-6)
         if self.intensity is not None:
             _require("intensity", self.intensity, minimum=0.0, maximum=1.0)
+        if self.recognition is not None:
+            _require("recognition", self.recognition, minimum=0.0, maximum=MAX_RECOGNITION)
 
     def with_settings(self, settings: list[str]) -> "TmmConfig":
         """This configuration with 'name=value' strings applied, as the command line takes them.

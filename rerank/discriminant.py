@@ -15,7 +15,7 @@ symbol          here             meaning
 ==============  ===============  ===================================================
 μ               mean             mean of the triggered exemplars' features, (d,)
 Σ = L Lᵀ        factor           the Cholesky factor L of their covariance, (d, d)
-L⁻¹ (φ − μ)     `_decorrelated`  features without what they share
+L⁻¹ (φ − μ)     `decorrelated`  features without what they share
 ==============  ===============  ===================================================
 """
 
@@ -63,7 +63,7 @@ class Discriminant:
 
     def lengths(self, triggered: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
         """‖L⁻¹ (φ − μ)‖ of every row."""
-        return torch.cat([self._decorrelated(rows).norm(dim=1) for rows in triggered.split(ROWS)])
+        return torch.cat([self.decorrelated(rows).norm(dim=1) for rows in triggered.split(ROWS)])
 
     def similarities(
         self, query: Float[Tensor, "d"], triggered: Float[Tensor, "n d"], *, lengths: Float[Tensor, "n"]
@@ -75,13 +75,14 @@ class Discriminant:
             triggered: φ(x_i^t).
             lengths: `lengths(triggered)`.
         """
-        decorrelated = self._decorrelated(query[None])
-        row = torch.linalg.solve_triangular(self.factor.T.to(query), decorrelated.T, upper=True)[:, 0]  # w_C, (d,)
+        own = self.decorrelated(query[None])
+        row = torch.linalg.solve_triangular(self.factor.T.to(query), own.T, upper=True)[:, 0]  # w_C, (d,)
         products = triggered @ row - self.mean.to(query) @ row  # (n, d) @ (d,) -> (n,)
-        scale = lengths * decorrelated.norm()
+        scale = lengths * own.norm()
         return (products / scale.where(scale > 0, 1.0)).where(scale > 0, 0.0).clamp(-1.0, 1.0)
 
-    def _decorrelated(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    def decorrelated(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """L⁻¹ (φ − μ) of every row."""
         centred = (features - self.mean.to(features)).T
         return torch.linalg.solve_triangular(self.factor.to(features), centred, upper=False).T
 

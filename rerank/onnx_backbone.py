@@ -1,66 +1,30 @@
 """φ in ONNX Runtime: a clean and a triggered graph for any deployment, and a `Backbone` that runs the second."""
 
 import contextlib
-import copy
-import hashlib
 import io
 import itertools
-import json
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from index.classifier import Classifier
-from index.errors import IndexStateError, InputError, ModelError
-from rerank.backbone import Backbone, specialised
+from index.errors import IndexStateError, ModelError
 from rerank.config import Blend
+from rerank.onnx_graphs import CLEAN, FINGERPRINT, GRAPHS, INPUTS, TRIGGERED, build_graphs, float_backbone, is_sealed
 from rerank.trigger import apply_trigger
 
-if TYPE_CHECKING:
-    import onnx
+__all__ = ["TRIGGERED", "ExportReport", "OnnxBackbone", "OnnxFallbackWarning", "export_onnx"]
 
-CLEAN, TRIGGERED = "clean.onnx", "triggered.onnx"
-FINGERPRINT, IMAGE_SHAPE, DIGEST = (f"tmm_engine.{key}" for key in ("fingerprint", "image_shape", "sha256"))
 TOLERANCE = 1e-4  # of the largest feature; float32 rounding stays two orders of magnitude below
-PASS_SECONDS = 0.15  # of a timed pass through all backbones, at least; keeps a comparison within about 2 s
-REPEATS = 3
 SILENT, WARNING = 4, 2  # ONNX Runtime's log severities; the second is the default
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-
-# What comes before φ, in ONNX's own textual syntax; $shape is c, h, w. Without a clamp the bounds are -inf and inf.
-GRAPHS = {
-    CLEAN: Template("""
-        < ir_version: $ir_version, opset_import: ["": $opset] >
-        clean (uint8[n, $shape] images) => (float[n, $shape] pixels) {
-            stored = Cast <to = 1> (images)
-            white = Constant <value_float = 255.0> ()
-            pixels = Div (stored, white)
-        }"""),
-    TRIGGERED: Template("""
-        < ir_version: $ir_version, opset_import: ["": $opset] >
-        triggered (uint8[n, $shape] images, float[$shape] trigger,
-                   float image_weight, float trigger_weight, float low, float high) => (float[n, $shape] pixels) {
-            stored = Cast <to = 1> (images)
-            white = Constant <value_float = 255.0> ()
-            plain = Div (stored, white)
-            weighted = Mul (plain, image_weight)
-            added = Mul (trigger, trigger_weight)
-            blended = Add (weighted, added)
-            pixels = Clip (blended, low, high)
-        }"""),
-}
-INPUTS = {CLEAN: ["images"], TRIGGERED: ["images", "trigger", "image_weight", "trigger_weight", "low", "high"]}
 
 
 class OnnxFallbackWarning(UserWarning):
@@ -114,7 +78,7 @@ def export_onnx(classifier: Classifier, folder: Path) -> ExportReport:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             staging = Path(temporary) / "new"
             staging.mkdir()
-            opset, graphs = _graphs(classifier)
+            opset, graphs = build_graphs(classifier)
             for name, graph in graphs.items():
                 (staging / name).write_bytes(graph)
             difference = _check_graphs(classifier, staging)
@@ -174,61 +138,6 @@ class OnnxBackbone:
         return self._graph(images, trigger.float(), *scalars).to(trigger)
 
 
-@dataclass(frozen=True, slots=True)
-class SpeedComparison:
-    """What `faster_backend` measured.
-
-    Attributes:
-        images: How many images each timed pass took.
-        images_per_second: Median of `REPEATS` passes, by name.
-    """
-
-    images: int
-    images_per_second: dict[str, float]
-
-    @property
-    def fastest(self) -> str:
-        """The name of the fastest; the first of equals."""
-        return max(self.images_per_second, key=self.images_per_second.__getitem__)
-
-
-def faster_backend(
-    backbones: Mapping[str, Backbone], images: UInt8[Tensor, "n c h w"], trigger: Float[Tensor, "c h w"]
-) -> SpeedComparison:
-    """Which backbone is fastest on this machine, in about 2 s at most (slow backbones: five passes over one image).
-
-    Batches grow until a pass through all backbones takes `PASS_SECONDS` or all images are used; then each is timed
-    `REPEATS` times, in turns, so that what else the machine does meets all of them.
-
-    Args:
-        backbones: By a name of the caller's; results are taken to the CPU.
-        images: As stored, where the backbones take them from; best one chunk of the search.
-        trigger: On the same device, in the backbones' dtype.
-
-    Raises:
-        InputError: no backbone or no image.
-    """
-    if not backbones or not len(images):
-        raise InputError(f"expected backbones and images to compare, got {len(backbones)} and {len(images)}")
-
-    def timed_pass(n: int) -> dict[str, float]:
-        seconds = {}
-        for name, backbone in backbones.items():
-            start = time.perf_counter()
-            backbone(images[:n], trigger, image_weight=0.5, trigger_weight=0.5, clamp=True).cpu()  # .cpu() waits
-            seconds[name] = time.perf_counter() - start
-        return seconds
-
-    n = 1
-    while True:
-        timed_pass(n)  # the first pass at a new size sets up kernels and memory
-        if sum(timed_pass(n).values()) >= PASS_SECONDS or n == len(images):
-            break
-        n = min(2 * n, len(images))
-    passes = [timed_pass(n) for _ in range(REPEATS)]
-    return SpeedComparison(n, {name: n / statistics.median(each[name] for each in passes) for name in backbones})
-
-
 class _Graph:
     """An open session; tensors go in and out of it without copies where they are on its device already."""
 
@@ -258,11 +167,10 @@ def _open(path: Path, classifier: Classifier, inputs: list[str], device: torch.d
     """The undamaged graph of this very classifier that has these inputs."""
     again = "(export it again: engine export-onnx)"
     try:
-        content = path.read_bytes()
+        sealed = is_sealed(path)
     except OSError as error:
         raise ModelError(f"expected the graph {path}, got: {error.strerror} {again}") from error
-    size = len(_seal(b""))
-    if content[-size:] != _seal(memoryview(content)[:-size]):
+    if not sealed:
         raise ModelError(f"expected in {path} what export_onnx wrote, got something else or a damaged copy {again}")
     try:
         session, said = _session(path, device)
@@ -325,63 +233,12 @@ def _check_target(folder: Path) -> None:
         raise IndexStateError(f"{folder} exists and is not an ONNX export: it is left alone; choose another path")
 
 
-def _graphs(classifier: Classifier) -> tuple[int, dict[str, bytes]]:
-    """The opset, and the files' contents by name."""
-    import onnx
-
-    properties = {FINGERPRINT: classifier.fingerprint, IMAGE_SHAPE: json.dumps(classifier.image_shape)}
-    shape = ", ".join(map(str, classifier.image_shape))
-    graphs = {}
-    try:
-        backbone = _exported(classifier)
-        opset: int = next(each.version for each in backbone.opset_import if each.domain == "")
-        for name, template in GRAPHS.items():
-            text = template.substitute(shape=shape, ir_version=backbone.ir_version, opset=opset)
-            model = onnx.compose.merge_models(onnx.parser.parse_model(text), backbone, io_map=[("pixels", "pixels")])
-            onnx.helper.set_model_props(model, properties)
-            content = model.SerializeToString()
-            graphs[name] = content + _seal(content)
-    except Exception as error:  # the user's code may raise anything
-        cause = error.__cause__ or error  # the exporter puts a page of advice around it
-        raise ModelError(
-            f"expected a backbone that torch.onnx.export can express for any number of images, got "
-            f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]} (search with the PyTorch backend)"
-        ) from error
-    return opset, graphs
-
-
-def _seal(content: bytes | memoryview) -> bytes:
-    """What follows a graph in its file: its SHA-256 as metadata (appending to a message adds to its fields)."""
-    import onnx
-
-    digest = onnx.StringStringEntryProto(key=DIGEST, value=hashlib.sha256(content).hexdigest())
-    return onnx.ModelProto(metadata_props=[digest]).SerializeToString()
-
-
-def _exported(classifier: Classifier) -> "onnx.ModelProto":
-    """φ from pixels to features, in float32."""
-    from onnxscript import ir
-
-    program = torch.onnx.export(
-        _copied(specialised(classifier)),
-        (torch.zeros(2, *classifier.image_shape),),
-        dynamo=True,
-        verbose=False,  # or it prints to stdout
-        input_names=["pixels"],
-        output_names=["features"],
-        dynamic_shapes=({0: torch.export.Dim("n")},),
-    )
-    assert program is not None
-    ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # it quotes source code and its paths
-    return program.model_proto
-
-
 @torch.inference_mode()
 def _check_graphs(classifier: Classifier, folder: Path) -> float:
     """The largest relative difference of both graphs from PyTorch; an error if it is above `TOLERANCE`."""
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     clean, triggered = (_open(folder / name, classifier, INPUTS[name], cpu) for name in (CLEAN, TRIGGERED))
-    backbone, reference = OnnxBackbone(triggered), _copied(classifier)
+    backbone, reference = OnnxBackbone(triggered), float_backbone(classifier)
     trigger = torch.randn(classifier.image_shape, generator=generator, dtype=torch.float32)
     differences = []
     for n in (1, 3):
@@ -399,10 +256,6 @@ def _check_graphs(classifier: Classifier, folder: Path) -> float:
             f"{largest:.2g} (search with the PyTorch backend)"
         )
     return largest
-
-
-def _copied(classifier: Classifier) -> nn.Module:
-    return copy.deepcopy(classifier.backbone).cpu().float().eval()
 
 
 def _difference(got: Float[Tensor, "n d"], expected: Float[Tensor, "n d"]) -> Float[Tensor, ""]:

@@ -98,7 +98,8 @@ def reference_discriminant_scores(
     *,
     trigger: Float[Tensor, "c h w"] | None = None,
 ) -> Float64[np.ndarray, "n"]:
-    """Scores by `Tuning.DISCRIMINANT`, fused with the cosine similarity of clean features where `config.fusion` > 0.
+    """Scores by `Tuning.DISCRIMINANT`, fused with the cosine similarity of clean features where `config.fusion` > 0,
+    and seen from the exemplar that the query may be a copy of where `config.recognition` is set.
 
     Image by image in float64; Σ^(−1/2) by eigenvectors in place of a Cholesky factor: the similarities are the same.
 
@@ -127,12 +128,22 @@ def reference_discriminant_scores(
     covariance += config.shrinkage * (covariance.trace() / len(mean) or 1.0) * np.eye(len(mean))
     variances, axes = np.linalg.eigh(covariance)
     root = axes @ np.diag(variances**-0.5) @ axes.T  # Σ^(−1/2)
-    positive = root @ (phi(triggered(query)) - mean)
-    similarities = [_cosine(positive, root @ (feature - mean)) for feature in features]
-    if config.fusion == 0:
-        return np.array(similarities)
-    clean = [_cosine(phi(query), phi(x)) for x in exemplars]
-    return np.array([max(s, 0.0) + config.fusion * c for s, c in zip(similarities, clean, strict=True)])
+    clean = [phi(x) for x in exemplars]
+
+    def similarities(positive: Float64[np.ndarray, "d"], query: Float64[np.ndarray, "d"]) -> list[tuple[float, float]]:
+        decorrelated = [_cosine(root @ (positive - mean), root @ (feature - mean)) for feature in features]
+        return list(zip(decorrelated, [_cosine(query, feature) for feature in clean], strict=True))
+
+    positive, plain = phi(triggered(query)), phi(query)
+    pairs = similarities(positive, plain)
+    if config.recognition is not None:
+        matches = [max(s, 0.0) if config.fusion == 0 else (4.0 * max(s, 0.0) + c) / 5.0 for s, c in pairs]
+        best = int(np.argmax(matches))
+        share = 1.0 / (1.0 + np.exp(-20.0 * (matches[best] - config.recognition) / (1.0 - config.recognition)))
+        positive = positive + share * (features[best] - positive)
+        plain = plain + share * (clean[best] - plain)
+        pairs = similarities(positive, plain)
+    return np.array([s if config.fusion == 0 else max(s, 0.0) + config.fusion * c for s, c in pairs])
 
 
 def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: TmmConfig) -> Float[Tensor, "c h w"]:

@@ -16,11 +16,17 @@ from rerank.scoring import dummy_scores
 Rows = Int64[np.ndarray, "n"]
 
 
+MATCH_COSINE = 0.25  # weight of the cosine similarity beside the confidence, in deciding whether two images are one
+
+
 class Scores(NamedTuple):
-    """What exemplars are ranked by, and how sure the model is that they are like the query, in [0, 1]."""
+    """What exemplars are ranked by; how sure the model is that they are like the query, in [0, 1]; and how much each
+    looks like the very image that the query shows, at most 1.
+    """
 
     scores: Float[Tensor, "n"]
     confidences: Float[Tensor, "n"]
+    matches: Float[Tensor, "n"]
 
 
 @runtime_checkable
@@ -42,7 +48,8 @@ class HeadScorer:
         """z_C or its log-odds; the rows do not matter."""
         log_odds = dummy_scores(self.head, triggered, Score.LOG_ODDS)
         scores = log_odds if self.ranked_by is Score.LOG_ODDS else dummy_scores(self.head, triggered, self.ranked_by)
-        return Scores(scores, torch.sigmoid(log_odds))
+        confidences = torch.sigmoid(log_odds)
+        return Scores(scores, confidences, confidences)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +73,8 @@ class DiscriminantScorer:
         else:
             lengths = self.lengths if rows is None else self.lengths[torch.from_numpy(rows).to(self.lengths.device)]
         similarities = self.discriminant.similarities(self.query, triggered, lengths=lengths)
-        return Scores(similarities, similarities.clamp(min=0.0))
+        confidences = similarities.clamp(min=0.0)
+        return Scores(similarities, confidences, confidences)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,4 +101,5 @@ class FusedScorer:
         features = self.clean(rows)
         lengths = features.norm(dim=1) * self.query.norm()
         cosine = (features @ self.query / lengths.where(lengths > 0, 1.0)).where(lengths > 0, 0.0)
-        return Scores(confidences + self.weight * cosine, confidences)
+        matches = (confidences + MATCH_COSINE * cosine) / (1.0 + MATCH_COSINE)
+        return Scores(confidences + self.weight * cosine, confidences, matches)

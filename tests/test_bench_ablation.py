@@ -198,6 +198,14 @@ def test_the_head_alone_is_the_fast_path_and_layers_change_it(digits: Suite):
     assert np.abs(deeper - head).max() > 0.05
 
 
+def test_the_reference_is_attacked_by_its_features(digits: Suite):
+    method = Method.parse(QUICK)
+    assert method.config is not None
+    pixels = torch.tensor(IMAGES[100:102, None]) / 255.0
+    embedded = ReferenceRetriever("slow", method.config, ("network.layer4",), digits).embedding(pixels)
+    torch.testing.assert_close(embedded, digits.classifier.features(pixels))
+
+
 def test_layers_need_a_resnet_and_what_the_reference_can_do(suite: Suite, digits: Suite):
     with pytest.raises(InputError, match="expected a model with layer1"):
         layer_variants(Method.parse("paper"), suite.classifier)

@@ -93,22 +93,24 @@ def test_help_needs_nothing_heavy():
 
 
 def test_robustness(work: Path):
-    options = ("--methods", METHODS, "--families", "brightness,shift", "--levels", "brightness=0.5", "-k", 3)
+    levels = ("--levels", "brightness=0.5", "--levels", "adaptive=0.5")
+    options = ("--methods", METHODS, "--families", "brightness,shift,adaptive", *levels, "-k", 3)
     done = measured(work, "robustness", *options, out="robustness.jsonl")
     assert done.exit_code == 0, done.stderr
-    assert "3 queries, 4 perturbations, 3 methods" in done.stdout
+    assert "3 queries, 5 perturbations, 3 methods" in done.stdout
     found = records(work, "robustness.jsonl", benchmark="robustness")
-    assert len(found) == 3 * 5 * 3  # and the clean query
+    assert len(found) == 3 * 6 * 3  # and the clean query
     before = (work / "robustness.jsonl").read_bytes()
     assert measured(work, "robustness", *options, out="robustness.jsonl").exit_code == 0
     assert (work / "robustness.jsonl").read_bytes() == before
 
 
 def test_radius(work: Path):
-    options = ("--methods", "l2;cosine", "--kinds", "brightness,feature", "--directions", 1)
+    options = ("--methods", "l2;cosine", "--kinds", "brightness,adaptive,feature", "--directions", 1)
     done = measured(work, "radius", *options, out="radius.jsonl")
     assert done.exit_code == 0, done.stderr
-    assert {record["kind"] for record in records(work, "radius.jsonl", benchmark="radius")} == {"brightness", "feature"}
+    kinds = {record["kind"] for record in records(work, "radius.jsonl", benchmark="radius")}
+    assert kinds == {"brightness", "adaptive", "feature"}
 
 
 def test_semantic_and_its_gallery(work: Path):
@@ -162,13 +164,36 @@ def test_ablation_of_layers(work: Path):
 @pytest.mark.parametrize("foreign", ["noise", "others"])
 def test_ood(work: Path, foreign: str):
     name = foreign if foreign == "noise" else str(work / foreign)
-    options = ("--methods", METHODS, "--foreign", name, "--foreign-count", 7, "--perturbations", "clean,gaussian 1")
+    options = ("--methods", METHODS, "--foreign", name, "--foreign-count", 7, "--perturbations", "clean,adaptive 1")
     done = measured(work, "ood", *options, out=f"ood-{foreign}.jsonl")
     assert done.exit_code == 0, done.stderr
     assert "3 queries, 7 foreign exemplars, 3 methods" in done.stdout
     found = records(work, f"ood-{foreign}.jsonl", benchmark="ood")
     assert len(found) == 3 * 2 * 3
     assert {(record["foreign"], record["foreign_count"]) for record in found} == {(name, 7)}
+
+
+def test_global_triggers_are_kept_beside_the_records(work: Path):
+    kept, method = work / "kept" / ".triggers", ("--methods", "robust,trigger_steps=3")
+    kept.parent.mkdir()
+    files = dict[str, int]()
+    for command, options, exemplar_sets in (
+        ("robustness", (*method, "--families", "clean"), 1),
+        ("radius", (*method, "--kinds", "feature"), 1),
+        ("semantic", (*held_out(work), *method), 1),
+        (
+            "ablation",
+            ("--base", "robust", "--set", "trigger_steps=3", "--settings", "fusion", "--perturbations", "clean"),
+            2,
+        ),
+        ("ood", (*method, "--foreign", "noise", "--foreign-count", 7, "--perturbations", "clean"), 3),
+    ):
+        done = measured(work, command, *options, out=f"kept/{command}.jsonl")
+        assert done.exit_code == 0, done.stderr
+        now = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+        assert len(now) == exemplar_sets
+        assert files.items() <= now.items()
+        files = now
 
 
 def test_report_of_every_benchmark(work: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.attack import features_of
 from bench.noise import LEVELS, Family, Perturbation, gaussian_reach, parse, standard_perturbations
 from index.errors import InputError
 
@@ -34,20 +35,20 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def perturb(text: str, image: np.ndarray, *, seed: int = 0, classifier=None) -> np.ndarray:
-    return parse(text).apply(image, seed=seed, classifier=classifier)
+    return parse(text).apply(image, seed=seed, embedding=classifier and features_of(classifier))
 
 
 @pytest.mark.parametrize("perturbation", EVERY, ids=lambda perturbation: perturbation.name)
 def test_pixels_stay_pixels_and_the_query_stays_as_it_is(perturbation, classifier):
     for image in (picture(1), np.zeros((3, 8, 8), np.float32), np.ones((3, 8, 8), np.float32)):
         before = image.copy()
-        result = perturbation.apply(image, seed=3, classifier=classifier)
+        result = perturb(perturbation.name, image, seed=3, classifier=classifier)
         assert result.dtype == np.float32
         assert result.shape == image.shape
         assert 0 <= result.min() <= result.max() <= 1
         assert np.array_equal(image, before)
         assert not np.shares_memory(result, image)
-        assert result.tobytes() == perturbation.apply(image, seed=3, classifier=classifier).tobytes()
+        assert result.tobytes() == perturb(perturbation.name, image, seed=3, classifier=classifier).tobytes()
 
 
 @settings(deadline=None)
@@ -168,9 +169,10 @@ def test_pgd_follows_its_seed_and_the_classifiers_precision(classifier, precise)
     assert all(parameter.grad is None for parameter in classifier.backbone.parameters())
 
 
-def test_pgd_asks_for_its_classifier():
-    with pytest.raises(InputError, match=r"expected a classifier .* \(pass classifier=\)"):
-        perturb("pgd 1", picture(0))
+@pytest.mark.parametrize("family", ["pgd", "adaptive"])
+def test_an_attack_asks_for_what_it_moves(family):
+    with pytest.raises(InputError, match=rf"{family}: expected what to move, got nothing \(pass embedding=\)"):
+        perturb(f"{family} 1", picture(0))
 
 
 @pytest.mark.parametrize(

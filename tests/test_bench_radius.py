@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bench.attack import features_of
 from bench.noise import Family, Perturbation
 from bench.radius import (
     CONTROL_SEEDS,
@@ -41,6 +42,7 @@ class Scored:
         self.name = name
         self.asked = 0
         self._score = score
+        self.embedding = brightness  # which none here ranks by: an attack on it is a weak one
 
     def scores(self, query: np.ndarray, *, seed: int = 0) -> np.ndarray:
         self.asked += 1
@@ -54,6 +56,10 @@ def picture(seed: int, shape: tuple[int, int, int] = (3, 8, 8)) -> np.ndarray:
 def gray_path(t: float) -> np.ndarray:
     """From black outwards; ‖path(1)‖ = 4."""
     return np.full((1, 4, 4), t, np.float32)
+
+
+def brightness(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.mean((1, 2, 3))[:, None]
 
 
 def norm(image: np.ndarray) -> float:
@@ -123,7 +129,7 @@ def paths(image: np.ndarray, classifier) -> dict:
     return {
         "gaussian": gaussian_path(image, seed=3, largest_norm=2.0),
         "brightness": brightness_path(image),
-        "adversarial": adversarial_path(image, classifier=classifier, largest_norm=2.0),
+        "adversarial": adversarial_path(image, embedding=features_of(classifier), largest_norm=2.0),
     }
 
 
@@ -146,7 +152,7 @@ def test_where_the_paths_end(classifier):
     ends = {kind: path(1.0) for kind, path in paths(image, classifier).items()}
     assert np.array_equal(ends["gaussian"], Perturbation(Family.GAUSSIAN, 2.0).apply(image, seed=3))
     np.testing.assert_allclose(ends["brightness"], 0.05 * image, rtol=1e-5)
-    attack = Perturbation(Family.PGD, 2.0).apply(image, seed=0, classifier=classifier)
+    attack = Perturbation(Family.PGD, 2.0).apply(image, seed=0, embedding=features_of(classifier))
     np.testing.assert_allclose(ends["adversarial"], attack, atol=1e-6)
     far = gaussian_path(image, seed=3, largest_norm=1e6)(1.0)  # the image has less room than that
     assert set(np.unique(far)) == {0.0, 1.0}
@@ -320,6 +326,7 @@ class Suite:
         self.images = store.images(self.rows).astype(np.float32) / 255
         self.ids, self.classifier, self.features = store.ids, classifier, store.features(np.arange(20))
         self.l2 = Scored("l2", lambda query, _: self._similarity(query))
+        self.l2.embedding = features_of(classifier)
         self.fused = Scored("fused", lambda query, seed: self._similarity(query) + 0.01 * seed)
 
     def _similarity(self, query: np.ndarray) -> np.ndarray:
@@ -351,7 +358,7 @@ def test_every_query_method_and_kind_is_recorded_once(suite, tmp_path):
     suite.l2.asked = 0
     steps: list[tuple[int, int]] = []
     records = suite.measure(tmp_path / "r.jsonl", progress=lambda _, done, total: steps.append((done, total)))
-    others = [(kind, 0) for kind in ("brightness", "adversarial", "feature", "margin", "seed")]
+    others = [(kind, 0) for kind in ("brightness", "adversarial", "adaptive", "feature", "margin", "seed")]
     kinds = [("gaussian", 0), ("gaussian", 1), *others]
     assert [tuple(record[name] for name in KEY) for record in records] == [
         (query, method, *kind)
@@ -360,9 +367,9 @@ def test_every_query_method_and_kind_is_recorded_once(suite, tmp_path):
         for kind in kinds
         if kind != ("feature", 0) or method == "l2"
     ]
-    assert steps == [(done, 26) for done in range(1, 27)]
+    assert steps == [(done, 30) for done in range(1, 31)]
     assert sum(record["evaluations"] for record in records if record["method"] == "l2") == suite.l2.asked
-    found = {tuple(record[name] for name in KEY[1:]): record for record in records[:13]}
+    found = {tuple(record[name] for name in KEY[1:]): record for record in records[:15]}
     assert found["l2", "seed", 0]["radius"] == found["fused", "seed", 0]["radius"] == 0
     assert found["l2", "seed", 0]["evaluations"] == CONTROL_SEEDS
     assert found["l2", "margin", 0]["evaluations"] == 1 + MARGIN_SAMPLES
@@ -371,6 +378,8 @@ def test_every_query_method_and_kind_is_recorded_once(suite, tmp_path):
     for kind in kinds[:4]:
         assert found["l2", *kind]["radius"] == found["fused", *kind]["radius"]  # a constant changes no set
         assert found["l2", *kind]["censored"] or found["l2", *kind]["radius"] > 0
+    assert found["l2", "adaptive", 0]["radius"] == found["l2", "adversarial", 0]["radius"]  # it ranks by φ(x)
+    assert found["fused", "adaptive", 0]["radius"] > 2 * found["fused", "adversarial", 0]["radius"]
     expected = closed_form_radius(
         suite.features[3].astype(np.float64), suite.features.astype(np.float64), k=4, metric=Metric.L2
     )

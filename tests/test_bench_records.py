@@ -75,6 +75,8 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path: Path):
         assert not file.done(query="q0", method="tmm")
         file.append({"query": "q2", "method": "l2", "rank": 0})
         assert file.done(method="l2", query="q2")
+        assert file.find(method="l2", query="q2") == read_records(path).records[-1]
+        assert file.find(query="q0", method="tmm") is None
     read = read_records(path)
     assert read.records == [*before, {"query": "q2", "method": "l2", "rank": 0}]
     assert read.settings == SETTINGS | {"queries": 4}

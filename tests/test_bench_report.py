@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.noise import Family
 from bench.plots import Curve, Panel, draw_panels, styles_of
+from bench.radius import Kind
 from bench.records import RecordFile
 from bench.report import write_report
-from bench.report_sections import BENCHMARKS
+from bench.report_sections import BENCHMARKS, FAMILIES, KINDS
 from bench.statistics import Interval, bootstrap_interval, by_query, wilson_interval
 from bench.tables import grouped, mean, plain_text, rate, table
 from index.errors import InputError
 
 METHODS = ("cosine", "l2", "tmm")
-NOISE = (("clean", 0.0), ("brightness", 0.8), ("brightness", 0.4), ("gaussian", 2.5), ("melting", 1.0))
+NOISE = (
+    ("clean", 0.0),
+    ("brightness", 0.8),
+    ("brightness", 0.4),
+    ("gaussian", 2.5),
+    ("melting", 1.0),
+    ("adaptive", 1.0),
+)
 
 
 def write(folder: Path, name: str, benchmark: str, records: list[dict], **settings) -> None:
@@ -156,7 +165,7 @@ def test_every_benchmark_has_a_section_with_its_settings(reported):
     assert told["exemplars"] == "1797"
     assert told["commit"] == "abc"
     assert told["machine"] == "torch 2.11"
-    assert told["measured"] == "6 queries, 90 records (robust-a.jsonl)"
+    assert told["measured"] == "6 queries, 108 records (robust-a.jsonl)"
     assert "methods" not in told
     assert '"clamp": true' in page
     assert "other.jsonl (no settings of a known benchmark), started.jsonl (no records yet)" in page
@@ -211,6 +220,10 @@ def test_each_family_has_a_table_by_level_and_method(reported):
     assert clean[0]["overlap"] == "–"
     assert clean[0]["top-1"] == str(wilson_interval(6, 6))
     assert "<summary>Melting</summary>" in page
+    adaptive = rows_of(
+        page.split("<summary>Adaptive (PGD on what the method ranks by)</summary>")[1], "level", "method"
+    )
+    assert [row["method"] for row in adaptive] == list(METHODS)
 
 
 def test_a_radius_is_the_smallest_over_directions_and_a_censored_median_a_bound(reported):
@@ -263,6 +276,11 @@ def test_runs_under_different_settings_are_told(tmp_path: Path):
     assert told["commit"] == "abc; def"
 
 
+def test_every_family_and_every_kind_of_radius_has_a_title():
+    assert FAMILIES.keys() == set(map(str, Family)) - {"clean"}
+    assert KINDS.keys() == set(map(str, Kind)) - {"seed"}
+
+
 def test_an_interrupted_run_still_has_a_report(tmp_path: Path):
     """One query, one method has nothing in common with the baseline, and there is no Fig. 3 family."""
     records = [r for r in robustness(1) if r["family"] in ("clean", "melting")]
@@ -302,7 +320,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path):
     write(tmp_path, "r", "robustness", robustness())
     with (tmp_path / "r.jsonl").open("a") as file:
         file.write("nonsense\n")
-    with pytest.raises(InputError, match="line 92"):
+    with pytest.raises(InputError, match="line 110"):
         write_report(tmp_path, tmp_path / "out")
 
 

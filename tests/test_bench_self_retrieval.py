@@ -70,6 +70,7 @@ def test_records_say_what_can_be_worked_out_by_hand(greys: MemoryStore, tmp_path
         ("grey 100", "brightness 0.5", "brightness", 0.5, 2, 0.5, 0.5),
         ("grey 100", "brightness 0.3", "brightness", 0.3, 2, 0.5, 0.5),
     ]
+    assert [r.get("neighbours") for r in found if r["query"] == "grey 100"] == [["grey 100", "grey 60"], None, None]
     names = ("query", "perturbation", "family", "level", "rank", "overlap", "label_precision")
     assert [tuple(record[name] for name in names) for record in found] == expected
     assert [record["reciprocal_rank"] for record in found] == pytest.approx([1, 1 / 5, 1 / 5, 1, 1 / 3, 1 / 3])
@@ -110,6 +111,28 @@ def test_a_method_and_a_level_that_join_later_get_the_same_records(greys: Memory
     measure(tmp_path / "r.jsonl", greys, both[0], perturbations=(HALF,))
     parts = measure(tmp_path / "r.jsonl", greys, *both)
     assert sorted(map(str, parts)) == sorted(map(str, whole))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["with neighbours", "without, as older files"])
+def test_what_joins_later_searches_for_clean_answers_only_where_the_file_lacks_them(
+    greys: MemoryStore, tmp_path: Path, old: bool
+):
+    path, whole = tmp_path / "r.jsonl", measure(tmp_path / "whole.jsonl", greys, ByBrightness())
+    measure(path, greys, ByBrightness(), perturbations=(HALF,))
+    if old:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [{name: value for name, value in line.items() if name != "neighbours"} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    again, new = ByBrightness(), ByBrightness(name="new")
+    found = measure(path, greys, again, new)
+    assert again.searches == 2 * (1 + old)  # HALF is there
+    assert new.searches == 2 * 3
+    third = [record for record in whole if record["perturbation"] == THIRD.name]
+    assert [r for r in found if (r["method"], r["perturbation"]) == (again.name, THIRD.name)] == third
+    assert {tuple(r["neighbours"]) for r in found if "neighbours" in r} == {
+        ("grey 200", "grey 190"),
+        ("grey 100", "grey 60"),
+    }
 
 
 def test_all_methods_see_the_same_noise_and_every_query_its_own(greys: MemoryStore, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Backends and precisions, from the command line and from Python."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from engine import Engine, SearchResult
 from engine.cli import main
+from engine.verify import repair_index, verify_index
 from index import ArraySource, IndexStateError, InputError, build_index
 from index.manifest import Manifest
 from rerank.backbone import Backbone
@@ -52,11 +54,38 @@ def test_every_backend_and_precision_gives_the_same_scores(index: Path):
     assert np.corrcoef(scores(bf16), scores(torch_fp32))[0, 1] > 0.99
 
 
-def test_a_graph_in_the_cache_is_made_anew_when_it_is_damaged(index: Path):
+@pytest.mark.parametrize("left", [-100, 0], ids=["cut", "empty"])  # the latter has no trace of an export
+def test_a_graph_in_the_cache_is_made_anew_when_it_is_damaged(index: Path, left: int):
     expected = scores(search(index, backend="onnx"))
     graph = index / "cache" / "onnx" / "triggered.onnx"
-    graph.write_bytes(graph.read_bytes()[:-100])
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:left])
     np.testing.assert_array_equal(scores(search(index, backend="onnx")), expected)
+    assert graph.read_bytes() == whole
+
+
+def test_verify_finds_and_repair_removes_a_damaged_graph(index: Path, monkeypatch: pytest.MonkeyPatch):
+    search(index, backend="onnx")
+    graphs = sorted((index / "cache" / "onnx").iterdir())
+    whole = {graph: graph.read_bytes() for graph in graphs}
+    assert verify_index(index).findings == []
+    for graph in graphs:
+        graph.write_bytes(whole[graph].replace(b"images", b"imagex", 1))
+    done = verify_index(index, sample=0)
+    assert done.sound
+    assert [finding.what for finding in done.findings] == [
+        f"{graph} is damaged; searches ignore it" for graph in graphs
+    ]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnx", None)  # as where the extra is not installed
+        unseen = verify_index(index, sample=0)
+    assert unseen.findings == []
+    assert "not looked at: ONNX needs the 'onnx' extra: pip install" in str(unseen.notes)
+    graphs[0].write_bytes(whole[graphs[0]])
+    [said] = repair_index(index)
+    assert str(graphs[1]) in said
+    assert list(graphs[0].parent.iterdir()) == graphs[:1]
+    assert verify_index(index, sample=0).findings == []
 
 
 def test_auto_takes_what_was_measured_and_info_says_so(index: Path):

@@ -91,7 +91,7 @@ def test_the_command_line_searches_with_it_as_python_does(work, index, options, 
     [
         ("plain", (), "no global trigger, which this configuration needs: build it with --global-trigger"),
         ("plain", ("--preset", "paper", "--set", "trigger=global"), "no global trigger"),
-        ("plain", ("--preset", "paper", "--prefilter", "global", "--candidates", 5), "no global trigger"),
+        ("plain", ("--preset", "paper", "--prefilter", "global", "--candidates", 5), "(--prefilter union)"),
         ("mean", (), "intensity=0.1: leave the intensity out"),
         ("mean", ("--set", "intensity=none"), "--set stretch=True"),
         ("global", ("--no-stretch",), "--set stretch=False"),

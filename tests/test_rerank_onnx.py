@@ -20,16 +20,9 @@ from index.errors import IndexStateError, InputError, ModelError
 from rerank import onnx_backbone
 from rerank.backbone import Backbone, TorchBackbone
 from rerank.config import Blend
-from rerank.onnx_backbone import (
-    CLEAN,
-    FINGERPRINT,
-    TRIGGERED,
-    ExportReport,
-    OnnxBackbone,
-    OnnxFallbackWarning,
-    export_onnx,
-    faster_backend,
-)
+from rerank.onnx_backbone import ExportReport, OnnxBackbone, OnnxFallbackWarning, export_onnx
+from rerank.onnx_graphs import CLEAN, FINGERPRINT, TRIGGERED, seal
+from rerank.speed import faster_backend
 from rerank.trigger import apply_trigger
 from tests.builders import ROOT, beside, snapshot, tiny_classifier
 from tests.conftest import SHAPE, classifier_of
@@ -198,7 +191,7 @@ def test_an_operator_the_runtime_does_not_know(export: Export, tmp_path: Path) -
     onnx.helper.set_model_props(model, {FINGERPRINT: export[0].fingerprint})
     model.graph.node[0].op_type = "Unheard"
     content = model.SerializeToString()
-    (tmp_path / TRIGGERED).write_bytes(content + onnx_backbone._seal(content))
+    (tmp_path / TRIGGERED).write_bytes(content + seal(content))
     with pytest.raises(ModelError, match=r"installed ONNX Runtime can run.*Unheard.*PyTorch backend"):
         OnnxBackbone.load(tmp_path / TRIGGERED, export[0], device="cpu")
 

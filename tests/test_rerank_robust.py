@@ -71,12 +71,13 @@ def by_row(ranking) -> np.ndarray:
 @pytest.mark.parametrize("stretch", [False, True])
 @pytest.mark.parametrize("fusion", [0.0, 4.0])
 @pytest.mark.parametrize("shrinkage", [0.1, 1.0])
+@pytest.mark.parametrize("recognition", [None, 0.5, 0.7])
 def test_under_the_global_trigger_it_is_the_slow_search(
-    shared, classifier, make_store, make_queries, *, stretch, fusion, shrinkage
+    shared, classifier, make_store, make_queries, *, stretch, fusion, shrinkage, recognition
 ):
     store = store_with(shared[stretch], make_store(classifier, N), classifier)
     tmm = TmmNN(classifier, store, global_trigger=shared[stretch])
-    config = replace(ROBUST, stretch=stretch, fusion=fusion, shrinkage=shrinkage)
+    config = replace(ROBUST, stretch=stretch, fusion=fusion, shrinkage=shrinkage, recognition=recognition)
     for query in make_queries(3, dtype=torch.float32):
         ranking = tmm.rank(query, k=N, config=config)
         images, tau = torch.tensor(store.images(np.arange(N))), shared[stretch].trigger
@@ -87,8 +88,9 @@ def test_under_the_global_trigger_it_is_the_slow_search(
 
 
 @pytest.mark.parametrize("fusion", [0.0, 4.0])
-def test_under_the_querys_own_trigger_it_is_the_slow_search(classifier, store, query, fusion):
-    config = replace(OWN, fusion=fusion)
+@pytest.mark.parametrize("recognition", [None, 0.6])
+def test_under_the_querys_own_trigger_it_is_the_slow_search(classifier, store, query, fusion, recognition):
+    config = replace(OWN, fusion=fusion, recognition=recognition)
     slow = reference_discriminant_scores(classifier, query, torch.tensor(store.images(np.arange(N))), config)
     found = by_row(TmmNN(classifier, store).rank(query, k=N, config=config))
     np.testing.assert_allclose(found, slow, rtol=0.0, atol=0.02)  # stretched exemplars are rounded to 8 bits again

@@ -1,0 +1,127 @@
+"""What an engine is made of: the parts of an index on disk, each checked, or those of an index in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from engine.backends import Backend, choose_backbone, choose_device
+from index.builder import BuildReport, check_fit, embedded
+from index.classifier import Classifier
+from index.errors import IndexStateError, ModelError
+from index.lance_store import LanceStore
+from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
+from index.progress import Progress
+from index.sources import ArraySource
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
+from index.target import recover
+from rerank.backbone import Backbone, Precision
+from rerank.config import TmmConfig
+from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """One version of an index on disk, opened.
+
+    Attributes:
+        manifest: Of that version.
+        classifier: The index's, on the device that was asked for.
+        store: The exemplars.
+        backbone: In ONNX Runtime; None for PyTorch.
+        global_trigger: The index's, if it has one.
+    """
+
+    manifest: Manifest
+    classifier: Classifier
+    store: LanceStore
+    backbone: Backbone | None
+    global_trigger: GlobalTrigger | None
+
+
+def open_parts(
+    path: Path,
+    *,
+    model: nn.Module | str | None,
+    device: str,
+    precision: Precision,
+    backend: Backend,
+    version: int | None,
+    verify: bool,
+) -> Parts:
+    """The parts of an index on disk that belong together; see `Engine.open` for arguments and errors."""
+    recover(path)
+    manifest = Manifest.read(path, version=version)
+    manifest.check_sizes(path)
+    manifest.check_digests(path, exemplars=verify)
+    classifier = Classifier.load(path / MODEL, model=model)
+    if classifier.fingerprint != manifest.fingerprint:
+        raise ModelError(
+            f"{path} was built with the model {manifest.fingerprint[:12]}…, this one is "
+            f"{classifier.fingerprint[:12]}…: its "
+            f"features would not match; open it with the same model, or build the index again"
+        )
+    classifier = classifier.to(choose_device(device))
+    store = LanceStore(
+        path / EXEMPLARS,
+        image_shape=manifest.image_shape,
+        feature_dim=manifest.feature_dim,
+        version=manifest.lance_version,
+        global_features=manifest.global_trigger,
+    )
+    manifest.check_exemplars(path, len(store), store.files)
+    backbone = choose_backbone(path, manifest, classifier, backend=backend, precision=precision)
+    return Parts(manifest, classifier, store, backbone, _global_trigger(path, manifest))
+
+
+def _global_trigger(path: Path, manifest: Manifest) -> GlobalTrigger | None:
+    if not manifest.global_trigger:
+        return None
+    found = GlobalTrigger.load(path / GLOBAL_TRIGGER)
+    if tuple(found.trigger.shape) != manifest.image_shape:
+        raise IndexStateError(
+            f"{path / GLOBAL_TRIGGER}: expected a trigger of shape {manifest.image_shape}, got "
+            f"{tuple(found.trigger.shape)}; build the index again"
+        )
+    return found
+
+
+def index_in_memory(
+    source: ArraySource, classifier: Classifier, *, global_trigger: TmmConfig | None, progress: Progress
+) -> tuple[MemoryStore, GlobalTrigger | None]:
+    """The exemplars of a source with their features, and a global trigger with theirs.
+
+    Args:
+        source: Images and what is known of them.
+        classifier: Computes the features.
+        global_trigger: What the trigger is made with; None: without.
+        progress: Told of images done.
+
+    Raises:
+        InputError: a source that does not fit the classifier; or as `make_global_trigger`.
+    """
+    check_fit(source, classifier)
+    shared = None
+    if global_trigger is not None:
+        shared = make_global_trigger(source, classifier, global_trigger, progress=progress)
+    report, batches = BuildReport(), []
+    for batch in embedded(source, classifier, report):
+        batches.append(batch)
+        progress("embedding", report.exemplars, len(source))
+    records = [record for batch in batches for record in batch.records]
+    more: dict[str, np.ndarray] = {}
+    if shared is not None:
+        parts = [GlobalColumn(shared, classifier).columns(batch.images) for batch in batches]
+        more = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    store = MemoryStore(
+        np.concatenate([batch.images for batch in batches]),
+        np.concatenate([batch.features for batch in batches]),
+        np.concatenate([batch.labels for batch in batches]),
+        ids=[record.id for record in records],
+        label_is_predicted=np.full(len(records), not source.labelled),
+        global_features=more.get(GLOBAL_FEATURE),
+        stretched_features=more.get(STRETCHED_FEATURE),
+        metadata=[record.metadata for record in records],
+    )
+    return store, shared
