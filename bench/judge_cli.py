@@ -4,41 +4,20 @@ Nothing heavy is imported at first.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.options import check_folders, opened
-from bench.quality_cli import k_option, methods_option, out_option, parse_methods, sized, suite_of
+from bench.options import check_folders, query_options, sized
+from bench.quality_cli import k_option, methods_option, out_option, parse_methods
 from engine.options import joined
 from index.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import Float32, Int64
-
+    from bench.loading import HeldOut
     from bench.oracle import Judge
-    from bench.suite import Suite
-    from index.images import Shape
-    from index.progress import Progress
-    from index.records import ImageRecord
-    from index.sources import ImageSource
 
-held_out_options = joined(
-    sized(exemplars=2000, queries=50),
-    click.option("--query-split", help="Split that the queries are from. Default: test, if they are from SOURCE."),
-    click.option("--query-source", help="Where the queries are from instead of SOURCE."),
-)
-
-
-class HeldOut(NamedTuple):
-    """Exemplars, and queries that are none of them."""
-
-    suite: "Suite"
-    source: str
-    class_names: tuple[str, ...] | None
-    queries: "Float32[np.ndarray, 'q c h w']"
-    labels: "Int64[np.ndarray, 'q']"
+held_out_options = joined(sized(exemplars=2000, queries=50), query_options)
 
 
 @click.command()
@@ -59,6 +38,7 @@ def semantic(source: str, **options: Any) -> None:
       engine bench semantic photos/ --query-source more-photos/ --model resnet18 --weights w.safetensors \\
           --methods 'cosine;paper' --queries 20 --gallery gallery.png --out runs/semantic.jsonl
     """
+    from bench.loading import load_held_out
     from bench.semantic import KEY, draw_gallery, measure_semantic
     from engine.display import progress_bar
 
@@ -115,6 +95,7 @@ def oracle(source: str, **options: Any) -> None:
       engine bench oracle mnist --root data --model resnet18 --weights mnist.safetensors --semantic semantic.jsonl \\
           --judge-model my-model --base-url http://localhost:8000/v1 --out oracle.jsonl
     """
+    from bench.loading import load_held_out
     from bench.oracle import judge_neighbours
     from bench.records import read_records
     from bench.semantic import KEY
@@ -149,50 +130,6 @@ def oracle(source: str, **options: Any) -> None:
     click.echo(f"{options['out']}: {len({record['query'] for record in judged})} queries, {silent} without a verdict")
 
 
-def load_held_out(source: str, options: dict[str, Any], progress: "Progress") -> HeldOut:
-    """Exemplars as every benchmark draws them; queries are the beginning of a seeded permutation of the others.
-
-    Raises:
-        InputError: the queries are not held out, have no labels or other classes, or are too few.
-    """
-    import numpy as np
-
-    images, classifier = opened(source, options)
-    others = _query_source(source, options)
-    if not others.labelled:
-        raise InputError(f"{others.name}: expected labelled queries, got none with a label (class folders have them)")
-    if images.class_names != others.class_names and None not in (images.class_names, others.class_names):
-        raise InputError(f"{others.name}: expected queries of the classes of {images.name}, got other classes")
-    records = _readable(others, classifier.image_shape)
-    if options["queries"] > len(records):
-        raise InputError(f"expected at most {len(records)} queries from {others.name}, got {options['queries']}")
-    rows = np.random.default_rng(options["seed"]).permutation(len(records))[: options["queries"]]
-    queries = np.stack([records[row].image for row in rows]).astype(np.float32) / np.float32(255.0)
-    labels = np.array([records[row].label for row in rows], dtype=np.int64)
-    return HeldOut(suite_of(images, classifier, options, progress), others.name, images.class_names, queries, labels)
-
-
-def _query_source(source: str, options: dict[str, Any]) -> "ImageSource":
-    from index.sources import open_source
-
-    own, split = options["query_source"], options["query_split"]
-    if own is not None:
-        return open_source(own, split=split, root=options["root"])
-    split = split or "test"
-    if split == (options["split"] or "train"):
-        raise InputError(f"expected queries that are no exemplars, got both from {split}: choose another --query-split")
-    try:
-        return open_source(source, split=split, root=options["root"])
-    except InputError as error:
-        raise InputError(f"no held-out queries: {error}; or name other images with --query-source") from None
-
-
-def _readable(source: "ImageSource", shape: "Shape") -> "list[ImageRecord]":
-    from index.records import ImageRecord
-
-    return [record for record in source.read(shape) if isinstance(record, ImageRecord)]
-
-
 def _judge(options: dict[str, Any]) -> "Judge":
     from bench.oracle import SsimJudge, VisionJudge
 
@@ -204,7 +141,7 @@ def _judge(options: dict[str, Any]) -> "Judge":
     return VisionJudge(options["judge_model"], base_url=options["base_url"], temperature=temperature)
 
 
-def _check_same(path: Path, settings: dict[str, Any], held: HeldOut) -> None:
+def _check_same(path: Path, settings: dict[str, Any], held: "HeldOut") -> None:
     """The records' queries and exemplars are these.
 
     Raises:
@@ -228,7 +165,7 @@ def _check_same(path: Path, settings: dict[str, Any], held: HeldOut) -> None:
     check_queries(read_neighbours(path), held.queries)
 
 
-def _estimated(held: HeldOut, semantic: Path, price: float | None) -> str:
+def _estimated(held: "HeldOut", semantic: Path, price: float | None) -> str:
     from bench.oracle import estimate
 
     found = estimate(semantic, held.queries, held.suite.store, price_per_million=price or 0.0)

@@ -1,11 +1,12 @@
 """Options that several commands of `engine bench` share. Nothing heavy is imported."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.options import device_option, joined, numbers, source_options
+from engine.options import Command, device_option, joined, numbers, source_options
 from index.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,27 @@ classifier_options = joined(
     click.option("--std", callback=numbers, metavar="R,G,B", help="As for build-index."),
     source_options,
     device_option,
+)
+
+
+def sized(*, exemplars: int, queries: int) -> Callable[[Command], Command]:
+    """Options for the data set, the classifier, and how much of it is measured by default."""
+    return joined(
+        classifier_options,
+        click.option(
+            "--exemplars", type=click.IntRange(min=2), default=exemplars, show_default=True, help="A random subset."
+        ),
+        click.option("--queries", type=click.IntRange(min=1), default=queries, show_default=True, help="Random ones."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of subset, queries, noise."
+        ),
+        click.option("--name", help="The data set's name in the report. Default: as the source calls itself."),
+    )
+
+
+query_options = joined(
+    click.option("--query-split", help="Split that held-out queries are from. Default: test, if they are from SOURCE."),
+    click.option("--query-source", help="Where held-out queries are from instead of SOURCE."),
 )
 
 

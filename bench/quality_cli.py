@@ -5,37 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.options import check_folders, classifier_options, opened
-from engine.options import Command, joined
+from bench.options import check_folders, query_options, sized
+from engine.options import joined
 from index.errors import InputError, member
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from bench.noise import Perturbation
     from bench.retrievers import Method
-    from bench.suite import Suite
-    from index.classifier import Classifier
-    from index.progress import Progress
-    from index.sources import ImageSource
 
 BASELINES = "l2;cosine;robust"
 FEW_PERTURBATIONS = "clean,brightness 0.5,gaussian 2.5,gaussian 5"
-
-
-def sized(*, exemplars: int, queries: int) -> "Callable[[Command], Command]":
-    """Options for the data set, the classifier, and how much of it is measured by default."""
-    return joined(
-        classifier_options,
-        click.option(
-            "--exemplars", type=click.IntRange(min=2), default=exemplars, show_default=True, help="A random subset."
-        ),
-        click.option("--queries", type=click.IntRange(min=1), default=queries, show_default=True, help="Random ones."),
-        click.option(
-            "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of subset, queries, noise."
-        ),
-        click.option("--name", help="The data set's name in the report. Default: as the source calls itself."),
-    )
 
 
 methods_option = click.option(
@@ -83,6 +62,7 @@ def robustness(source: str, **options: Any) -> None:
       engine bench robustness cifar10/ --weights c.safetensors --model resnet18 --methods 'cosine;paper' \\
           --families brightness,gaussian --levels gaussian=1,2.5,5 --queries 20 --out runs/cifar.jsonl
     """
+    from bench.loading import load_suite
     from bench.self_retrieval import KEY, measure_self_retrieval
     from engine.display import progress_bar
 
@@ -119,15 +99,19 @@ def robustness(source: str, **options: Any) -> None:
     "adaptive, on what the method ranks by.",
 )
 @click.option("--skip", type=click.IntRange(min=0), default=0, help="Leave out the first so many random queries.")
+@click.option("--held-out", is_flag=True, help="Queries that are no exemplars, instead of exemplars.")
+@query_options
 def radius(source: str, **options: Any) -> None:
     """The robustness radius of Definition 1: how far a query can move before its top k changes (§3.4).
 
     \b
-    Example:
+    Examples:
       engine bench radius mnist --root data --model resnet18 --weights mnist.safetensors --queries 20 --out r.jsonl
+      engine bench radius mnist --root data --model resnet18 --weights mnist.safetensors --held-out --out held.jsonl
     """
     import numpy as np
 
+    from bench.loading import load_held_out, load_suite
     from bench.radius import KEY, Kind, measure_radius
     from engine.display import progress_bar
 
@@ -135,24 +119,32 @@ def radius(source: str, **options: Any) -> None:
     methods = parse_methods(options["methods"])
     check_folders(options["out"])
     with progress_bar() as progress:
-        suite = load_suite(source, options, progress)
-        queries = suite.queries(options["queries"], skip=options["skip"])
-        with suite.records(options["out"], "radius", methods, KEY, k=options["k"]) as records:
+        if options["held_out"]:
+            held = load_held_out(source, options, progress)
+            suite, images, numbers = held.suite, held.queries, np.arange(len(held.queries))
+            names, about = [f"{held.source} {number}" for number in numbers], {"query_source": held.source}
+        else:
+            suite, about = load_suite(source, options, progress), {}
+            numbers = suite.queries(options["queries"], skip=options["skip"])
+            names = suite.store.ids[numbers].tolist()
+            images = suite.store.images(numbers).astype(np.float32) / np.float32(255.0)
+        with suite.records(options["out"], "radius", methods, KEY, k=options["k"], **about) as records:
             measure_radius(
                 suite.retrievers(methods, progress=progress),
-                queries,
-                suite.store.images(queries).astype(np.float32) / np.float32(255.0),
+                images,
+                names,
                 suite.store.ids,
                 records,
                 classifier=suite.classifier,
                 features=suite.store.features(np.arange(len(suite.store))),
                 k=options["k"],
+                numbers=numbers,
                 kinds=kinds,
                 directions=options["directions"],
                 seed=options["seed"],
                 progress=progress,
             )
-    click.echo(f"{options['out']}: {len(queries)} queries, {len(methods)} methods")
+    click.echo(f"{options['out']}: {len(images)} queries, {len(methods)} methods")
 
 
 @click.command()
@@ -179,6 +171,7 @@ def ablation(source: str, **options: Any) -> None:
           --set tuning_batch=32 --exemplars 200 --queries 1 --perturbations 'gaussian 2.5' --out runs/layers.jsonl
     """
     from bench.ablation import layer_variants, measure_ablation, variants_of
+    from bench.loading import load_suite
     from bench.retrievers import Method
     from bench.self_retrieval import KEY
     from engine.display import progress_bar
@@ -228,6 +221,7 @@ def ood(source: str, **options: Any) -> None:
       engine bench ood mnist --root data --model resnet18 --weights mnist.safetensors --foreign cifar10/ \\
           --methods 'cosine;paper' --queries 20 --out runs/foreign.jsonl
     """
+    from bench.loading import load_suite
     from bench.ood import KEY, NOISE, foreign_images, measure_foreign, mixed, noise_images
     from bench.retrievers import make_retrievers
     from engine.display import progress_bar
@@ -291,25 +285,3 @@ def parse_few(text: str) -> "list[Perturbation]":
     from bench.noise import parse
 
     return [parse(part) for part in text.split(",")]
-
-
-def load_suite(source: str, options: dict[str, Any], progress: "Progress") -> "Suite":
-    """Exemplars and classifier of the options that `sized` declares."""
-    return suite_of(*opened(source, options), options, progress)
-
-
-def suite_of(images: "ImageSource", classifier: "Classifier", options: dict[str, Any], progress: "Progress") -> "Suite":
-    """The same, of a source and a classifier that are open."""
-    from bench.suite import Suite
-    from bench.triggers import folder_beside
-
-    out = options["out"]  # none for a dry run
-    return Suite.load(
-        images,
-        classifier,
-        exemplars=options["exemplars"],
-        seed=options["seed"],
-        data_set=options["name"],
-        triggers=out and folder_beside(out),
-        progress=progress,
-    )

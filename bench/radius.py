@@ -258,13 +258,14 @@ def seed_changes_top(
 
 def measure_radius(
     retrievers: Sequence[Retriever],
-    queries: Int64[np.ndarray, "q"],
     images: Float32[np.ndarray, "q c h w"],
+    names: Sequence[str],
     ids: Shaped[np.ndarray, "n"],
     record_file: RecordFile,
     *,
     classifier: Classifier,
     features: Float32[np.ndarray, "n d"],
+    numbers: Int64[np.ndarray, "q"],
     k: int = 10,
     kinds: Sequence[Kind] = tuple(Kind),
     directions: int = 3,
@@ -281,12 +282,13 @@ def measure_radius(
 
     Args:
         retrievers: What is compared; the kind `Kind.FEATURE` is for those named 'l2' and 'cosine' only.
-        queries: The queries' rows among the exemplars.
-        images: The queries, in [0, 1].
+        images: The queries, in [0, 1]; exemplars or not.
+        names: Of the queries, for the records.
         ids: Of all exemplars.
         record_file: Opened with `KEY`.
         classifier: φ.
         features: φ of all exemplars.
+        numbers: Of the queries: the seeds of their noise.
         k: Size of the set; fewer than n.
         kinds: Of radius.
         directions: Of Gaussian noise, for each query.
@@ -296,19 +298,21 @@ def measure_radius(
         progress: Told of radii done.
 
     Raises:
-        InputError: k is not in [1, n), or there is not one image per query.
+        InputError: k is not in [1, n), or there is not one name and number per query.
     """
     _require_k(k, len(ids))
-    if len(queries) != len(images):
-        raise InputError(f"expected an image for each of {len(queries)} queries, got {len(images)}")
+    if not len(images) == len(names) == len(numbers):
+        raise InputError(
+            f"expected a name and a number for each of {len(images)} queries, got {len(names)} and {len(numbers)}"
+        )
     precise = features.astype(np.float64)
-    total = len(queries) * sum(len(list(_kinds(retriever, kinds, directions))) for retriever in retrievers)
+    total = len(images) * sum(len(list(_kinds(retriever, kinds, directions))) for retriever in retrievers)
     done = 0
-    for row, image in zip(queries.tolist(), images, strict=True):
-        query = _Query(image, row, ids, classifier, precise, k, largest_norm, tolerance, seed)
+    for number, name, image in zip(numbers.tolist(), names, images, strict=True):
+        query = _Query(image, number, ids, classifier, precise, k, largest_norm, tolerance, seed)
         for retriever in retrievers:
             for kind, direction in _kinds(retriever, kinds, directions):
-                key = {"query": str(ids[row]), "method": retriever.name, "kind": str(kind), "direction": direction}
+                key = {"query": name, "method": retriever.name, "kind": str(kind), "direction": direction}
                 if not record_file.done(**key):
                     radius = query.radius(retriever, kind, direction)
                     found = {"radius": radius.value, "censored": radius.censored, "evaluations": radius.evaluations}
@@ -327,7 +331,7 @@ def _kinds(retriever: Retriever, kinds: Sequence[Kind], directions: int) -> Iter
 @dataclass(frozen=True)
 class _Query:
     image: Image
-    row: int
+    number: int
     ids: Shaped[np.ndarray, "n"]
     classifier: Classifier
     features: Float64[np.ndarray, "n d"]
@@ -366,7 +370,7 @@ class _Query:
     def _path(self, retriever: Retriever, kind: Kind, direction: int) -> QueryPath:
         match kind:
             case Kind.GAUSSIAN:
-                noise = _derived(self.seed, self.row, direction)
+                noise = _derived(self.seed, self.number, direction)
                 return gaussian_path(self.image, seed=noise, largest_norm=self.largest_norm)
             case Kind.BRIGHTNESS:
                 return brightness_path(self.image)

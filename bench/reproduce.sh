@@ -14,36 +14,46 @@ out=bench/results/reproduction few_out=bench/results/paper
 mkdir -p "$out" "$few_out"
 common=("$source" --weights "$weights" --model "$model" --seed 1 "$@")
 main=("${common[@]}" --exemplars 5000 --name "$name")
+held=("${common[@]}" --exemplars 5000 --name "$name, held-out queries")
 small=("${common[@]}" --exemplars 1000 --name "$name, 1,000 exemplars")
-levels=(--levels brightness=0.9,0.7,0.5,0.3,0.1 --levels gaussian=0.5,1,2.5,5 --levels contrast=0.6,0.3
-  --levels blur=0.5,1 --levels jpeg=50,20 --levels shift=1,2 --levels pgd=0.5,1)
+noise=(--families brightness,gaussian,contrast,blur,jpeg,shift,pgd,adaptive
+  --levels brightness=0.9,0.7,0.5,0.3,0.1 --levels gaussian=0.5,1,2.5,5 --levels contrast=0.6,0.3
+  --levels blur=0.5,1 --levels jpeg=50,20 --levels shift=1,2 --levels pgd=0.5,1 --levels adaptive=0.5,1)
 few=(--families brightness,gaussian,blur,shift --levels brightness=0.7,0.5,0.3 --levels gaussian=1,2.5,5
   --levels blur=1 --levels shift=1)
-baselines="l2;cosine;l2,stretch=true;cosine,stretch=true;robust"
+recognising="cosine,stretch=true,recognition=0.95" # the baseline with what `robust` has beside its trigger
+all="l2;cosine;l2,stretch=true;cosine,stretch=true;$recognising;robust"
 
-
-for stage in ${STAGES:-robustness radius paper semantic ood}; do
+for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation}; do
   case $stage in
   robustness)
-    engine bench robustness "${main[@]}" "${levels[@]}" --methods "$baselines" --queries "${QUERIES:-40}" \
+    engine bench robustness "${main[@]}" "${noise[@]}" --methods "$all" --queries "${QUERIES:-40}" \
       --out "$out/robustness-$file.jsonl"
     ;;
   radius)
-    engine bench radius "${main[@]}" --methods "l2;cosine;robust" --queries "${QUERIES:-40}" --directions 1 \
-      --kinds gaussian,brightness,adversarial,feature --out "$out/radius-$file.jsonl"
+    engine bench radius "${main[@]}" --methods "l2;cosine;$recognising;robust" --queries "${QUERIES:-40}" \
+      --out "$out/radius-$file.jsonl"
+    ;;
+  held-out)
+    engine bench radius "${held[@]}" --methods "l2;cosine;$recognising;robust" --queries "${QUERIES:-40}" --held-out \
+      --kinds gaussian,brightness --out "$out/radius-held-out-$file.jsonl"
     ;;
   paper) # the preset `paper` passes every exemplar through the network for every query: fewer exemplars, fewer queries
-    engine bench robustness "${small[@]}" "${few[@]}" --methods "l2;cosine;robust;paper" --queries "${FEW:-6}" \
+    engine bench robustness "${small[@]}" "${few[@]}" --methods "l2;cosine;paper;robust" --queries "${FEW:-8}" \
       --out "$few_out/paper-$file.jsonl"
-    engine bench radius "${small[@]}" --methods "l2;cosine;robust;paper" --queries "${FEW:-6}" --directions 1 \
+    engine bench radius "${small[@]}" --methods "l2;cosine;paper;robust" --queries "${FEW:-8}" --directions 1 \
       --kinds gaussian,brightness --out "$few_out/paper-radius-$file.jsonl"
     ;;
   semantic)
-    engine bench semantic "${main[@]}" --methods "l2;cosine;robust" --queries 100 \
+    engine bench semantic "${main[@]}" --methods "l2;cosine;cosine,stretch=true;robust" --queries 200 \
       --gallery "$out/gallery-$file.png" --out "$out/semantic-$file.jsonl"
     ;;
   ood)
     engine bench ood "${main[@]}" --methods "l2;cosine;robust" --queries 24 --foreign noise --out "$out/ood-$file.jsonl"
+    ;;
+  ablation)
+    engine bench ablation "${main[@]}" --base robust --exemplars 2000 --queries 24 --out "$out/ablation-robust-$file.jsonl"
+    engine bench ablation "${small[@]}" --queries "${FEW:-8}" --out "$few_out/ablation-paper-$file.jsonl"
     ;;
   esac
 done

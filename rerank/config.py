@@ -198,6 +198,7 @@ PRESETS = {
         tuning=Tuning.DISCRIMINANT,
         shrinkage=1.0,
         fusion=4.0,
+        recognition=0.7,
     ),
 }
 DEFAULT_PRESET = "robust"

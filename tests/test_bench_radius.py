@@ -338,10 +338,11 @@ class Suite:
         with RecordFile.open(path, SETTINGS, KEY, tuple(SETTINGS)) as record_file:
             measure_radius(
                 [self.l2, self.fused],
-                options.pop("queries", self.rows),
                 self.images,
+                options.pop("names", self.ids[self.rows].tolist()),
                 self.ids,
                 record_file,
+                numbers=self.rows,
                 classifier=self.classifier,
                 features=self.features,
                 **{"k": 4, "directions": 2, "largest_norm": 3.0, "tolerance": 0.1} | options,
@@ -411,8 +412,8 @@ def test_a_run_goes_on_where_it_stopped_and_repeats_itself(suite, tmp_path):
 
 def test_what_does_not_fit_is_refused_before_the_first_search(suite, tmp_path):
     suite.l2.asked = 0
-    with pytest.raises(InputError, match="an image for each of 3 queries, got 2"):
-        suite.measure(tmp_path / "r.jsonl", queries=np.arange(3))
+    with pytest.raises(InputError, match="a name and a number for each of 2 queries, got 3 and 2"):
+        suite.measure(tmp_path / "r.jsonl", names=["a", "b", "c"])
     with pytest.raises(InputError, match=r"expected k in \[1, 19\]"):
         suite.measure(tmp_path / "r.jsonl", k=20)
     assert suite.l2.asked == 0

@@ -1,0 +1,93 @@
+"""What the commands of `engine bench` load before they measure: exemplars, a classifier, held-out queries."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from bench.options import opened
+from bench.suite import Suite
+from bench.triggers import folder_beside
+from index.classifier import Classifier
+from index.errors import InputError
+from index.images import Shape
+from index.progress import Progress
+from index.records import ImageRecord
+from index.sources import ImageSource, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Exemplars, and queries that are none of them.
+
+    Attributes:
+        suite: The exemplars.
+        source: Where the queries are from.
+        class_names: In label order, where they are known.
+        queries: In [0, 1].
+        labels: Of the queries.
+    """
+
+    suite: Suite
+    source: str
+    class_names: tuple[str, ...] | None
+    queries: Float32[np.ndarray, "q c h w"]
+    labels: Int64[np.ndarray, "q"]
+
+
+def load_suite(source: str, options: dict[str, Any], progress: Progress) -> Suite:
+    """Exemplars and classifier of the options that `sized` declares."""
+    return suite_of(*opened(source, options), options, progress)
+
+
+def suite_of(images: ImageSource, classifier: Classifier, options: dict[str, Any], progress: Progress) -> Suite:
+    """The same, of a source and a classifier that are open."""
+    out = options["out"]  # none for a dry run
+    return Suite.load(
+        images,
+        classifier,
+        exemplars=options["exemplars"],
+        seed=options["seed"],
+        data_set=options["name"],
+        triggers=out and folder_beside(out),
+        progress=progress,
+    )
+
+
+def load_held_out(source: str, options: dict[str, Any], progress: Progress) -> HeldOut:
+    """Exemplars as every benchmark draws them; queries are the beginning of a seeded permutation of the others.
+
+    Raises:
+        InputError: the queries are not held out, have no labels or other classes, or are too few.
+    """
+    images, classifier = opened(source, options)
+    others = _query_source(source, options)
+    if not others.labelled:
+        raise InputError(f"{others.name}: expected labelled queries, got none with a label (class folders have them)")
+    if images.class_names != others.class_names and None not in (images.class_names, others.class_names):
+        raise InputError(f"{others.name}: expected queries of the classes of {images.name}, got other classes")
+    records = _readable(others, classifier.image_shape)
+    if options["queries"] > len(records):
+        raise InputError(f"expected at most {len(records)} queries from {others.name}, got {options['queries']}")
+    rows = np.random.default_rng(options["seed"]).permutation(len(records))[: options["queries"]]
+    queries = np.stack([records[row].image for row in rows]).astype(np.float32) / np.float32(255.0)
+    labels = np.array([records[row].label for row in rows], dtype=np.int64)
+    return HeldOut(suite_of(images, classifier, options, progress), others.name, images.class_names, queries, labels)
+
+
+def _query_source(source: str, options: dict[str, Any]) -> ImageSource:
+    own, split = options["query_source"], options["query_split"]
+    if own is not None:
+        return open_source(own, split=split, root=options["root"])
+    split = split or "test"
+    if split == (options["split"] or "train"):
+        raise InputError(f"expected queries that are no exemplars, got both from {split}: choose another --query-split")
+    try:
+        return open_source(source, split=split, root=options["root"])
+    except InputError as error:
+        raise InputError(f"no held-out queries: {error}; or name other images with --query-source") from None
+
+
+def _readable(source: ImageSource, shape: Shape) -> list[ImageRecord]:
+    return [record for record in source.read(shape) if isinstance(record, ImageRecord)]
