@@ -35,7 +35,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "stretch": ("false", "true"),
     "tuning": tuple(Tuning),
     "fusion": ("0", "1", "2", "4", "8", "16"),
-    "recognition": ("none", "0.5", "0.6", "0.7", "0.8", "0.9"),
+    "recognition": ("none", "0.6", "0.7", "0.8", "0.9"),
     "intensity": ("none", "0.05", "0.1", "0.25", "0.5"),
     "shrinkage": ("0.01", "0.1", "1", "10"),
     "tuning_epochs": ("1", "2", "5", "10"),

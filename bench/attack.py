@@ -3,7 +3,8 @@
 The same attack serves two ends. Against the plain features φ(x) it is one perturbation for all methods, and says how it
 transfers to those that rank by something else. Against each method's own embedding it is *adaptive*: every method meets
 the attack that is made for it, with the same budget, as evaluations of robustness should be (Tramèr et al., *On
-Adaptive Attacks to Adversarial Example Defenses*, arXiv 2002.08347).
+Adaptive Attacks to Adversarial Example Defenses*, arXiv 2002.08347). It is adaptive to the embedding only: it does not
+aim at the gate of `rerank.recognition`, nor through a trigger of the query's own, and may be too weak for both.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,7 @@ from rerank.config import PRESETS, TmmConfig, Trigger, Tuning, preset
 from rerank.contrast import stretch_contrast
 from rerank.discriminant import Discriminant
 from rerank.global_trigger import GlobalColumn, GlobalTrigger
-from rerank.recognition import Recognised
+from rerank.recognition import Recognised, chord
 from rerank.tmm import Ranking, TmmNN
 from rerank.trigger import apply_trigger
 
@@ -58,7 +58,7 @@ class Method:
             ``paper,blend=added,score=logit``.
         metric: Of a baseline; None for TMM-NN.
         stretch: Whether a baseline compares images with their contrast stretched.
-        recognition: From which cosine similarity on a baseline takes the query for a copy of an exemplar
+        recognition: Below which ratio of distances a baseline takes the query for a copy of an exemplar
             (`rerank.recognition`); None never.
         config: Of TMM-NN; None for a baseline.
     """
@@ -116,10 +116,11 @@ class MetricRetriever:
         return exact_scores(features.numpy(), self._features, self._metric)
 
     def _recognised(self, query: Float32[Tensor, "d"], *, threshold: float) -> Float32[Tensor, "d"]:
-        row = int(exact_scores(query.numpy(), self._features, self._metric).argmax())
+        scores = exact_scores(query.numpy(), self._features, self._metric)
+        row, other = np.argsort(-scores, kind="stable")[:2].tolist()
+        first, second = (-float(s) if self._metric is Metric.L2 else chord(float(s)) for s in scores[[row, other]])
         exemplar = torch.from_numpy(self._features[row])
-        similarity = float(torch.cosine_similarity(query, exemplar, dim=0))
-        return Recognised.at(row, similarity, threshold=threshold).moved(query, exemplar)
+        return Recognised.nearest(row, (first, second), threshold=threshold).moved(query, exemplar)
 
     def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """φ, of the stretched image where the method stretches; for cosine of unit length."""
@@ -156,7 +157,7 @@ class TmmRetriever:
 
         Of the stretched image where the method stretches. With the discriminant, half the squared distance to an
         exemplar in it is what the exemplar's score lacks of the largest. A trigger of the query's own is not
-        differentiated through: then it is φ(x), as it comes. Nor is recognition.
+        differentiated through: then it is φ(x), as it comes. Nor is recognition: the attack does not aim at its gate.
         """
         phi, shared = self.tmm.classifier.features, self.tmm.global_trigger
         pixels = pixels.to(self.tmm.classifier.head.weight)

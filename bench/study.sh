@@ -11,12 +11,12 @@ out=bench/results/study
 mkdir -p "$out"
 g="paper,trigger=global" # one trigger for all, so that hundreds of searches need no pass
 d="$g,stretch=true,tuning=discriminant,shrinkage=1"
-closed="l2;cosine;l2,stretch=true;cosine,stretch=true;cosine,stretch=true,recognition=0.95" # baselines
+closed="l2;cosine;l2,stretch=true;cosine,stretch=true;cosine,stretch=true,recognition=0.8" # baselines
 for fusion in 0 1 2 4 8 16; do closed="$closed;$d,intensity=0.1,fusion=$fusion"; done
 for intensity in 0.05 0.2 0.5; do closed="$closed;$d,intensity=$intensity,fusion=4"; done
-for fusion in 4 8 16; do closed="$closed;$d,intensity=0.1,fusion=$fusion,recognition=0.7"; done
-for fusion in 4 8; do closed="$closed;$d,intensity=0.05,fusion=$fusion,recognition=0.7"; done
-for recognition in 0.65 0.75; do closed="$closed;$d,intensity=0.1,fusion=8,recognition=$recognition"; done
+for fusion in 2 4 8; do closed="$closed;$d,intensity=0.1,fusion=$fusion,recognition=0.8"; done
+for recognition in 0.7 0.9; do closed="$closed;$d,intensity=0.1,fusion=4,recognition=$recognition"; done
+closed="$closed;$d,intensity=0.05,fusion=4,recognition=0.8"
 closed="$closed;$d,fusion=4;$d,intensity=0.1,shrinkage=0.1,fusion=4;$d,blend=added,fusion=4" # ω = std; less shrinkage; blend
 closed="$closed;$d,intensity=0.999,fusion=4;$d,intensity=0.1,trigger_steps=0,fusion=4"       # no trigger; exemplars only darkened
 closed="$closed;$d,stretch=false,intensity=0.1,fusion=4"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.options import cache_option, device_option, model_option, modes, source_options
+from engine.options import cache_option, device_option, model_option, modes, ratio, source_options
 from index.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--recognition",
-    type=float,
-    metavar="SIMILARITY",
-    help="From it on a query counts as a copy of an exemplar, and is answered for as that exemplar. Default: as the "
-    "preset says for tmm (off: --set recognition=none), never for l2 and cosine, where 0.95 suits.",
+    callback=ratio,
+    metavar="RATIO|off",
+    help="Answer for a query as for the nearest exemplar, if its distance is below this part of the second nearest's. "
+    "Default: as the preset says for tmm (robust: 0.8), off for l2 and cosine.",
 )
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")

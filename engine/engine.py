@@ -271,7 +271,7 @@ class Engine(Living):
         label: int | None = None,
         together: bool = False,
         stretch: bool | None = None,
-        recognition: float | None = None,
+        recognition: float | bool | None = None,
         where: str | None = None,
         progress: Progress = silent,
     ) -> SearchResult | list[SearchResult]:
@@ -290,9 +290,9 @@ class Engine(Living):
                 for bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
             stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the
                 original was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``.
-            recognition: The similarity in [0, 1) from which on a query counts as a copy of an exemplar, and is answered
-                for as that exemplar would be (`rerank.recognition`): for ``l2`` and ``cosine`` the cosine similarity of
-                features, where 0.95 suits. None: as the configuration says for ``tmm``, never for the others.
+            recognition: Answer for a query as for the exemplar nearest to it, where that one's distance is a smaller
+                part of the second nearest's than this, in (0, 1] (`rerank.recognition`). Among candidates, if there are
+                any. False: never. None: as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
             where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
                 tuned on, as if the index did not have them (`matching`).
             progress: Told of exemplars scored.

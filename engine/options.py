@@ -1,5 +1,6 @@
 """Options that several commands share, and how their texts are read. Nothing heavy is imported."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,19 @@ def size(context: click.Context, parameter: click.Parameter, text: str | None) -
     if min(height, width) < 1:
         raise click.BadParameter(f"expected sides of at least 1, got {text!r}")
     return height, width
+
+
+def ratio(context: click.Context, parameter: click.Parameter, text: str | None) -> float | bool | None:
+    """Parse `0.8`; `off` is False."""
+    if text is None or text.lower() in ("off", "none", "false"):
+        return None if text is None else False
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= 1.0:
+        raise click.BadParameter(f"expected a ratio above 0, at most 1, or off, got {text!r}")
+    return value
 
 
 def size_in_bytes(context: click.Context, parameter: click.Parameter, text: str) -> int:

@@ -234,6 +234,8 @@ def _row(result: SearchResult, *, columns: int, width: int) -> Image.Image:
     mode = _line(result.mode, width=width, size=_BODY)
     facts = f"{_agreeing(result)} of {len(result.hits)} in the query's class"
     facts += f"  ·  {result.scored:,} of {result.exemplars:,} scored  ·  {_seconds(result.seconds)}"
+    if result.recognised_as is not None:
+        facts += f"  ·  recognised as {_clip(result.recognised_as)}"
     indent = round(ImageFont.load_default(_BODY).getlength(_plain(result.mode))) + _GAP
     if indent < width:
         mode.paste(_line(facts, width=width - indent, size=_SMALL, colour=_FAINT), (indent, 1))

@@ -39,7 +39,7 @@ class SearchOptions(TypedDict, total=False):
     label: int | None
     together: bool
     stretch: bool | None
-    recognition: float | None
+    recognition: float | bool | None
     where: str | None
     progress: Progress
 
@@ -78,7 +78,7 @@ class Request:
         label: int | None,
         together: bool,
         stretch: bool | None,
-        recognition: float | None,
+        recognition: float | bool | None,
     ) -> "Request":
         """From the options of `Engine.search`.
 
@@ -88,14 +88,14 @@ class Request:
         chosen, config = member(Mode, mode), preset(config) if isinstance(config, str) else config
         if stretch is None:
             stretch = chosen is Mode.TMM and config.stretch
-        if recognition is None and chosen is Mode.TMM:
-            recognition = config.recognition
+        if recognition is None:
+            recognition = config.recognition if chosen is Mode.TMM else False
         return cls(
             k=_positive("k", k),
             mode=chosen,
             candidates=None if candidates is None else _positive("candidates", candidates),
             prefilter=member(Prefilter, prefilter),
-            config=replace(config, stretch=stretch, recognition=recognition),
+            config=replace(config, stretch=stretch, recognition=None if recognition is False else recognition),
             label=label,
             together=together,
         )

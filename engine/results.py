@@ -22,7 +22,7 @@ class Hit:
         score: Log-odds, logit, similarity or a fusion (tmm, as its configuration says), minus the L2 distance (l2),
             cosine similarity (cosine).
         confidence: In [0, 1] for tmm, None otherwise: P(dummy class), or with a head in closed form the positive part
-            of the decorrelated similarity, which is 1 for the query itself.
+            of the decorrelated similarity, which is 1 for the query itself. Recognition does not change it.
         metadata: The source's other columns; ``path`` where it had files.
         image: uint8 (c, h, w), the stored exemplar.
     """
@@ -78,8 +78,10 @@ class SearchResult:
         timings: Seconds by step; a step done for several queries together counts as shared equally.
         notes: What a user should know about this answer, in sentences.
         query_image: uint8 (c, h, w), the query as the model saw it.
-        recognised_as: Id of the exemplar that the query was taken for a copy of, and answered for; None where it
-            resembles none that much, or recognition is off.
+        recognised_as: Id of the exemplar that the query was taken for a copy of, and answered for (`recognised_share`
+            is at least a half); else None.
+        recognised_share: How far the query's features moved to those of the exemplar nearest to it, in [0, 1]
+            (`rerank.recognition`); None where recognition is off.
         trigger: float32 (c, h, w) in pixel units, τ (tmm only).
         triggered_query: float32 (c, h, w), the blended query (tmm only).
     """
@@ -99,6 +101,7 @@ class SearchResult:
     notes: tuple[str, ...]
     query_image: UInt8[np.ndarray, "c h w"]
     recognised_as: str | None = None
+    recognised_share: float | None = None
     trigger: Float[np.ndarray, "c h w"] | None = None
     triggered_query: Float[np.ndarray, "c h w"] | None = None
 

@@ -22,7 +22,7 @@ from index.ranking import in_turn
 from index.store import FEATURE, STRETCHED_FEATURE, ExemplarStore
 from rerank.config import TmmConfig
 from rerank.contrast import stretch_contrast
-from rerank.recognition import Recognised
+from rerank.recognition import Recognised, chord
 from rerank.tmm import Ranking, TmmNN
 
 
@@ -118,17 +118,15 @@ class Searcher:
     ) -> Float32[np.ndarray, "q d"]:
         """Features moved to those of the exemplars that the queries may be copies of; notes which."""
         assert request.config.recognition is not None
-        rows = np.concatenate([rows for rows, _ in neighbours.search(features, k=1)])
-        queries = torch.from_numpy(features)
-        exemplars = torch.from_numpy(self._store.features(rows, column=_column(request)))
-        similarities = torch.cosine_similarity(queries, exemplars).tolist()
-        moved = []
-        for answer, row, similarity, query, exemplar in zip(
-            answers, rows.tolist(), similarities, queries, exemplars, strict=True
-        ):
-            answer.recognised = Recognised.at(row, similarity, threshold=request.config.recognition)
-            moved.append(answer.recognised.moved(query, exemplar))
-        return torch.stack(moved).numpy()
+        threshold, metric, moved = request.config.recognition, Metric(request.mode), torch.tensor(features)
+        for answer, query, (rows, scores) in zip(answers, moved, neighbours.search(features, k=2), strict=True):
+            if len(rows) < 2:  # an approximate index may find fewer
+                continue
+            first, second = (-float(score) if metric is Metric.L2 else chord(float(score)) for score in scores)
+            exemplar = torch.tensor(self._store.features(rows[:1], column=_column(request)))[0]  # may be read-only
+            answer.recognised = Recognised.nearest(int(rows[0]), (first, second), threshold=threshold)
+            query.copy_(answer.recognised.moved(query, exemplar))
+        return moved.numpy()
 
     def _rerank(self, queries: list[Query], request: Request, progress: Progress) -> list[_Answer]:
         """TMM-NN, over all exemplars or over candidates."""
@@ -210,10 +208,8 @@ class Searcher:
         ranking, recognised = answer.ranking, answer.recognised
         original = None if recognised is None or recognised.share < 0.5 else str(self._store.ids[recognised.row])
         notes = []
-        if recognised is not None and original is not None and original != query.name:
-            notes.append(
-                f"recognised as {original} (similarity {recognised.similarity:.2f}): answered for as that exemplar"
-            )
+        if recognised is not None and original is not None and not self._shows(query, recognised.row):
+            notes.append(f"recognised as {original}: ranked by what is like that exemplar")
         if len(answer.rows) < request.k:
             notes.append(
                 f"k = {request.k} is more than the {answer.scored} exemplars scored: returned {len(answer.rows)}"
@@ -233,10 +229,15 @@ class Searcher:
             timings=answer.timings,
             notes=tuple(notes),
             recognised_as=original,
+            recognised_share=None if recognised is None else recognised.share,
             query_image=np.rint(query.pixels * 255.0).astype(np.uint8),
             trigger=ranking.trigger if ranking else None,
             triggered_query=ranking.triggered_query if ranking else None,
         )
+
+    def _shows(self, query: Query, row: int) -> bool:
+        """Whether the query is the exemplar itself, pixel by pixel."""
+        return np.array_equal(np.rint(query.pixels * 255.0), self._store.images(np.array([row]))[0])
 
     def _hits(self, answer: _Answer) -> tuple[Hit, ...]:
         store = self._store

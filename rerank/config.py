@@ -8,7 +8,7 @@ from typing import Any
 from index.errors import InputError, member, nearest
 
 MAX_SEED = 2**63 - 1  # what torch and NumPy both take
-MAX_RECOGNITION = 0.9999  # above it even a copy's rounding decides
+MIN_RECOGNITION = 0.01  # below it even a copy's rounding decides
 
 
 class Blend(StrEnum):
@@ -70,8 +70,8 @@ class TmmConfig:
         tuning: How the dummy class's row of the head is found.
         score: What exemplars are ranked by; with `Tuning.DISCRIMINANT` always the decorrelated similarity.
         fusion: Above 0, exemplars are ranked by confidence + fusion · cosine similarity of clean features.
-        recognition: The similarity in (0, 1) from which on the query counts as a copy of an exemplar, and is answered
-            for as that exemplar would be (`rerank.recognition`); None never does.
+        recognition: In (0, 1]: where the nearest exemplar's distance is a smaller part of the second nearest's than
+            this, the query is answered for as that exemplar (`rerank.recognition`); None never does so.
         intensity: ω in [0, 1]; None takes the standard deviation of the query's pixels (§4.3.2).
         trigger_steps: At most so many Adam steps on Eq. 8.
         trigger_lr: Adam's learning rate for the trigger, in pixel units.
@@ -126,7 +126,7 @@ class TmmConfig:
         if self.intensity is not None:
             _require("intensity", self.intensity, minimum=0.0, maximum=1.0)
         if self.recognition is not None:
-            _require("recognition", self.recognition, minimum=0.0, maximum=MAX_RECOGNITION)
+            _require("recognition", self.recognition, minimum=MIN_RECOGNITION, maximum=1.0)
 
     def with_settings(self, settings: list[str]) -> "TmmConfig":
         """This configuration with 'name=value' strings applied, as the command line takes them.
@@ -198,7 +198,7 @@ PRESETS = {
         tuning=Tuning.DISCRIMINANT,
         shrinkage=1.0,
         fusion=4.0,
-        recognition=0.7,
+        recognition=0.8,
     ),
 }
 DEFAULT_PRESET = "robust"

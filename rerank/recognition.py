@@ -1,11 +1,13 @@
-"""Recognition: is the query a copy of an exemplar, under whatever noise? Then it is answered for as that exemplar.
+"""Recognition: is the query a copy of an exemplar, under noise? Then it is answered for as that exemplar.
 
-A search compares the query with every exemplar. Where one of them looks like the very image that the query shows, the
-query's features move to that exemplar's, and the search is made again: the noise is gone, and with it its influence on
-all other neighbours. How far they move is a smooth function of the similarity, so that nothing jumps at the threshold;
-a query that resembles no exemplar that much keeps its features, and its answer.
+A search compares the query with every exemplar. Where the nearest is much nearer than the second nearest — Lowe's ratio
+test (IJCV 2004), whose 0.8 is the default here too —, the query's features move to that exemplar's and all are ranked
+again: most of the noise is gone, and with it its influence on the other neighbours. This is query expansion (Chum et
+al., ICCV 2007) by the one best match, with a gate.
 
-This is query expansion (Chum et al., ICCV 2007) by the one best match, with a gate.
+The ratio needs no scale: where exemplars lie close together, a copy must be closer still. How far the features move is
+a smooth function of it, so that nothing jumps at the threshold: a query that resembles several exemplars alike moves
+little. Of exemplars that are themselves copies of each other none is recognised; the answer is then the one without.
 """
 
 import math
@@ -14,35 +16,41 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-SHARPNESS = 20.0  # at a similarity of 1 the query's features move to within e^−20 of the exemplar's
+SHARPNESS = 20.0  # at a ratio of 0 the query's features move to within e^−20 of the exemplar's
 
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """The exemplar most likely to be the query's original.
+    """The exemplar nearest to the query, and how far the query's features moved to it.
 
     Attributes:
         row: Its row.
-        similarity: How much it looks like the image that the query shows; at most 1.
-        share: How far the query's features moved to the exemplar's, in [0, 1]; a half at the threshold.
+        ratio: Its distance over that of the second nearest, in [0, 1]; 1 where both are at the query.
+        share: How far the features moved, in [0, 1]; a half at the threshold.
     """
 
     row: int
-    similarity: float
+    ratio: float
     share: float
 
     @classmethod
-    def at(cls, row: int, similarity: float, *, threshold: float) -> "Recognised":
-        """The share follows a logistic function: a half at the threshold, 1 − e^−20 at a similarity of 1.
+    def nearest(cls, row: int, distances: tuple[float, float], *, threshold: float) -> "Recognised":
+        """By the logistic function of the ratio: a half at the threshold, 1 − e^−20 at 0.
 
         Args:
-            row: The exemplar's.
-            similarity: At most 1.
-            threshold: In [0, 1).
+            row: The nearest exemplar's.
+            distances: Its, and that of the second nearest; not negative, the first not larger.
+            threshold: In (0, 1].
         """
-        logit = SHARPNESS * (similarity - threshold) / (1.0 - threshold)
-        return cls(row, similarity, (1.0 + math.tanh(logit / 2.0)) / 2.0)
+        first, second = distances
+        ratio = first / second if second > 0 else 1.0
+        return cls(row, ratio, (1.0 + math.tanh(SHARPNESS * (threshold - ratio) / threshold / 2.0)) / 2.0)
 
     def moved(self, query: Float[Tensor, "*n d"], exemplar: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """The query's features, by that share of the way at the exemplar's."""
         return (1.0 - self.share) * query + self.share * exemplar
+
+
+def chord(similarity: float) -> float:
+    """The distance, up to a factor, of two directions with this cosine similarity; rounding above 1 counts as 1."""
+    return math.sqrt(max(0.0, 1.0 - similarity))

@@ -21,7 +21,7 @@ MATCH_COSINE = 0.25  # weight of the cosine similarity beside the confidence, in
 
 class Scores(NamedTuple):
     """What exemplars are ranked by; how sure the model is that they are like the query, in [0, 1]; and how much each
-    looks like the very image that the query shows, at most 1.
+    looks like the very image that the query shows, at most 1 (`rerank.recognition`).
     """
 
     scores: Float[Tensor, "n"]

@@ -23,7 +23,7 @@ from rerank.config import TmmConfig, Trigger
 from rerank.fitting import ScorerFitter
 from rerank.global_trigger import GlobalTrigger
 from rerank.jobs import Job, make_jobs, timed
-from rerank.recognition import Recognised
+from rerank.recognition import Recognised, chord
 from rerank.scorers import Scores
 from rerank.scoring import DEFAULT_CACHE_BYTES, ExemplarTensors
 from rerank.triggered_exemplars import TriggeredExemplars
@@ -41,7 +41,8 @@ class Ranking:
     Attributes:
         rows: The best exemplars' rows, best first; ties in order of id.
         scores: Their scores; larger is better.
-        confidences: Their P(dummy class), or the positive part of their decorrelated similarity; in [0, 1].
+        confidences: Their P(dummy class), or the positive part of their decorrelated similarity, to the query itself
+            even where it was recognised; in [0, 1].
         scored: How many exemplars were scored.
         tuned_on: How many exemplars the head was tuned on.
         label: y_q.
@@ -185,7 +186,9 @@ class TmmNN:
         """
         first = configs[0]
         if any(config.before_tuning != first.before_tuning for config in configs):
-            raise InputError("expected configurations that differ only after the pass: in tuning, score or fusion")
+            raise InputError(
+                "expected configurations that differ only after the pass: in tuning, score, fusion or recognition"
+            )
         [job] = make_jobs(
             self.classifier,
             query[None],
@@ -241,11 +244,12 @@ class TmmNN:
         _, scored_rows = self._rows(group[0].candidates, config)
         rows = np.arange(len(self.store)) if scored_rows is None else scored_rows
         scores = self._scores(group, triggered, config, progress)
-        if config.recognition is not None:
+        if config.recognition is not None and len(rows) > 1:
             with timed(group, "recognition"), torch.inference_mode():
                 for job, found in zip(group, scores, strict=True):
                     self._recognise(job, found, rows, config)
-            scores = self._scores(group, triggered, config, progress)
+            seen = self._scores(group, triggered, config, progress)
+            scores = [again._replace(confidences=own.confidences) for again, own in zip(seen, scores, strict=True)]
         with timed(group, "ranking"), torch.inference_mode():
             return [
                 self._ranking(job, found, rows=rows, tuned_on=len(triggered[0]), k=k, config=config)
@@ -271,19 +275,22 @@ class TmmNN:
         assert config.recognition is not None
         assert job.features is not None
         matches = scores.matches.cpu().numpy()
-        [best] = best_first(matches, rows, self.store.ids, k=1)
-        row = rows[[best]]
-        [triggered] = self._exemplars(self.backbone, config).features([job], row, silent)
+        first, second = best_first(matches, rows, self.store.ids, k=2)
+        row = rows[[first]]
+        [triggered] = self._exemplars(self._exact, config).features([job], row, silent)
         clean = self._tensors.features(row, triggered.dtype, column=self._fitter.clean_column(config))
-        job.recognised = Recognised.at(int(row[0]), float(matches[best]), threshold=config.recognition)
+        distances = chord(float(matches[first])), chord(float(matches[second]))
+        job.recognised = Recognised.nearest(int(row[0]), distances, threshold=config.recognition)
         job.features = job.recognised.moved(job.features, torch.cat([triggered, clean]))
 
     def _ranking(self, job: Job, scores: Scores, *, rows: Rows, tuned_on: int, k: int, config: TmmConfig) -> Ranking:
         scored, found = len(rows), job.found
         if not self.backbone.exact and config.trigger is not Trigger.GLOBAL:
-            rows = rows[best_first(scores.scores.cpu().numpy(), rows, self.store.ids, k=max(RESCORED, 2 * k))]
-            [exact] = self._exemplars(self._exact, config).features([job], rows, silent)
-            scores = job.score(exact, rows)
+            kept = best_first(scores.scores.cpu().numpy(), rows, self.store.ids, k=max(RESCORED, 2 * k))
+            rows = rows[kept]
+            [features] = self._exemplars(self._exact, config).features([job], rows, silent)
+            exact = job.score(features, rows)  # its confidences are of the recognised exemplar, if there is one
+            scores = exact if job.recognised is None else exact._replace(confidences=scores.confidences[kept])
         values, confidences = scores.scores.cpu().numpy(), scores.confidences.cpu().numpy()
         best = best_first(values, rows, self.store.ids, k=k)
         assert job.label is not None

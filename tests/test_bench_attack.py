@@ -1,5 +1,7 @@
 """Attacks against what a method ranks by: embeddings say what scores say, and an adaptive attack moves them farther."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,8 +24,10 @@ METHODS = (
     "cosine,stretch=true",
     "robust,trigger_steps=10",
     "robust,trigger_steps=10,fusion=0",
+    "robust,trigger_steps=10,tuning=adam,fusion=9,tuning_min_steps=5",
     "paper",
 )
+BY_STEPS = METHODS[6]
 TRIGGERED = METHODS[4:6]
 
 
@@ -62,17 +66,37 @@ def test_a_baselines_embedding_ranks_as_its_scores_do(suite: Suite, retrievers: 
 
 
 @pytest.mark.parametrize("name", TRIGGERED)
-def test_a_global_triggers_embedding_is_that_of_the_triggered_query(
+def test_a_discriminants_embedding_is_what_its_scores_are_products_of(
     suite: Suite, retrievers: dict[str, Retriever], name: str
 ):
-    retriever, pixels = retrievers[name], torch.tensor(query())
+    retriever = retrievers[name]
+    assert isinstance(retriever, TmmRetriever)
+    config = replace(retriever.config, recognition=None)
+    ranking = retriever.tmm.rank(torch.tensor(query()), k=N, config=config)
+    exemplars = torch.tensor(suite.store.images(ranking.rows)) / 255.0
+    with torch.no_grad():
+        own, others = retriever.embedding(torch.tensor(query())[None]), retriever.embedding(exemplars)
+    lengths = np.full(N, np.sqrt(1.0 + config.fusion))
+    np.testing.assert_allclose(others.norm(dim=1), lengths, rtol=1e-4)
+    products = others @ own[0]
+    half_squares = (others - own).square().sum(dim=1) / 2
+    np.testing.assert_allclose(half_squares, 1.0 + config.fusion - products, rtol=0.0, atol=1e-3)
+    sure = ranking.confidences > 0 if config.fusion > 0 else slice(None)  # a negative similarity is no confidence
+    np.testing.assert_allclose(products[sure], ranking.scores[sure], rtol=0.0, atol=1e-3)
+    assert 5 < np.count_nonzero(ranking.confidences) < N
+    assert np.ptp(ranking.scores) > 0.3
+
+
+def test_with_a_head_tuned_by_steps_the_triggered_query_is_embedded_as_it_is(
+    suite: Suite, retrievers: dict[str, Retriever]
+):
+    retriever, pixels = retrievers[BY_STEPS], torch.tensor(query())
     assert isinstance(retriever, TmmRetriever)
     triggered = torch.tensor(retriever.tmm.rank(pixels, k=1, config=retriever.config).triggered_query)
-    images = [triggered, stretch_contrast(pixels)][: 1 + (retriever.config.fusion > 0)]
     with torch.no_grad():
-        expected = normalize(suite.classifier.features(torch.stack(images))).reshape(1, -1)
+        both = normalize(suite.classifier.features(torch.stack([triggered, stretch_contrast(pixels)])))
         found = retriever.embedding(pixels[None])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found, torch.cat([both[0], 3.0 * both[1]])[None], atol=1e-4)
 
 
 def test_a_trigger_of_the_querys_own_leaves_the_features(suite: Suite, retrievers: dict[str, Retriever]):

@@ -1,5 +1,6 @@
 """What benchmarks compare: methods by name, scores, ranks, and the suite that draws exemplars and queries."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from bench.retrievers import Method, TmmRetriever, rank_of, scores_of_all, top
 from bench.suite import Suite
+from engine import Engine
 from index.errors import InputError
 from index.neighbours import Metric
 from index.sources import ArraySource, FolderSource
@@ -43,20 +45,32 @@ def query() -> np.ndarray:
 
 
 def test_methods_are_read_from_their_names():
-    assert Method.parse("l2") == Method("l2", Metric.L2, False, None)
+    assert Method.parse("l2") == Method("l2", Metric.L2, stretch=False, recognition=None, config=None)
     assert Method.parse("cosine,stretch=true").stretch
     assert Method.parse("paper").config == TmmConfig()
     changed = Method.parse("paper,blend=added,score=logit")
     assert changed.config == replace(TmmConfig(), blend=Blend.ADDED, score=Score.LOGIT)
     assert changed.settings()["blend"] == "added"
     assert Method.parse("cosine,stretch=true").settings() == {"stretch": True}
+    both = Method.parse("cosine,stretch=true,recognition=0.95")
+    assert (both.metric, both.stretch, both.recognition, both.config) == (Metric.COSINE, True, 0.95, None)
+    assert both.settings() == {"stretch": True, "recognition": 0.95}
+    assert Method.parse("l2,recognition=0.9").settings() == {"stretch": False, "recognition": 0.9}
+    assert Method.parse("l2,recognition=none").settings() == {"stretch": False}
+    recognising = Method.parse("paper,recognition=0.7")
+    assert (recognising.recognition, recognising.settings()["recognition"]) == (None, 0.7)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("cosin", "did you mean .*cosine"),
-        ("cosine,blend=added", "only stretch=true"),
+        ("cosine,blend=added", "cosine,blend=added: a baseline takes stretch and recognition, got blend=added"),
+        ("cosine,stretch=true,fusion=4,seed=1", "takes stretch and recognition, got fusion=4, seed=1$"),
+        ("cosine,recognition=1", r"recognition: expected a finite value in \[0, 0\.9999\], got 1"),
+        ("l2,recognition=nan", "recognition: expected .* got nan"),
+        ("l2,recognition=high", "recognition: cannot read 'high'"),
+        ("cosine,stretch=perhaps", "stretch: cannot read 'perhaps'"),
         ("paper,blur=1", "unknown TMM setting"),
         ("paper,blend=mixed", "unknown blend"),
     ],
@@ -92,6 +106,32 @@ def test_baselines_score_as_written_down(suite: Suite, query: np.ndarray):
         x, exemplars = features(one[None])[0], features(all_)
         expected = exemplars @ x / np.linalg.norm(exemplars, axis=1) / np.linalg.norm(x)
         np.testing.assert_allclose(retriever.scores(dark), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["l2", "cosine"])
+@pytest.mark.parametrize("stretch", [False, True])
+@pytest.mark.parametrize("recognition", [0.0, 0.9, 0.98, 0.9999])
+def test_baselines_with_recognition_are_the_engines(suite: Suite, query: np.ndarray, *, mode, stretch, recognition):
+    [baseline] = suite.retrievers([Method.parse(f"{mode},stretch={stretch},recognition={recognition}")])
+    [without] = suite.retrievers([Method.parse(f"{mode},stretch={stretch}")])
+    images, ids = suite.store.images(np.arange(N)), suite.store.ids
+    engine = Engine.from_arrays(
+        images,
+        suite.store.labels,
+        suite.classifier,
+        ids=ids.tolist(),
+        global_trigger=replace(preset("robust"), trigger_steps=2),
+    )
+    noise = np.random.default_rng(0).normal(scale=0.05, size=(2, *query.shape))
+    copies = (images[[3, 7]] / 255 + noise).clip(0, 1).astype(np.float32)
+    differences = []
+    for image in (query, *copies):
+        result = engine.search(image, k=N, mode=mode, stretch=stretch, recognition=recognition)
+        scores = baseline.scores(image)
+        by_id = {hit.id: hit.score for hit in result.hits}
+        np.testing.assert_allclose(scores, [by_id[id_] for id_ in ids], rtol=1e-3, atol=2e-3)
+        differences.append(np.abs(scores - without.scores(image)).max())
+    assert (max(differences) > 1e-2) == (recognition < 0.9999)
 
 
 def test_tmm_scores_are_the_rerankers_in_row_order(suite: Suite, query: np.ndarray):
@@ -192,3 +232,44 @@ def test_records_belong_to_exemplars_seed_and_model(suite: Suite, tmp_path: Path
     for other, k, name in ((make_suite(seed=1), 3, "seed"), (make_suite(exemplars=9), 3, "exemplars"), (suite, 4, "k")):
         with pytest.raises(InputError, match=f"expected {name} "):
             other.records(tmp_path / "r.jsonl", "robustness", methods, ("query",), k=k)
+
+
+def recorded(path: Path, suite: Suite, name: str, **changed: object) -> None:
+    """A file that an earlier version of the code has begun: one method, its settings changed (None: left out)."""
+    suite.records(path, "robustness", [Method.parse(name)], ("query",)).close()
+    line = json.loads(path.read_text())
+    settings = line["settings"]["methods"][name]
+    for setting, value in changed.items():
+        assert setting in settings
+        settings.pop(setting) if value is None else settings.update({setting: value})
+    path.write_text(json.dumps(line) + "\n")
+
+
+def test_records_from_before_a_setting_was_there_go_on(suite: Suite, tmp_path: Path):
+    for name in ("paper", "paper,fusion=2"):
+        recorded(tmp_path / f"{name}.jsonl", suite, name, recognition=None)
+        assert '"recognition"' not in (tmp_path / f"{name}.jsonl").read_text()
+        with suite.records(tmp_path / f"{name}.jsonl", "robustness", [Method.parse(name)], ("query",)) as records:
+            records.append({"query": "a"})
+        assert '"recognition": null' in (tmp_path / f"{name}.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("robust", {"recognition": 0.123}),
+        ("paper", {"recognition": 0.5}),
+        ("paper,recognition=0.5", {"recognition": None}),
+        ("cosine,recognition=0.5", {"recognition": 0.4}),
+        ("cosine,recognition=0.5", {"recognition": None}),
+        ("paper", {"trigger_lr": 0.5, "recognition": None}),
+    ],
+)
+def test_records_of_a_preset_that_has_changed_are_refused(suite: Suite, tmp_path: Path, name: str, changed: dict):
+    path = tmp_path / "r.jsonl"
+    recorded(path, suite, name, **changed)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=f"'{name}' was measured with .*, is now .*; write to another file"):
+        suite.records(path, "robustness", [Method.parse("l2"), Method.parse(name)], ("query",))
+    suite.records(path, "robustness", [Method.parse("l2")], ("query",)).close()  # others may join
+    assert path.read_bytes() == before

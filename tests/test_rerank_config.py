@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from index.errors import InputError
 from rerank import PRESETS, Blend, Score, TmmConfig, Trigger, preset
-from rerank.config import DEFAULT_PRESET, MAX_SEED, Tuning
+from rerank.config import DEFAULT_PRESET, MAX_RECOGNITION, MAX_SEED, Tuning
 
 WHOLE = ["trigger_steps", "tuning_epochs", "tuning_min_steps", "tuning_batch", "max_tuning_exemplars", "seed"]
 REAL = ["trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda", "fusion", "shrinkage"]
-AFTER_THE_PASS = {"tuning", "score", "fusion", "tuning_epochs", "tuning_min_steps", "tuning_lr", "tuning_batch",
-                  "ewc_lambda", "shrinkage"}  # fmt: skip
+AFTER_THE_PASS = {"tuning", "score", "fusion", "recognition", "tuning_epochs", "tuning_min_steps", "tuning_lr",
+                  "tuning_batch", "ewc_lambda", "shrinkage"}  # fmt: skip
 
 configs = st.builds(
     TmmConfig,
@@ -37,6 +37,7 @@ configs = st.builds(
     tuning_batch=st.integers(1, 10_000),
     ewc_lambda=st.floats(0.0, 1e6),
     fusion=st.floats(0.0, 1e6),
+    recognition=st.none() | st.floats(0.0, MAX_RECOGNITION),
     shrinkage=st.floats(1e-6, 1e6),
     max_tuning_exemplars=st.integers(1, 10**9),
     candidate_companions=st.integers(0, 10**6),
@@ -61,6 +62,7 @@ def test_the_preset_paper_is_algorithm_1_as_printed():
         tuning=Tuning.ADAM,
         score=Score.LOG_ODDS,
         fusion=0.0,
+        recognition=None,
         intensity=None,
         trigger_steps=300,
         trigger_lr=0.015,
@@ -85,6 +87,7 @@ def test_the_preset_robust_is_the_default_and_what_the_study_found():
         "tuning": "discriminant",
         "score": "log-odds",
         "fusion": 4.0,
+        "recognition": 0.8,
         "intensity": 0.1,
         "trigger_steps": 300,
         "trigger_lr": 0.015,
@@ -149,6 +152,10 @@ def test_settings_change_what_they_name_and_leave_the_original():
     assert closed == TmmConfig(tuning=Tuning.DISCRIMINANT, stretch=True, shrinkage=1e-6, fusion=4.0, seed=7)
     assert after.with_settings(["seed=9", "seed=7"]).seed == 7
     assert after.with_settings(["intensity=none"]).intensity is None
+    recognising = before.with_settings(["recognition=0.7"])
+    assert recognising == TmmConfig(recognition=0.7, seed=7)
+    assert recognising.with_settings(["recognition = None"]) == before
+    assert before.with_settings(["recognition=0"]).recognition == 0.0
     assert before == TmmConfig(seed=7)
     assert before.with_settings([]) == before
 
@@ -185,6 +192,12 @@ def test_settings_change_what_they_name_and_leave_the_original():
         ("tuning_lr=-1e-3", "tuning_lr: expected .* got -0.001"),
         ("intensity=1.01", r"intensity: expected a .*value in \[0, 1\], got 1.01"),
         ("intensity=half", "intensity: cannot read 'half'"),
+        ("recognition=1", r"recognition: expected a finite value in \[0, 0\.9999\], got 1"),
+        ("recognition=2", r"recognition: expected a finite value in \[0, 0\.9999\], got 2"),
+        ("recognition=-0.1", "recognition: expected .* got -0.1"),
+        ("recognition=nan", "recognition: expected .* got nan"),
+        ("recognition=yes", "recognition: cannot read 'yes'"),
+        ("recognition=", "recognition: cannot read ''"),
         ("tuning_batch=0", r"tuning_batch: expected a .*value in \[1, inf\], got 0"),
         ("seed=-1", "seed: expected .* got -1"),
         ("seed=18446744073709551616", "seed: expected .* got 18446744073709551616"),
@@ -207,6 +220,13 @@ def test_whole_numbers_only(unchecked, name, value):
 def test_finite_numbers_only(unchecked, name, value):
     with pytest.raises(InputError, match=f"{name}: expected a"):
         TmmConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 0.99991, 1, float("nan"), float("-inf"), True, "0.7"])
+def test_recognition_is_a_similarity_below_one_or_none(unchecked, value):
+    with pytest.raises(InputError, match="recognition: expected a"):
+        TmmConfig(recognition=value)
+    assert [TmmConfig(recognition=good).recognition for good in (None, 0.0, 0.9999)] == [None, 0.0, 0.9999]
 
 
 @pytest.mark.parametrize("value", ["no", 0, None])

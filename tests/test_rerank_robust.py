@@ -8,16 +8,14 @@ import torch
 
 from index.errors import InputError
 from index.sources import ArraySource
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore, Subset
-from rerank import Score, TmmConfig, TmmNN, Trigger, preset
+from index.store import STRETCHED_FEATURE, MemoryStore, Subset
+from rerank import Score, TmmConfig, TmmNN, Trigger
 from rerank.backbone import Precision
 from rerank.config import Tuning
-from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from rerank.global_trigger import GlobalTrigger, make_global_trigger
 from rerank.reference import reference_discriminant_scores, reference_scores
+from tests.robust import OWN, ROBUST, N, by_row, store_with
 
-N = 60
-ROBUST = replace(preset("robust"), trigger_steps=20, tuning_min_steps=10)
-OWN = replace(ROBUST, trigger=Trigger.QUERY)
 KINDS = pytest.mark.parametrize("config", [ROBUST, OWN], ids=["global", "query"])
 
 
@@ -43,26 +41,6 @@ def tmm(shared, classifier, store) -> TmmNN:
 @pytest.fixture(scope="module")
 def query(make_queries) -> torch.Tensor:
     return make_queries(1, dtype=torch.float32)[0]
-
-
-def store_with(shared: GlobalTrigger, store: MemoryStore, classifier) -> MemoryStore:
-    """The same exemplars, with the columns of the global trigger."""
-    every = np.arange(len(store))
-    columns = GlobalColumn(shared, classifier).columns(store.images(every).copy())
-    return MemoryStore(
-        store.images(every),
-        store.features(every),
-        store.labels,
-        ids=store.ids.tolist(),
-        global_features=columns[GLOBAL_FEATURE],
-        stretched_features=columns[STRETCHED_FEATURE],
-    )
-
-
-def by_row(ranking) -> np.ndarray:
-    """Scores of all exemplars, in the order of rows."""
-    assert sorted(ranking.rows) == list(range(len(ranking.rows)))
-    return ranking.scores[np.argsort(ranking.rows)]
 
 
 # ---- the slow one

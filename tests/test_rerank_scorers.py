@@ -34,10 +34,11 @@ def discriminant_scorer(*, lengths: bool) -> DiscriminantScorer:
 @pytest.mark.parametrize("ranked_by", Score)
 def test_a_head_scores_by_its_last_row_and_is_as_sure_as_its_softmax(ranked_by):
     head, features = random_head(), random_features(0)
-    scores, confidences = HeadScorer(head, ranked_by).score(features, None)
+    scores, confidences, matches = HeadScorer(head, ranked_by).score(features, None)
     logits = (features @ head.weight.T + head.bias).numpy()
     p = np.exp(logits[:, -1]) / np.exp(logits).sum(axis=1)
     np.testing.assert_allclose(confidences, p, rtol=1e-10)
+    assert torch.equal(matches, confidences)
     np.testing.assert_allclose(scores, logits[:, -1] if ranked_by is Score.LOGIT else np.log(p / (1 - p)), rtol=1e-9)
 
 
@@ -56,10 +57,11 @@ def test_known_lengths_change_nothing_whatever_the_rows(rows):
 
 def test_the_discriminant_is_as_sure_as_the_positive_part_of_the_similarity():
     scorer, features = discriminant_scorer(lengths=False), random_features(0)
-    scores, confidences = scorer.score(features, None)
+    scores, confidences, matches = scorer.score(features, None)
     lengths = scorer.discriminant.lengths(features)
     assert torch.equal(scores, scorer.discriminant.similarities(scorer.query, features, lengths=lengths))
     np.testing.assert_array_equal(confidences, np.maximum(scores.numpy(), 0.0))
+    assert torch.equal(matches, confidences)
     assert -1.0 < scores.min() < -0.1 < 0.1 < scores.max() < 1.0
 
 
@@ -80,11 +82,12 @@ def test_fused_is_confidence_plus_weighted_cosine_similarity(inner: Scorer, rows
     clean, query = random_features(2), random_features(3, 1)[0]
     chosen = np.arange(N) if rows is None else rows
     triggered = random_features(0)[chosen]
-    scores, confidences = FusedScorer(inner, weight, query, Chosen(clean)).score(triggered, rows)
+    scores, confidences, matches = FusedScorer(inner, weight, query, Chosen(clean)).score(triggered, rows)
     assert torch.equal(confidences, inner.score(triggered, rows).confidences)
     x, q = clean[chosen].numpy(), query.numpy()
     cosine = np.array([row @ q / np.linalg.norm(row) / np.linalg.norm(q) for row in x])
     np.testing.assert_allclose(scores, confidences.numpy() + weight * cosine, rtol=1e-10, atol=1e-10 * weight)
+    np.testing.assert_allclose(matches, 0.8 * confidences.numpy() + 0.2 * cosine, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("zero", ["some exemplars", "the query"])
@@ -95,8 +98,9 @@ def test_features_that_are_zero_are_similar_to_nothing(zero):
     else:
         clean[4:9] = 0.0
     inner = discriminant_scorer(lengths=False)
-    scores, confidences = FusedScorer(inner, 4.0, query, Chosen(clean)).score(triggered, None)
+    scores, confidences, matches = FusedScorer(inner, 4.0, query, Chosen(clean)).score(triggered, None)
     assert scores.isfinite().all()
     affected = slice(None) if zero == "the query" else slice(4, 9)
     assert torch.equal(scores[affected], confidences[affected])
+    assert torch.equal(matches[affected], confidences[affected] / 1.25)
     assert zero == "the query" or not (scores == confidences)[9:].any()
