@@ -13,7 +13,7 @@ from jaxtyping import Float32
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency import in_memory
+from engine.opening import memory_store
 from index.classifier import Classifier
 from index.neighbours import Metric, Neighbours
 from index.progress import Progress, silent
@@ -92,7 +92,7 @@ def measure_candidates(
     config = preset("paper")
     shared = make_global_trigger(source, classifier, config)
     by_global = shared.as_asked_of(config)
-    store = in_memory(source, classifier, shared)
+    store = memory_store(source, classifier, shared)
     tmm = TmmNN(classifier, store, global_trigger=shared)
     nearest = {metric: Neighbours(store, metric) for metric in Metric}
     generator, n = np.random.default_rng(0), len(store)

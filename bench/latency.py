@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.machine import describe_machine
 from bench.peak import peak_of_build, peak_of_search
 from engine.backends import require_onnx
+from engine.opening import memory_store
 from index.batches import forward_batch_size
-from index.builder import BuildReport, build_index, embedded
+from index.builder import build_index
 from index.classifier import Classifier
 from index.errors import InputError
 from index.neighbours import Metric, Neighbours
@@ -36,7 +37,7 @@ from index.sources import ArraySource, ImageSource
 from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
 from rerank.backbone import Precision, TorchBackbone, specialised
 from rerank.config import DEFAULT_PRESET, preset
-from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from rerank.global_trigger import make_global_trigger
 from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
 from rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
 from rerank.tmm import Ranking, TmmNN
@@ -129,7 +130,7 @@ class LatencyBench:
         self.latency = Latency(device=str(classifier.device))
         self.default = preset(DEFAULT_PRESET)
         self.global_trigger = make_global_trigger(source, classifier, self.default)
-        self.store = in_memory(source, classifier, self.global_trigger)
+        self.store = memory_store(source, classifier, self.global_trigger)
         self.sizes = sorted({min(size, len(self.store)) for size in SIZES})
         self.size = min(RATIO_SIZE, len(self.store))
         self.queries = self._noisy_exemplars(max(TOGETHER, AGREEMENT_QUERIES))
@@ -358,21 +359,6 @@ class LatencyBench:
 
     def _forget(self, *paths: str) -> None:
         self.latency.records = [record for record in self.latency.records if record.path not in paths]
-
-
-def in_memory(source: ImageSource, classifier: Classifier, global_trigger: GlobalTrigger) -> MemoryStore:
-    """A source's images and features of all kinds as arrays."""
-    column, report = GlobalColumn(global_trigger, classifier), BuildReport()
-    batches = list(embedded(source, classifier, report))
-    more = [column.columns(batch.images) for batch in batches]
-    return MemoryStore(
-        np.concatenate([batch.images for batch in batches]),
-        np.concatenate([batch.features for batch in batches]),
-        np.concatenate([batch.labels for batch in batches]),
-        ids=[record.id for batch in batches for record in batch.records],
-        global_features=np.concatenate([part[GLOBAL_FEATURE] for part in more]),
-        stretched_features=np.concatenate([part[STRETCHED_FEATURE] for part in more]),
-    )
 
 
 def _first(store: MemoryStore, count: int) -> MemoryStore:

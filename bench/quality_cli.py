@@ -48,7 +48,7 @@ suite_options = joined(sized(exemplars=2000, queries=50), methods_option, k_opti
     default="brightness,gaussian,contrast,blur,jpeg,shift,pgd",
     show_default=True,
     help="Perturbations, separated by commas. Two are attacks: pgd, one for all methods, moves the plain features; "
-    "adaptive, one for each method and as slow, moves what that method ranks by.",
+    "adaptive, one for each method and as slow, moves what that method ranks by (it does not aim at recognition).",
 )
 @click.option(
     "--levels", multiple=True, metavar="FAMILY=L,L,…", help="Levels of a family instead of its own; repeatable."
@@ -115,6 +115,7 @@ def radius(source: str, **options: Any) -> None:
     from bench.radius import KEY, Kind, measure_radius
     from engine.display import progress_bar
 
+    _check_queries(options)
     kinds = [member(Kind, kind.strip()) for kind in options["kinds"].split(",")]
     methods = parse_methods(options["methods"])
     check_folders(options["out"])
@@ -145,6 +146,15 @@ def radius(source: str, **options: Any) -> None:
                 progress=progress,
             )
     click.echo(f"{options['out']}: {len(images)} queries, {len(methods)} methods")
+
+
+def _check_queries(options: dict[str, Any]) -> None:
+    held_out = options["held_out"]
+    for name in ("query_split", "query_source"):
+        if options[name] is not None and not held_out:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --held-out: without it queries are exemplars")
+    if held_out and options["skip"]:
+        raise click.UsageError("--skip leaves out exemplars as queries: with --held-out there are none")
 
 
 @click.command()

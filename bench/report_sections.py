@@ -246,10 +246,16 @@ def _semantic(run: Run, _: Sheet) -> list[str]:
             "label precision": mean(cell, "label_precision"),
             "k-NN accuracy": rate([bool(record["knn_correct"]) for record in cell], cell),
             "SSIM of the top 3": mean(cell, "ssim"),
+            "taken for copies": _taken_for_copies(cell),
         }
         for (method,), cell in grouped(run.records, "method").items()
     ]
     return [table(rows)]
+
+
+def _taken_for_copies(cell: list[Record]) -> str:
+    asked = [record for record in cell if record.get("recognised") is not None]
+    return rate([record["recognised"] for record in asked], asked) if asked else NONE
 
 
 def _ablation(run: Run, _: Sheet) -> list[str]:

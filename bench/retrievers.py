@@ -46,6 +46,14 @@ class Retriever(Protocol):
         """What it ranks by, differentiable: who moves this moves the ranks. `pixels` are in [0, 1], on any device."""
 
 
+@runtime_checkable
+class Recogniser(Protocol):
+    """Says which exemplar a query may be a copy of."""
+
+    def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
+        """None where the method does not recognise copies, or has one exemplar only."""
+
+
 BASELINE_SETTINGS = ("stretch", "recognition")
 
 
@@ -109,23 +117,28 @@ class MetricRetriever:
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """Minus the distance, or the similarity."""
-        with torch.inference_mode():
-            features = self._embedded(torch.from_numpy(query)[None])[0].cpu()
-        if self._recognition is not None:
-            features = self._recognised(features, threshold=self._recognition)
+        features, recognised = self._features_of(query), self.recognised(query)
+        if recognised is not None:
+            features = recognised.moved(features, torch.from_numpy(self._features[recognised.row]))
         return exact_scores(features.numpy(), self._features, self._metric)
 
-    def _recognised(self, query: Float32[Tensor, "d"], *, threshold: float) -> Float32[Tensor, "d"]:
-        scores = exact_scores(query.numpy(), self._features, self._metric)
+    def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
+        """The exemplar nearest to the query, where the method recognises copies."""
+        if self._recognition is None:
+            return None
+        scores = exact_scores(self._features_of(query).numpy(), self._features, self._metric)
         row, other = np.argsort(-scores, kind="stable")[:2].tolist()
         first, second = (-float(s) if self._metric is Metric.L2 else chord(float(s)) for s in scores[[row, other]])
-        exemplar = torch.from_numpy(self._features[row])
-        return Recognised.nearest(row, (first, second), threshold=threshold).moved(query, exemplar)
+        return Recognised.nearest(row, (first, second), threshold=self._recognition)
 
     def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """φ, of the stretched image where the method stretches; for cosine of unit length."""
         features = self._embedded(pixels)
         return normalize(features) if self._metric is Metric.COSINE else features
+
+    def _features_of(self, query: Float32[np.ndarray, "c h w"]) -> Float32[Tensor, "d"]:
+        with torch.inference_mode():
+            return self._embedded(torch.from_numpy(query)[None])[0].cpu()
 
     def _embedded(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         pixels = pixels.to(self._classifier.head.weight)
@@ -151,6 +164,12 @@ class TmmRetriever:
         configs = [self.config, *(other.config for other in others)]
         rankings = self.tmm.rank_variants(self._pixels(query), k=len(self.tmm.store), configs=configs)
         return [_by_row(ranking) for ranking in rankings]
+
+    def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
+        """The exemplar nearest to the query, where the configuration recognises copies."""
+        if self.config.recognition is None:
+            return None
+        return self.tmm.rank(self._pixels(query), k=1, config=self.config).recognised
 
     def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e"]:
         """φ(x^t) of unit length, decorrelated first where the discriminant does so, and √fusion · φ(x) of unit length.

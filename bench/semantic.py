@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 from bench.records import RecordFile, read_records
-from bench.retrievers import Retriever, top
+from bench.retrievers import Recogniser, Retriever, top
 from bench.ssim import ssim
 from index.errors import InputError
 from index.images import to_uint8
@@ -49,8 +49,9 @@ def measure_semantic(
 
     A record holds ``query`` (position in ``queries``), ``method``, ``label``, ``label_precision`` (share of the k
     neighbours with the query's label), ``knn_correct`` (whether most of them have it; ties go to the nearest),
-    ``ssim`` (mean SSIM of the query with its nearest three) and ``neighbours`` (k ids, nearest first). What the file
-    has already is not measured again.
+    ``ssim`` (mean SSIM of the query with its nearest three), ``recognised`` (whether the method took it for a copy of
+    an exemplar, wrongly: it is held out; null where it does not recognise copies) and ``neighbours`` (k ids, nearest
+    first). What the file has already is not measured again.
 
     Args:
         retrievers: The methods; their names are unique.
@@ -71,8 +72,9 @@ def measure_semantic(
         for retriever in retrievers:
             if not record_file.done(query=query, method=retriever.name):
                 rows = top(retriever.scores(image, seed=seed), exemplars.ids, k)
-                found = _judged(image, label, rows, exemplars)
-                record_file.append({"query": query, "method": retriever.name, "label": label} | found)
+                found = {"label": label, "recognised": _recognised(retriever, image)}
+                found |= _judged(image, label, rows, exemplars)
+                record_file.append({"query": query, "method": retriever.name} | found)
             done += 1
             progress("searching", done, total)
 
@@ -178,6 +180,11 @@ def check_queries(sets: Neighbours, queries: Float32[np.ndarray, "q c h w"]) -> 
             f"expected the queries that the records were made with, but they have query {max(sets)} and there are only "
             f"{len(queries)}; give the same source, number and seed"
         )
+
+
+def _recognised(retriever: Retriever, image: Float32[np.ndarray, "c h w"]) -> bool | None:
+    found = retriever.recognised(image) if isinstance(retriever, Recogniser) else None
+    return None if found is None else found.share >= 0.5
 
 
 def _judged(

@@ -86,7 +86,8 @@ class DemoOutcome:
         console.print(
             f"first: ranked at the top; median rank: 1 is best; label@10: share of the top 10 with the query's label.\n"
             f"A handful of queries on a toy data set: an illustration, not a measurement. tmm is the preset "
-            f"{DEFAULT_PRESET!r}; it stretches a query's contrast first, which --stretch does for l2 and cosine too."
+            f"{DEFAULT_PRESET!r}; it stretches a query's contrast first and recognises copies, as --stretch and "
+            f"--recognition do for l2 and cosine."
         )
         for name, path in (
             ("page", self.html),

@@ -12,8 +12,8 @@ from index.classifier import Classifier
 from index.errors import IndexStateError, ModelError
 from index.lance_store import LanceStore
 from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
-from index.progress import Progress
-from index.sources import ArraySource
+from index.progress import Progress, silent
+from index.sources import ArraySource, ImageSource
 from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
 from index.target import recover
 from rerank.backbone import Backbone, Precision
@@ -105,6 +105,20 @@ def index_in_memory(
     shared = None
     if global_trigger is not None:
         shared = make_global_trigger(source, classifier, global_trigger, progress=progress)
+    return memory_store(source, classifier, shared, progress=progress), shared
+
+
+def memory_store(
+    source: ImageSource, classifier: Classifier, shared: GlobalTrigger | None, *, progress: Progress = silent
+) -> MemoryStore:
+    """A source's images, their features, and those under a global trigger if there is one, as arrays.
+
+    Args:
+        source: The exemplars.
+        classifier: Computes the features.
+        shared: The global trigger.
+        progress: Told of images done.
+    """
     report, batches = BuildReport(), []
     for batch in embedded(source, classifier, report):
         batches.append(batch)
@@ -112,9 +126,10 @@ def index_in_memory(
     records = [record for batch in batches for record in batch.records]
     more: dict[str, np.ndarray] = {}
     if shared is not None:
-        parts = [GlobalColumn(shared, classifier).columns(batch.images) for batch in batches]
+        column = GlobalColumn(shared, classifier)
+        parts = [column.columns(batch.images) for batch in batches]
         more = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    store = MemoryStore(
+    return MemoryStore(
         np.concatenate([batch.images for batch in batches]),
         np.concatenate([batch.features for batch in batches]),
         np.concatenate([batch.labels for batch in batches]),
@@ -124,4 +139,3 @@ def index_in_memory(
         stretched_features=more.get(STRETCHED_FEATURE),
         metadata=[record.metadata for record in records],
     )
-    return store, shared

@@ -15,6 +15,7 @@ from bench.semantic import AGREES, DIFFERS, KEY, SHOWN, draw_gallery, measure_se
 from bench.ssim import C1, C2, ssim
 from index.errors import InputError
 from index.store import MemoryStore
+from rerank.recognition import Recognised
 from tests.digits import IMAGES, LABELS
 
 N, Q, K = 150, 5, 6
@@ -42,6 +43,17 @@ class ByPixels:
         return -np.linalg.norm(differences.reshape(N, -1), ord=self.p, axis=1)
 
 
+class Recognising(ByPixels):
+    """Takes every query for a copy of the first exemplar, or none."""
+
+    def __init__(self, name: str, share: float | None) -> None:
+        super().__init__(1)
+        self.name, self.share = name, share
+
+    def recognised(self, query: np.ndarray) -> Recognised | None:
+        return None if self.share is None else Recognised(0, 0.1, self.share)
+
+
 class InOrder:
     """The first row is nearest."""
 
@@ -61,6 +73,14 @@ def measure(path: Path, *retrievers: object, exemplars: MemoryStore | None = Non
 def measured(tmp_path: Path) -> Path:
     measure(tmp_path / "semantic.jsonl", ByPixels(1), ByPixels(2), k=K)
     return tmp_path / "semantic.jsonl"
+
+
+def test_a_record_says_whether_the_query_was_taken_for_a_copy(tmp_path: Path):
+    methods = [Recognising(name, share) for name, share in (("yes", 0.5), ("no", 0.49), ("never", None))]
+    records = measure(tmp_path / "semantic.jsonl", *methods, ByPixels(2), k=K)
+    assert {(record["method"], record["recognised"]) for record in records} == {
+        ("yes", True), ("no", False), ("never", None), ("L2", None)
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- SSIM
