@@ -37,6 +37,7 @@ GRID = tuple(np.geomspace(1 / 64, 1, 10).tolist())
 DARKEST = 0.05  # the factor at which `brightness_path` ends
 MARGIN_SAMPLES = 8
 MARGIN_STEP = 0.1  # L2 norm in pixels
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of a score: less than that is no change
 CONTROL_SEEDS = 4
 NEAR = 1e-6  # of the squared norms: a squared distance below that has lost half its digits to the Gram identity
 SAME = {Metric.L2: 0.0, Metric.COSINE: 1e-14}  # features of one direction differ by rounding once they are normalised
@@ -209,7 +210,7 @@ def margin_radius(
     """γ₂ / (2 L̂), the radius of Lemma 2 with an estimate in the Lipschitz constant's place: not certified.
 
     γ₂ is the score of the k-th best exemplar minus that of the next. L̂ is the largest |s_i(x+δ) − s_i(x)| / ‖δ‖₂ over
-    random δ of ``step_norm`` and the k+1 best exemplars i. The true constant is a supremum over all δ and may be larger
+    random δ of ``step_norm`` and the k+1 best exemplars i; what float32 rounds is no change. The true constant is a supremum over all δ and may be larger
     by any factor, so the value may exceed the radius.
 
     Args:
@@ -228,11 +229,12 @@ def margin_radius(
     best = np.argsort(-scores, kind="stable")[: k + 1]
     gap = float(scores[best[-2]] - scores[best[-1]])
     step = Perturbation(Family.GAUSSIAN, step_norm)
-    lipschitz = 0.0
+    lipschitz, rounding = 0.0, ROUNDING * float(np.abs(scores[best]).max())
     for number in range(samples):
         nearby = step.apply(image, seed=_derived(seed, number))
         change = np.abs(retriever.scores(nearby, seed=seed)[best] - scores[best]).max()
-        lipschitz = max(lipschitz, float(change) / _distance(nearby, image))
+        if change > rounding:
+            lipschitz = max(lipschitz, float(change) / _distance(nearby, image))
     if gap == 0:
         return Margin(0.0, gap, lipschitz)
     return Margin(gap / (2 * lipschitz) if lipschitz > 0 else math.inf, gap, lipschitz)
