@@ -210,8 +210,8 @@ def margin_radius(
     """γ₂ / (2 L̂), the radius of Lemma 2 with an estimate in the Lipschitz constant's place: not certified.
 
     γ₂ is the score of the k-th best exemplar minus that of the next. L̂ is the largest |s_i(x+δ) − s_i(x)| / ‖δ‖₂ over
-    random δ of ``step_norm`` and the k+1 best exemplars i; what float32 rounds is no change. The true constant is a supremum over all δ and may be larger
-    by any factor, so the value may exceed the radius.
+    random δ of ``step_norm`` and the k+1 best exemplars i; what float32 rounds is no change. The true constant is a
+    supremum over all δ and may be larger by any factor, so the value may exceed the radius.
 
     Args:
         retriever: Its scores must be finite.

@@ -106,7 +106,7 @@ def test_robustness(work: Path):
 
 
 def test_radius(work: Path):
-    options = ("--methods", "l2;cosine", "--kinds", "brightness,adaptive,feature", "--directions", 1)
+    options = ("--methods", "l2;cosine,recognition=0.8", "--kinds", "brightness,adaptive,feature", "--directions", 1)
     done = measured(work, "radius", *options, out="radius.jsonl")
     assert done.exit_code == 0, done.stderr
     kinds = {record["kind"] for record in records(work, "radius.jsonl", benchmark="radius")}
@@ -151,6 +151,15 @@ def test_ablation(work: Path):
         (f"{base},clamp=false", "clamp", False),
     }
     assert len(found) == 3 * 2 * 3
+
+
+def test_ablation_of_recognition(work: Path):
+    options = ("--base", "robust", "--set", "trigger_steps=2", "--settings", "recognition", "--perturbations", "clean")
+    done = measured(work, "ablation", *options, out="recognition.jsonl")
+    assert done.exit_code == 0, done.stderr
+    varied = {(one["setting"], one["value"]) for one in records(work, "recognition.jsonl", benchmark="ablation")}
+    values = {("recognition", "none"), ("recognition", 0.6), ("recognition", 0.7), ("recognition", 0.9)}
+    assert varied == {("base", "robust,trigger_steps=2"), *values}  # which has 0.8
 
 
 def test_ablation_of_layers(work: Path):
@@ -229,6 +238,12 @@ def test_train(work: Path):
     ("command", "options", "message"),
     [
         ("robustness", ("--methods", "cosin"), "unknown method 'cosin'"),
+        (
+            "robustness",
+            ("--methods", "l2,recognition=2"),
+            "recognition: expected a finite value in \\[0\\.01, 1\\], got 2",
+        ),
+        ("robustness", ("--methods", "l2,recognition=off"), "recognition: cannot read 'off' as float"),
         ("robustness", ("--methods", ";"), "--methods: expected at least one"),
         ("robustness", ("--families", "brigthness"), "unknown family 'brigthness' \\(did you mean 'brightness'"),
         ("robustness", ("--levels", "gaussian=much"), "expected FAMILY=LEVEL"),

@@ -52,9 +52,9 @@ def test_methods_are_read_from_their_names():
     assert changed.config == replace(TmmConfig(), blend=Blend.ADDED, score=Score.LOGIT)
     assert changed.settings()["blend"] == "added"
     assert Method.parse("cosine,stretch=true").settings() == {"stretch": True}
-    both = Method.parse("cosine,stretch=true,recognition=0.95")
-    assert (both.metric, both.stretch, both.recognition, both.config) == (Metric.COSINE, True, 0.95, None)
-    assert both.settings() == {"stretch": True, "recognition": 0.95}
+    both = Method.parse("cosine,stretch=true,recognition=0.8")
+    assert (both.metric, both.stretch, both.recognition, both.config) == (Metric.COSINE, True, 0.8, None)
+    assert both.settings() == {"stretch": True, "recognition": 0.8}
     assert Method.parse("l2,recognition=0.9").settings() == {"stretch": False, "recognition": 0.9}
     assert Method.parse("l2,recognition=none").settings() == {"stretch": False}
     recognising = Method.parse("paper,recognition=0.7")
@@ -67,7 +67,8 @@ def test_methods_are_read_from_their_names():
         ("cosin", "did you mean .*cosine"),
         ("cosine,blend=added", "cosine,blend=added: a baseline takes stretch and recognition, got blend=added"),
         ("cosine,stretch=true,fusion=4,seed=1", "takes stretch and recognition, got fusion=4, seed=1$"),
-        ("cosine,recognition=1", r"recognition: expected a finite value in \[0, 0\.9999\], got 1"),
+        ("cosine,recognition=0", r"recognition: expected a finite value in \[0\.01, 1\], got 0"),
+        ("cosine,recognition=1.1", r"recognition: expected a finite value in \[0\.01, 1\], got 1\.1"),
         ("l2,recognition=nan", "recognition: expected .* got nan"),
         ("l2,recognition=high", "recognition: cannot read 'high'"),
         ("cosine,stretch=perhaps", "stretch: cannot read 'perhaps'"),
@@ -110,7 +111,7 @@ def test_baselines_score_as_written_down(suite: Suite, query: np.ndarray):
 
 @pytest.mark.parametrize("mode", ["l2", "cosine"])
 @pytest.mark.parametrize("stretch", [False, True])
-@pytest.mark.parametrize("recognition", [0.0, 0.9, 0.98, 0.9999])
+@pytest.mark.parametrize("recognition", [0.01, 0.5, 0.8, 1.0])
 def test_baselines_with_recognition_are_the_engines(suite: Suite, query: np.ndarray, *, mode, stretch, recognition):
     [baseline] = suite.retrievers([Method.parse(f"{mode},stretch={stretch},recognition={recognition}")])
     [without] = suite.retrievers([Method.parse(f"{mode},stretch={stretch}")])
@@ -131,7 +132,19 @@ def test_baselines_with_recognition_are_the_engines(suite: Suite, query: np.ndar
         by_id = {hit.id: hit.score for hit in result.hits}
         np.testing.assert_allclose(scores, [by_id[id_] for id_ in ids], rtol=1e-3, atol=2e-3)
         differences.append(np.abs(scores - without.scores(image)).max())
-    assert (max(differences) > 1e-2) == (recognition < 0.9999)
+    assert (max(differences) > 1e-2) == (recognition > 0.01)
+
+
+@pytest.mark.parametrize("mode", ["l2", "cosine"])
+def test_of_duplicates_a_baseline_recognises_none(mode: str):
+    images = np.repeat(tiny_arrays(1)[0][:20], 2, axis=0)
+    source = ArraySource(images, np.zeros(40, dtype=np.int64), name="twice")
+    twice = Suite.load(source, tiny_classifier(), exemplars=40, seed=0, data_set="twice")
+    with_, without = twice.retrievers([Method.parse(name) for name in (f"{mode},recognition=0.8", mode)])
+    noise = np.random.default_rng(0).normal(scale=0.05, size=images[0].shape)
+    for image in (images[6] / 255, (images[6] / 255 + noise).clip(0, 1)):
+        scores = without.scores(image.astype(np.float32))
+        assert np.abs(with_.scores(image.astype(np.float32)) - scores).max() < 0.01 * np.ptp(scores)
 
 
 def test_tmm_scores_are_the_rerankers_in_row_order(suite: Suite, query: np.ndarray):

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.cli import main
+from rerank import preset
 from tests.digits import make_classifier, write_photos, write_queries
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,13 @@ def test_python_blocks_run(work: Path, code: str):
 
 def test_every_command_is_in_the_readme():
     assert [name for name in main.commands if f"engine {name}" not in README and f"make {name}" not in README] == []
+
+
+def test_the_ratio_of_recognition_is_the_presets():
+    ratio = preset("robust").recognition
+    assert f"--recognition {ratio}`" in README
+    shown = " ".join(CliRunner().invoke(main, ["search", "--help"]).stdout.split())
+    assert f"(robust: {ratio})" in shown
 
 
 def test_pictures_and_make_targets_exist():

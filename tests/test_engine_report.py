@@ -174,6 +174,33 @@ def test_predicted_labels_are_marked(tmp_path: Path) -> None:
     assert len(one_guess) == len(given_only) + 1  # the legend has one always
 
 
+def test_page_says_in_a_rows_heading_what_was_recognised(tmp_path: Path) -> None:
+    results = [make_result("a"), make_result("a", mode="cosine"), make_result("b")]
+    results[1] = replace(results[1], recognised_as="digit-7", recognised_share=0.9)
+    results[2] = replace(results[2], recognised_share=0.4)  # not far enough
+    headings = [text for text in Page(html_of(results, tmp_path)).of_class("faint") if "scored" in text]
+    assert [heading.endswith(" · recognised as digit-7") for heading in headings] == [False, True, False]
+    assert [heading.count("recognised") for heading in headings] == [0, 1, 0]
+
+
+def test_sheet_says_in_a_rows_heading_what_was_recognised(tmp_path: Path) -> None:
+    def sheet(recognised_as: str | None) -> np.ndarray:
+        results = [replace(make_result(mode="cosine"), recognised_as=recognised_as), make_result(mode="l2")]
+        write_png(results, tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as picture:
+            return np.asarray(picture.convert("RGB")).astype(int)
+
+    def rows(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(np.abs(one - other).any(axis=(1, 2)))
+
+    without, seven, nine = (sheet(name) for name in (None, "digit-7", "digit-9"))
+    assert without.shape == seven.shape == nine.shape
+    heading = rows(without, seven)
+    assert 0 < np.ptp(heading) < CELL / 4  # one line
+    assert 0 < len(rows(seven, nine)) <= len(heading)
+    assert sheet(HOSTILE).shape == without.shape
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     hit = replace(make_hit(0), id=HOSTILE, class_name=HOSTILE, metadata={HOSTILE: HOSTILE, "n": None})
     result = replace(
@@ -181,6 +208,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         hits=(hit,),
         predicted_class=HOSTILE,
         notes=(HOSTILE,),
+        recognised_as=HOSTILE,
         config={HOSTILE: HOSTILE},
         backend="torch fp32 on cpu",
         timings={HOSTILE: 1.0},
@@ -212,7 +240,7 @@ def test_page_reaches_for_nothing_outside(tmp_path: Path) -> None:
 def test_huge_texts_are_cut(tmp_path: Path) -> None:
     huge = "x" * 10_000_000
     hit = replace(make_hit(0), id=huge, class_name=huge, metadata={huge: huge})
-    result = replace(make_result(k=1), query=huge, hits=(hit,), predicted_class=huge, notes=(huge,))
+    result = replace(make_result(k=1), query=huge, hits=(hit,), predicted_class=huge, notes=(huge,), recognised_as=huge)
     source = html_of([result], tmp_path)
     assert len(source) < 30_000
     assert Page(source).of_class("id") == ["x" * (MAX_TEXT - 1) + "…"]

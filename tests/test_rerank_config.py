@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from index.errors import InputError
 from rerank import PRESETS, Blend, Score, TmmConfig, Trigger, preset
-from rerank.config import DEFAULT_PRESET, MAX_RECOGNITION, MAX_SEED, Tuning
+from rerank.config import DEFAULT_PRESET, MAX_SEED, MIN_RECOGNITION, Tuning
 
 WHOLE = ["trigger_steps", "tuning_epochs", "tuning_min_steps", "tuning_batch", "max_tuning_exemplars", "seed"]
 REAL = ["trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda", "fusion", "shrinkage"]
@@ -37,7 +37,7 @@ configs = st.builds(
     tuning_batch=st.integers(1, 10_000),
     ewc_lambda=st.floats(0.0, 1e6),
     fusion=st.floats(0.0, 1e6),
-    recognition=st.none() | st.floats(0.0, MAX_RECOGNITION),
+    recognition=st.none() | st.floats(MIN_RECOGNITION, 1.0),
     shrinkage=st.floats(1e-6, 1e6),
     max_tuning_exemplars=st.integers(1, 10**9),
     candidate_companions=st.integers(0, 10**6),
@@ -155,7 +155,7 @@ def test_settings_change_what_they_name_and_leave_the_original():
     recognising = before.with_settings(["recognition=0.7"])
     assert recognising == TmmConfig(recognition=0.7, seed=7)
     assert recognising.with_settings(["recognition = None"]) == before
-    assert before.with_settings(["recognition=0"]).recognition == 0.0
+    assert before.with_settings(["recognition=1"]).recognition == 1.0
     assert before == TmmConfig(seed=7)
     assert before.with_settings([]) == before
 
@@ -192,11 +192,13 @@ def test_settings_change_what_they_name_and_leave_the_original():
         ("tuning_lr=-1e-3", "tuning_lr: expected .* got -0.001"),
         ("intensity=1.01", r"intensity: expected a .*value in \[0, 1\], got 1.01"),
         ("intensity=half", "intensity: cannot read 'half'"),
-        ("recognition=1", r"recognition: expected a finite value in \[0, 0\.9999\], got 1"),
-        ("recognition=2", r"recognition: expected a finite value in \[0, 0\.9999\], got 2"),
+        ("recognition=0", r"recognition: expected a finite value in \[0\.01, 1\], got 0"),
+        ("recognition=2", r"recognition: expected a finite value in \[0\.01, 1\], got 2"),
+        ("recognition=0.0099", "recognition: expected .* got 0.0099"),
         ("recognition=-0.1", "recognition: expected .* got -0.1"),
         ("recognition=nan", "recognition: expected .* got nan"),
         ("recognition=yes", "recognition: cannot read 'yes'"),
+        ("recognition=off", "recognition: cannot read 'off'"),
         ("recognition=", "recognition: cannot read ''"),
         ("tuning_batch=0", r"tuning_batch: expected a .*value in \[1, inf\], got 0"),
         ("seed=-1", "seed: expected .* got -1"),
@@ -222,11 +224,11 @@ def test_finite_numbers_only(unchecked, name, value):
         TmmConfig(**{name: value})
 
 
-@pytest.mark.parametrize("value", [-0.1, 0.99991, 1, float("nan"), float("-inf"), True, "0.7"])
-def test_recognition_is_a_similarity_below_one_or_none(unchecked, value):
+@pytest.mark.parametrize("value", [-0.1, 0, 0.0099, 1.0001, float("nan"), float("-inf"), True, False, "0.7"])
+def test_recognition_is_a_ratio_or_none(unchecked, value):
     with pytest.raises(InputError, match="recognition: expected a"):
         TmmConfig(recognition=value)
-    assert [TmmConfig(recognition=good).recognition for good in (None, 0.0, 0.9999)] == [None, 0.0, 0.9999]
+    assert [TmmConfig(recognition=good).recognition for good in (None, 0.01, 1.0)] == [None, 0.01, 1.0]
 
 
 @pytest.mark.parametrize("value", ["no", 0, None])

@@ -90,6 +90,19 @@ def test_fused_is_confidence_plus_weighted_cosine_similarity(inner: Scorer, rows
     np.testing.assert_allclose(matches, 0.8 * confidences.numpy() + 0.2 * cosine, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("weight", [0.5, 4.0])
+def test_only_the_querys_own_image_matches_fully(weight):
+    features, clean = random_features(0), random_features(2)
+    fitted = Discriminant.fit([features], shrinkage=0.1)
+    for row in range(0, N, 7):
+        inner = DiscriminantScorer(fitted, features[row])
+        for scorer in (inner, FusedScorer(inner, weight, clean[row], Chosen(clean))):
+            matches = scorer.score(features, None).matches
+            assert float(matches[row]) == pytest.approx(1.0, abs=1e-12)
+            assert matches.argmax() == row
+            assert matches[torch.arange(N) != row].max() < 0.99
+
+
 @pytest.mark.parametrize("zero", ["some exemplars", "the query"])
 def test_features_that_are_zero_are_similar_to_nothing(zero):
     clean, query, triggered = random_features(2), random_features(3, 1)[0], random_features(0)
