@@ -52,7 +52,7 @@ for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation}; 
     engine bench ood "${main[@]}" --methods "l2;cosine;robust" --queries 24 --foreign noise --out "$out/ood-$file.jsonl"
     ;;
   ablation)
-    engine bench ablation "${main[@]}" --base robust --exemplars 2000 --queries 24 --out "$out/ablation-robust-$file.jsonl"
+    engine bench ablation "${main[@]}" --base robust --exemplars 2000 --queries "${FEW:-8}" --out "$out/ablation-robust-$file.jsonl"
     engine bench ablation "${small[@]}" --queries "${FEW:-8}" --out "$few_out/ablation-paper-$file.jsonl"
     ;;
   esac
