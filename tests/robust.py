@@ -1,0 +1,34 @@
+"""The preset robust, made quick and without recognition, and what its tests share."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from index.classifier import Classifier
+from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
+from rerank import Ranking, Trigger, preset
+from rerank.global_trigger import GlobalColumn, GlobalTrigger
+
+N = 60
+ROBUST = replace(preset("robust"), fusion=4.0, recognition=None, trigger_steps=20, tuning_min_steps=10)
+OWN = replace(ROBUST, trigger=Trigger.QUERY)
+
+
+def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier) -> MemoryStore:
+    """The same exemplars, with the columns of the global trigger."""
+    every = np.arange(len(store))
+    columns = GlobalColumn(shared, classifier).columns(store.images(every).copy())
+    return MemoryStore(
+        store.images(every),
+        store.features(every),
+        store.labels,
+        ids=store.ids.tolist(),
+        global_features=columns[GLOBAL_FEATURE],
+        stretched_features=columns[STRETCHED_FEATURE],
+    )
+
+
+def by_row(ranking: Ranking) -> np.ndarray:
+    """Scores of all exemplars, in the order of rows."""
+    assert sorted(ranking.rows) == list(range(len(ranking.rows)))
+    return ranking.scores[np.argsort(ranking.rows)]
