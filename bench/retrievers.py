@@ -124,11 +124,14 @@ class MetricRetriever:
 
     def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
         """The exemplar nearest to the query, where the method recognises copies."""
-        if self._recognition is None:
+        if self._recognition is None or len(self._features) < 2:
             return None
-        scores = exact_scores(self._features_of(query).numpy(), self._features, self._metric)
+        features = self._features_of(query)
+        scores, length = exact_scores(features.numpy(), self._features, self._metric), float(features.norm()) or 1.0
         row, other = np.argsort(-scores, kind="stable")[:2].tolist()
-        first, second = (-float(s) if self._metric is Metric.L2 else chord(float(s)) for s in scores[[row, other]])
+        first, second = (
+            -float(s) / length if self._metric is Metric.L2 else chord(float(s)) for s in scores[[row, other]]
+        )
         return Recognised.nearest(row, (first, second), threshold=self._recognition)
 
     def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:

@@ -66,8 +66,8 @@ def ratio(context: click.Context, parameter: click.Parameter, text: str | None) 
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0.0 < value <= 1.0:
-        raise click.BadParameter(f"expected a ratio above 0, at most 1, or off, got {text!r}")
+    if not 0.01 <= value <= 1.0:  # as TmmConfig, which is too heavy to import here
+        raise click.BadParameter(f"expected a ratio from 0.01 to 1, or off, got {text!r}")
     return value
 
 

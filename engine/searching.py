@@ -122,7 +122,8 @@ class Searcher:
         for answer, query, (rows, scores) in zip(answers, moved, neighbours.search(features, k=2), strict=True):
             if len(rows) < 2:  # an approximate index may find fewer
                 continue
-            first, second = (-float(score) if metric is Metric.L2 else chord(float(score)) for score in scores)
+            length = float(query.norm()) or 1.0
+            first, second = (-float(s) / length if metric is Metric.L2 else chord(float(s)) for s in scores)
             exemplar = torch.tensor(self._store.features(rows[:1], column=_column(request)))[0]  # may be read-only
             answer.recognised = Recognised.nearest(int(rows[0]), (first, second), threshold=threshold)
             query.copy_(answer.recognised.moved(query, exemplar))

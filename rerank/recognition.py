@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+ROUNDING = 1e-3  # shorter distances are not told apart: a similarity of 1 in float32 may be 1 − 1e−7
 SHARPNESS = 20.0  # at a ratio of 0 the query's features move to within e^−20 of the exemplar's
 
 
@@ -25,7 +26,7 @@ class Recognised:
 
     Attributes:
         row: Its row.
-        ratio: Its distance over that of the second nearest, in [0, 1]; 1 where both are at the query.
+        ratio: Its distance over that of the second nearest, in (0, 1]; 1 where both are at the query, up to rounding.
         share: How far the features moved, in [0, 1]; a half at the threshold.
     """
 
@@ -39,11 +40,12 @@ class Recognised:
 
         Args:
             row: The nearest exemplar's.
-            distances: Its, and that of the second nearest; not negative, the first not larger.
+            distances: Its, and that of the second nearest, between features of about unit length; not negative, the
+                first not larger.
             threshold: In (0, 1].
         """
-        first, second = distances
-        ratio = first / second if second > 0 else 1.0
+        first, second = (max(distance, ROUNDING) for distance in distances)
+        ratio = first / second
         return cls(row, ratio, (1.0 + math.tanh(SHARPNESS * (threshold - ratio) / threshold / 2.0)) / 2.0)
 
     def moved(self, query: Float[Tensor, "*n d"], exemplar: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:

@@ -139,7 +139,7 @@ def reference_discriminant_scores(
     if config.recognition is not None:
         matches = [max(s, 0.0) if config.fusion == 0 else (4.0 * max(s, 0.0) + c) / 5.0 for s, c in pairs]
         best = int(np.argmax(matches))
-        nearest, second = np.sort(np.sqrt(np.maximum(0.0, 1.0 - np.array(matches))))[:2]
+        nearest, second = np.sort(np.sqrt(np.maximum(1e-6, 1.0 - np.array(matches))))[:2]
         share = 1.0 / (1.0 + np.exp(-20.0 * (config.recognition - nearest / second) / config.recognition))
         positive = positive + share * (features[best] - positive)
         plain = plain + share * (clean[best] - plain)

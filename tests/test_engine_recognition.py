@@ -329,7 +329,7 @@ def test_what_is_no_ratio_is_refused_before_the_index_is_opened(tmp_path: Path, 
     query = ("--id", id_of(12))
     refused = run("search", tmp_path / "none.idx", *query, f"--recognition={value}")
     assert (refused.exit_code, refused.stdout) == (2, "")
-    assert f"'--recognition': expected a ratio above 0, at most 1, or off, got '{value}'" in refused.stderr
+    assert f"'--recognition': expected a ratio from 0.01 to 1, or off, got '{value}'" in refused.stderr
     by_setting = run("search", tmp_path / "none.idx", *query, f"--set=recognition={value}")
     assert (by_setting.exit_code, by_setting.stdout) == (1, "")
     assert by_setting.stderr.startswith("error: recognition: ")
