@@ -270,7 +270,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=False)
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)  # files of it may still be mapped
 
 
 def _built(index: Path) -> Path:
