@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from torch import nn
@@ -271,7 +271,7 @@ class Engine(Living):
         label: int | None = None,
         together: bool = False,
         stretch: bool | None = None,
-        recognition: float | bool | None = None,
+        recognition: float | Literal[False] | None = None,
         where: str | None = None,
         progress: Progress = silent,
     ) -> SearchResult | list[SearchResult]:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -58,7 +58,7 @@ def size(context: click.Context, parameter: click.Parameter, text: str | None) -
     return height, width
 
 
-def ratio(context: click.Context, parameter: click.Parameter, text: str | None) -> float | bool | None:
+def ratio(context: click.Context, parameter: click.Parameter, text: str | None) -> float | Literal[False] | None:
     """Parse `0.8`; `off` is False."""
     if text is None or text.lower() in ("off", "none", "false"):
         return None if text is None else False

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class SearchOptions(TypedDict, total=False):
     label: int | None
     together: bool
     stretch: bool | None
-    recognition: float | bool | None
+    recognition: float | Literal[False] | None
     where: str | None
     progress: Progress
 
@@ -78,7 +78,7 @@ class Request:
         label: int | None,
         together: bool,
         stretch: bool | None,
-        recognition: float | bool | None,
+        recognition: float | Literal[False] | None,
     ) -> "Request":
         """From the options of `Engine.search`.
 
