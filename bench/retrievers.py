@@ -117,16 +117,19 @@ class MetricRetriever:
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """Minus the distance, or the similarity."""
-        features, recognised = self._features_of(query), self.recognised(query)
+        features = self._features_of(query)
+        recognised = self._nearest(features)
         if recognised is not None:
             features = recognised.moved(features, torch.from_numpy(self._features[recognised.row]))
         return exact_scores(features.numpy(), self._features, self._metric)
 
     def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
         """The exemplar nearest to the query, where the method recognises copies."""
+        return self._nearest(self._features_of(query))
+
+    def _nearest(self, features: Float32[Tensor, "d"]) -> Recognised | None:
         if self._recognition is None or len(self._features) < 2:
             return None
-        features = self._features_of(query)
         scores, length = exact_scores(features.numpy(), self._features, self._metric), float(features.norm()) or 1.0
         row, other = np.argsort(-scores, kind="stable")[:2].tolist()
         first, second = (

@@ -136,7 +136,7 @@ def reference_discriminant_scores(
 
     positive, plain = phi(triggered(query)), phi(query)
     pairs = similarities(positive, plain)
-    if config.recognition is not None:
+    if config.recognition is not None and len(exemplars) > 1:
         matches = [max(s, 0.0) if config.fusion == 0 else (4.0 * max(s, 0.0) + c) / 5.0 for s, c in pairs]
         best = int(np.argmax(matches))
         nearest, second = np.sort(np.sqrt(np.maximum(1e-6, 1.0 - np.array(matches))))[:2]
