@@ -13,18 +13,19 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from bench.attack import features_of
-from bench.noise import Perturbation
-from bench.records import RecordFile
-from bench.retrievers import Method, Retriever
-from bench.self_retrieval import measure_self_retrieval
-from bench.suite import Suite
-from index.classifier import Classifier
-from index.errors import InputError, nearest
-from index.progress import Progress, silent
-from index.store import STRETCHED_FEATURE, MemoryStore
-from rerank.config import Blend, Score, TmmConfig, Trigger, Tuning
-from rerank.reference import reference_scores
+from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.noise import Perturbation
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.retrievers import Method, Retriever
+from tmm_engine.bench.self_retrieval import measure_self_retrieval
+from tmm_engine.bench.suite import Suite
+from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.reference import reference_scores
+from tmm_engine.rerank.settings import Blend, Score, TmmConfig, Trigger, Tuning
 
 EXEMPLARS = "exemplars"
 VALUES: dict[str, tuple[str, ...]] = {

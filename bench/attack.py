@@ -4,7 +4,7 @@ The same attack serves two ends. Against the plain features φ(x) it is one pert
 transfers to those that rank by something else. Against each method's own embedding it is *adaptive*: every method meets
 the attack that is made for it, with the same budget, as evaluations of robustness should be (Tramèr et al., *On
 Adaptive Attacks to Adversarial Example Defenses*, arXiv 2002.08347). It is adaptive to the embedding only: it does not
-aim at the gate of `rerank.recognition`, nor through a trigger of the query's own, and may be too weak for both.
+aim at the gate of `rerank.recognise`, nor through a trigger of the query's own, and may be too weak for both.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from index.classifier import Classifier
+from tmm_engine.index.models.classifier import Classifier
 
 STEPS = 20
 TRAVEL = 2.5  # all steps together, as a multiple of the bound: enough to reach any point of the ball and to turn

@@ -13,15 +13,15 @@ from jaxtyping import Float32
 from rich.console import Console
 from rich.table import Table
 
-from engine.opening import memory_store
-from index.classifier import Classifier
-from index.neighbours import Metric, Neighbours
-from index.progress import Progress, silent
-from index.ranking import in_turn
-from index.sources import ImageSource
-from rerank.config import preset
-from rerank.global_trigger import make_global_trigger
-from rerank.tmm import TmmNN
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.ranking import in_turn
+from tmm_engine.index.neighbours.search import Metric, Neighbours
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.opening import memory_store
+from tmm_engine.rerank.global_trigger import make_global_trigger
+from tmm_engine.rerank.settings import preset
+from tmm_engine.rerank.tmm import TmmNN
 
 TOP = 10
 SIZES = (200, 1_000, 5_000)

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from bench.judge_cli import oracle, semantic
-from bench.options import check_folders, classifier_options, opened
-from bench.quality_cli import ablation, ood, radius, robustness
-from engine.options import device_option, source_options
-from index.errors import IndexStateError
+from tmm_engine.bench.judge_cli import oracle, semantic
+from tmm_engine.bench.options import check_folders, classifier_options, opened
+from tmm_engine.bench.quality_cli import ablation, ood, radius, robustness
+from tmm_engine.cli.options import device_option, source_options
+from tmm_engine.index.errors import IndexStateError
 
 
 @click.group()
@@ -45,10 +45,10 @@ def train(source: str, out: Path, **options: Any) -> None:
       engine bench train cifar10/ cifar10.safetensors --split train --small-stem --flip
       engine bench train photos/ photos.safetensors --test-source more-photos/
     """
-    from bench.train import LabelledImages, TrainConfig, accuracy, train_classifier
-    from engine.backends import choose_device
-    from engine.display import progress_bar
-    from index.sources import open_source
+    from tmm_engine.backends import choose_device
+    from tmm_engine.bench.train import LabelledImages, TrainConfig, accuracy, train_classifier
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.index.sources.opening import open_source
 
     check_folders(out)
     names = ("small_stem", "epochs", "batch", "lr", "flip", "seed")
@@ -80,9 +80,9 @@ def latency(source: str, **options: Any) -> None:
       engine bench latency mnist --root data --model resnet18 --weights mnist.safetensors
       engine bench latency photos/ --model resnet18 --weights w.safetensors --repeats 3 --json l.json --plot l.png
     """
-    from bench.latency import LatencyBench
-    from bench.latency_report import plot_growth, print_latency
-    from engine.display import progress_bar
+    from tmm_engine.bench.latency import LatencyBench
+    from tmm_engine.bench.latency_report import plot_growth, print_latency
+    from tmm_engine.cli.display import progress_bar
 
     check_folders(options["json_path"], options["plot"])
     images, classifier = opened(source, options)
@@ -107,8 +107,8 @@ def candidates(source: str, **options: Any) -> None:
     Example:
       engine bench candidates mnist --root data --limit 10000 --model resnet18 --weights mnist.safetensors
     """
-    from bench.candidates import measure_candidates, print_candidates
-    from engine.display import progress_bar
+    from tmm_engine.bench.candidates import measure_candidates, print_candidates
+    from tmm_engine.cli.display import progress_bar
 
     check_folders(options["json_path"])
     images, classifier = opened(source, options)
@@ -130,7 +130,7 @@ def report(folder: Path, out: Path | None) -> None:
     Example:
       engine bench report runs --out report
     """
-    from bench.report import write_report
+    from tmm_engine.bench.report import write_report
 
     for written in write_report(folder, out or folder / "report"):
         click.echo(written)
@@ -151,8 +151,8 @@ def reliability(*, as_json: bool, **options: int) -> None:
       engine bench reliability --json
       engine bench reliability --trials 10 --cases 70 --searches 50 --rows 200
     """
-    from bench.reliability import ReliabilityBench, print_reliability
-    from engine.display import progress_bar
+    from tmm_engine.bench.reliability import ReliabilityBench, print_reliability
+    from tmm_engine.cli.display import progress_bar
 
     with progress_bar() as progress:
         result = ReliabilityBench(**options, progress=progress).run()

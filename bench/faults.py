@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.engine import Engine
-from index.builder import build_index
-from index.changes import add_exemplars, compact, delete_exemplars
-from index.classifier import Classifier
-from index.errors import TmmEngineError
-from index.neighbours import Metric, exact_scores
-from index.sources import ArraySource
-from index.store import FEATURE
-from rerank.config import TmmConfig
+from tmm_engine.engine import Engine
+from tmm_engine.index.errors import TmmEngineError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.search import Metric, exact_scores
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.changes import add_exemplars, compact, delete_exemplars
+from tmm_engine.index.store.exemplars import FEATURE
+from tmm_engine.rerank.settings import TmmConfig
 
 # It is imported, but not used, before the process forks; its threads begin with its use.
 warnings.filterwarnings("ignore", message="lance is not fork-safe")

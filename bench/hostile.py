@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from index.classifier import Classifier
-from index.errors import TmmEngineError
-from index.images import decode_image
-from index.manifest import MANIFEST, Manifest, sealed
-from index.metadata_csv import MetadataTable
-from index.sources import open_source
-from index.weights import load_state_dict
-from index.where import check_where
+from tmm_engine.index.errors import TmmEngineError
+from tmm_engine.index.models.checkpoints import load_state_dict
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.images import decode_image
+from tmm_engine.index.sources.metadata_csv import MetadataTable
+from tmm_engine.index.sources.opening import open_source
+from tmm_engine.index.store.manifest import MANIFEST, Manifest, sealed
+from tmm_engine.index.store.where import check_where
 
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes beyond what the process has when it starts
@@ -147,7 +147,7 @@ def filters(generator: random.Random, folder: Path) -> None:
     """A filter made of what filters are made of, run over an index in memory."""
     import lance
 
-    from index.where import matching_positions
+    from tmm_engine.index.store.where import matching_positions
 
     parts = (
         "label", "id", "=", "(", ")", "'x'", "1", "AND", "OR", "NOT", "+", "IS NULL", "IN (1, 2)", "::", "--", ";", "`",
@@ -223,8 +223,8 @@ def run_cases(kind: str, start: int, stop: int, progress: Connection) -> None:
 
 
 def _good_manifest() -> str:
-    from index.architectures import ModelSpec
-    from index.manifest import FileDigest
+    from tmm_engine.index.models.architectures import ModelSpec
+    from tmm_engine.index.store.manifest import FileDigest
 
     return Manifest(
         version=1, change="", created="", source="s", exemplars=1, skipped=0, image_shape=SHAPE, feature_dim=4,

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.options import check_folders, query_options, sized
-from bench.quality_cli import k_option, methods_option, out_option, parse_methods
-from engine.options import joined
-from index.errors import InputError
+from tmm_engine.bench.options import check_folders, query_options, sized
+from tmm_engine.bench.quality_cli import k_option, methods_option, out_option, parse_methods
+from tmm_engine.cli.options import joined
+from tmm_engine.index.errors import InputError
 
 if TYPE_CHECKING:
-    from bench.loading import HeldOut
-    from bench.oracle import Judge
+    from tmm_engine.bench.loading import HeldOut
+    from tmm_engine.bench.oracle import Judge
 
 held_out_options = joined(sized(exemplars=2000, queries=50), query_options)
 
@@ -38,9 +38,9 @@ def semantic(source: str, **options: Any) -> None:
       engine bench semantic photos/ --query-source more-photos/ --model resnet18 --weights w.safetensors \\
           --methods 'cosine;paper' --queries 20 --gallery gallery.png --out runs/semantic.jsonl
     """
-    from bench.loading import load_held_out
-    from bench.semantic import KEY, draw_gallery, measure_semantic
-    from engine.display import progress_bar
+    from tmm_engine.bench.loading import load_held_out
+    from tmm_engine.bench.semantic import KEY, draw_gallery, measure_semantic
+    from tmm_engine.cli.display import progress_bar
 
     methods = parse_methods(options["methods"])
     check_folders(options["out"], options["gallery"])
@@ -95,11 +95,11 @@ def oracle(source: str, **options: Any) -> None:
       engine bench oracle mnist --root data --model resnet18 --weights mnist.safetensors --semantic semantic.jsonl \\
           --judge-model my-model --base-url http://localhost:8000/v1 --out oracle.jsonl
     """
-    from bench.loading import load_held_out
-    from bench.oracle import judge_neighbours
-    from bench.records import read_records
-    from bench.semantic import KEY
-    from engine.display import progress_bar
+    from tmm_engine.bench.loading import load_held_out
+    from tmm_engine.bench.oracle import judge_neighbours
+    from tmm_engine.bench.records import read_records
+    from tmm_engine.bench.semantic import KEY
+    from tmm_engine.cli.display import progress_bar
 
     found = read_records(options["semantic"])
     if options["out"] is None and not options["dry_run"]:
@@ -131,7 +131,7 @@ def oracle(source: str, **options: Any) -> None:
 
 
 def _judge(options: dict[str, Any]) -> "Judge":
-    from bench.oracle import SsimJudge, VisionJudge
+    from tmm_engine.bench.oracle import SsimJudge, VisionJudge
 
     if options["judge"] == "ssim":
         return SsimJudge()
@@ -147,7 +147,7 @@ def _check_same(path: Path, settings: dict[str, Any], held: "HeldOut") -> None:
     Raises:
         InputError: they are others, or not of every method for every query.
     """
-    from bench.semantic import check_queries, read_neighbours
+    from tmm_engine.bench.semantic import check_queries, read_neighbours
 
     here = {
         "data_set": held.suite.data_set,
@@ -166,7 +166,7 @@ def _check_same(path: Path, settings: dict[str, Any], held: "HeldOut") -> None:
 
 
 def _estimated(held: "HeldOut", semantic: Path, price: float | None) -> str:
-    from bench.oracle import estimate
+    from tmm_engine.bench.oracle import estimate
 
     found = estimate(semantic, held.queries, held.suite.store, price_per_million=price or 0.0)
     text = f"{found.requests} requests, {found.pictures} pictures, about {found.input_tokens:,} input tokens"

@@ -23,25 +23,27 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.machine import describe_machine
-from bench.peak import peak_of_build, peak_of_search
-from engine.backends import require_onnx
-from engine.opening import memory_store
-from index.batches import forward_batch_size
-from index.builder import build_index
-from index.classifier import Classifier
-from index.errors import InputError
-from index.neighbours import Metric, Neighbours
-from index.progress import Progress, silent
-from index.sources import ArraySource, ImageSource
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
-from rerank.backbone import Precision, TorchBackbone, specialised
-from rerank.config import DEFAULT_PRESET, preset
-from rerank.global_trigger import make_global_trigger
-from rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
-from rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
-from rerank.tmm import Ranking, TmmNN
-from rerank.trigger import make_trigger
+from tmm_engine.backends import require_onnx
+from tmm_engine.bench.machine import describe_machine
+from tmm_engine.bench.peak import peak_of_build, peak_of_search
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.search import Metric, Neighbours
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.opening import memory_store
+from tmm_engine.rerank.backbone import Precision, TorchBackbone, specialised
+from tmm_engine.rerank.global_trigger import make_global_trigger
+from tmm_engine.rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
+from tmm_engine.rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
+from tmm_engine.rerank.settings import DEFAULT_PRESET, preset
+from tmm_engine.rerank.tmm import Ranking, TmmNN
+from tmm_engine.rerank.trigger import make_trigger
 
 SIZES = (2_000, 5_000, 10_000, 20_000, 60_000)
 RATIO_SIZE = 10_000  # exemplars behind the ratios to a forward pass

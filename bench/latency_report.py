@@ -6,8 +6,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency import Latency
-from index.errors import InputError
+from tmm_engine.bench.latency import Latency
+from tmm_engine.index.errors import InputError
 
 BARS = {  # figure -> (bound, whether it is a lower one)
     "exact_over_forward": (1.15, False),

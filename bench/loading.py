@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from bench.options import opened
-from bench.suite import Suite
-from bench.triggers import folder_beside
-from index.classifier import Classifier
-from index.errors import InputError
-from index.images import Shape
-from index.progress import Progress
-from index.records import ImageRecord
-from index.sources import ImageSource, open_source
+from tmm_engine.bench.options import opened
+from tmm_engine.bench.suite import Suite
+from tmm_engine.bench.triggers import folder_beside
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress
+from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.sources.opening import open_source
+from tmm_engine.index.sources.records import ImageRecord, ImageSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from engine.info import describe_system
+from tmm_engine.info import describe_system
 
 
 def describe_machine() -> dict[str, Any]:

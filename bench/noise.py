@@ -15,8 +15,8 @@ from jaxtyping import Float32, Float64
 from PIL import Image as PillowImage
 from scipy.ndimage import gaussian_filter
 
-from bench.attack import Embedding, pgd
-from index.errors import InputError, member
+from tmm_engine.bench.attack import Embedding, pgd
+from tmm_engine.index.errors import InputError, member
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 

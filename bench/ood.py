@@ -25,20 +25,21 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from bench.noise import Perturbation
-from bench.records import RecordFile
-from bench.retrievers import Retriever, rank_of
-from bench.self_retrieval import scores_under
-from bench.suite import Suite
-from index.batches import forward_batch_size
-from index.builder import embed, predict
-from index.classifier import Classifier
-from index.errors import InputError
-from index.images import Shape
-from index.progress import Progress, silent
-from index.records import ImageRecord, ImageSource
-from index.store import STRETCHED_FEATURE, MemoryStore
-from rerank.contrast import embed_stretched
+from tmm_engine.bench.noise import Perturbation
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.retrievers import Retriever, rank_of
+from tmm_engine.bench.self_retrieval import scores_under
+from tmm_engine.bench.suite import Suite
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.store.building import embed, predict
+from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.contrast import embed_stretched
 
 KEY = ("query", "level", "method", "foreign")
 NOISE = "noise"  # the name of foreign exemplars of uniform noise

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from engine.options import Command, device_option, joined, numbers, source_options
-from index.errors import InputError
+from tmm_engine.cli.options import Command, device_option, joined, numbers, source_options
+from tmm_engine.index.errors import InputError
 
 if TYPE_CHECKING:
-    from index.classifier import Classifier
-    from index.sources import ImageSource
+    from tmm_engine.index.models.classifier import Classifier
+    from tmm_engine.index.sources.records import ImageSource
 
 classifier_options = joined(
     click.option("--model", metavar="NAME", required=True, help="Architecture, as for build-index."),
@@ -53,9 +53,9 @@ def check_folders(*files: Path | None) -> None:
 
 def opened(source: str, options: dict[str, Any]) -> "tuple[ImageSource, Classifier]":
     """The source and the classifier that the options name."""
-    from engine.backends import choose_device
-    from index.classifier import Classifier
-    from index.sources import open_source
+    from tmm_engine.backends import choose_device
+    from tmm_engine.index.models.classifier import Classifier
+    from tmm_engine.index.sources.opening import open_source
 
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = Classifier.from_architecture(

@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from bench.records import RecordFile
-from bench.semantic import Neighbours, check_queries, read_neighbours, rows_of
-from bench.ssim import ssim
-from index.errors import InputError, TmmEngineError
-from index.images import to_uint8
-from index.progress import Progress, silent
-from index.store import ExemplarStore
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.semantic import Neighbours, check_queries, read_neighbours, rows_of
+from tmm_engine.bench.ssim import ssim
+from tmm_engine.index.errors import InputError, TmmEngineError
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.images import to_uint8
+from tmm_engine.index.store.exemplars import ExemplarStore
 
 if TYPE_CHECKING:
     from openai import APIStatusError

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.machine import memory_mib, peak_memory_mib, reset_peak_memory
-from engine.engine import Engine
-from index.builder import build_index
-from index.classifier import Classifier
-from index.images import Shape
-from index.manifest import Manifest
-from index.sources import ImageRecord
+from tmm_engine.bench.machine import memory_mib, peak_memory_mib, reset_peak_memory
+from tmm_engine.engine import Engine
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.sources.records import ImageRecord
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.manifest import Manifest
 
 SHAPE: Shape = (1, 28, 28)
 
@@ -56,7 +56,9 @@ class RandomImages:
 
 
 def _in_child(*arguments: str) -> float:
-    done = subprocess.run([sys.executable, "-m", "bench.peak", *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tmm_engine.bench.peak", *arguments], capture_output=True, text=True, check=True
+    )
     return float(json.loads(done.stdout))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from index.errors import InputError
+from tmm_engine.index.errors import InputError
 
 # Okabe and Ito's colours, told apart by colour-blind eyes; without their yellow, which is too faint on white.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F24")

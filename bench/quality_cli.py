@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench.options import check_folders, query_options, sized
-from engine.options import joined
-from index.errors import InputError, member
+from tmm_engine.bench.options import check_folders, query_options, sized
+from tmm_engine.cli.options import joined
+from tmm_engine.index.errors import InputError, member
 
 if TYPE_CHECKING:
-    from bench.noise import Perturbation
-    from bench.retrievers import Method
+    from tmm_engine.bench.noise import Perturbation
+    from tmm_engine.bench.retrievers import Method
 
 BASELINES = "l2;cosine;robust"
 FEW_PERTURBATIONS = "clean,brightness 0.5,gaussian 2.5,gaussian 5"
@@ -62,9 +62,9 @@ def robustness(source: str, **options: Any) -> None:
       engine bench robustness cifar10/ --weights c.safetensors --model resnet18 --methods 'cosine;paper' \\
           --families brightness,gaussian --levels gaussian=1,2.5,5 --queries 20 --out runs/cifar.jsonl
     """
-    from bench.loading import load_suite
-    from bench.self_retrieval import KEY, measure_self_retrieval
-    from engine.display import progress_bar
+    from tmm_engine.bench.loading import load_suite
+    from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
+    from tmm_engine.cli.display import progress_bar
 
     perturbations = parse_perturbations(options["families"], options["levels"])
     methods = parse_methods(options["methods"])
@@ -111,9 +111,9 @@ def radius(source: str, **options: Any) -> None:
     """
     import numpy as np
 
-    from bench.loading import load_held_out, load_suite
-    from bench.radius import KEY, Kind, measure_radius
-    from engine.display import progress_bar
+    from tmm_engine.bench.loading import load_held_out, load_suite
+    from tmm_engine.bench.radius import KEY, Kind, measure_radius
+    from tmm_engine.cli.display import progress_bar
 
     _check_queries(options)
     kinds = [member(Kind, kind.strip()) for kind in options["kinds"].split(",")]
@@ -180,11 +180,11 @@ def ablation(source: str, **options: Any) -> None:
       engine bench ablation mnist --root data --model resnet18 --weights mnist.safetensors --layers \\
           --set tuning_batch=32 --exemplars 200 --queries 1 --perturbations 'gaussian 2.5' --out runs/layers.jsonl
     """
-    from bench.ablation import layer_variants, measure_ablation, variants_of
-    from bench.loading import load_suite
-    from bench.retrievers import Method
-    from bench.self_retrieval import KEY
-    from engine.display import progress_bar
+    from tmm_engine.bench.ablation import layer_variants, measure_ablation, variants_of
+    from tmm_engine.bench.loading import load_suite
+    from tmm_engine.bench.retrievers import Method
+    from tmm_engine.bench.self_retrieval import KEY
+    from tmm_engine.cli.display import progress_bar
 
     perturbations = parse_few(options["perturbations"])
     base = Method.parse(",".join((options["base"], *options["base_settings"])))
@@ -231,11 +231,11 @@ def ood(source: str, **options: Any) -> None:
       engine bench ood mnist --root data --model resnet18 --weights mnist.safetensors --foreign cifar10/ \\
           --methods 'cosine;paper' --queries 20 --out runs/foreign.jsonl
     """
-    from bench.loading import load_suite
-    from bench.ood import KEY, NOISE, foreign_images, measure_foreign, mixed, noise_images
-    from bench.retrievers import make_retrievers
-    from engine.display import progress_bar
-    from index.sources import open_source
+    from tmm_engine.bench.loading import load_suite
+    from tmm_engine.bench.ood import KEY, NOISE, foreign_images, measure_foreign, mixed, noise_images
+    from tmm_engine.bench.retrievers import make_retrievers
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.index.sources.opening import open_source
 
     perturbations, methods = parse_few(options["perturbations"]), parse_methods(options["methods"])
     check_folders(options["out"])
@@ -268,7 +268,7 @@ def ood(source: str, **options: Any) -> None:
 
 def parse_methods(text: str) -> "list[Method]":
     """Of --methods."""
-    from bench.retrievers import Method
+    from tmm_engine.bench.retrievers import Method
 
     if not (names := [part.strip() for part in text.split(";") if part.strip()]):
         raise InputError("--methods: expected at least one, got none (try 'l2;cosine;robust')")
@@ -277,7 +277,7 @@ def parse_methods(text: str) -> "list[Method]":
 
 def parse_perturbations(families: str, levels: tuple[str, ...]) -> "list[Perturbation]":
     """Of --families and --levels."""
-    from bench.noise import LEVELS, Family, standard_perturbations
+    from tmm_engine.bench.noise import LEVELS, Family, standard_perturbations
 
     chosen = [member(Family, name.strip()) for name in families.split(",")]
     own = dict(LEVELS)
@@ -292,6 +292,6 @@ def parse_perturbations(families: str, levels: tuple[str, ...]) -> "list[Perturb
 
 def parse_few(text: str) -> "list[Perturbation]":
     """Of --perturbations."""
-    from bench.noise import parse
+    from tmm_engine.bench.noise import parse
 
     return [parse(part) for part in text.split(",")]

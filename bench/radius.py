@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64, Shaped
 
-from bench.attack import Embedding, features_of
-from bench.noise import Family, Image, Perturbation, gaussian_reach
-from bench.records import RecordFile
-from bench.retrievers import Retriever, top
-from index.classifier import Classifier
-from index.errors import InputError
-from index.neighbours import Metric
-from index.progress import Progress, silent
+from tmm_engine.bench.attack import Embedding, features_of
+from tmm_engine.bench.noise import Family, Image, Perturbation, gaussian_reach
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.retrievers import Retriever, top
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.search import Metric
+from tmm_engine.index.progress import Progress, silent
 
 KEY = ("query", "method", "kind", "direction")
 """What a record is found by: open the `RecordFile` with it."""

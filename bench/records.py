@@ -20,8 +20,8 @@ from typing import Any
 import filelock
 import numpy as np
 
-from bench.machine import describe_machine
-from index.errors import InputError
+from tmm_engine.bench.machine import describe_machine
+from tmm_engine.index.errors import InputError
 
 Record = dict[str, Any]
 

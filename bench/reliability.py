@@ -17,17 +17,17 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from bench import faults, hostile
-from bench.faults import Content, Plan
-from bench.reliability_surroundings import Attempts, Skipped, clocks, full_disks, permissions, read_only
-from engine.verify import verify_index
-from index.builder import build_index
-from index.changes import add_exemplars, delete_exemplars
-from index.errors import IndexStateError
-from index.manifest import MANIFEST, Manifest, older_versions
-from index.progress import Progress, silent
-from index.target import recover
-from rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.bench import faults, hostile
+from tmm_engine.bench.faults import Content, Plan
+from tmm_engine.bench.reliability_surroundings import Attempts, Skipped, clocks, full_disks, permissions, read_only
+from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
+from tmm_engine.index.store.manifest import MANIFEST, Manifest, older_versions
+from tmm_engine.index.store.target import recover
+from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.verify import verify_index
 
 PATIENCE = 60.0  # seconds for anything that runs in a process of its own
 BARS = {
@@ -119,7 +119,7 @@ class ReliabilityBench:
         self._random = random.Random(seed)
         self._progress = progress
         self._context: ForkServerContext = get_context("forkserver")
-        self._context.set_forkserver_preload(["torch._dynamo", "bench.faults", "bench.hostile"])
+        self._context.set_forkserver_preload(["torch._dynamo", "tmm_engine.bench.faults", "tmm_engine.bench.hostile"])
         self.result = Reliability()
 
     def run(self) -> Reliability:

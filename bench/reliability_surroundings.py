@@ -14,13 +14,13 @@ from unittest.mock import patch
 
 import torch
 
-from bench import faults
-from bench.faults import Content, Plan
-from engine.living import versions_of
-from index import builder, commit
-from index.builder import build_index
-from index.errors import TmmEngineError
-from index.manifest import EXEMPLARS, MANIFEST, Manifest
+from tmm_engine.bench import faults
+from tmm_engine.bench.faults import Content, Plan
+from tmm_engine.index.errors import TmmEngineError
+from tmm_engine.index.store import building, commit
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.manifest import EXEMPLARS, MANIFEST, Manifest
+from tmm_engine.living import versions_of
 
 NOBODY = 65534
 SET_BACK = timedelta(days=730)
@@ -210,7 +210,7 @@ def clock_set_back() -> Iterator[None]:
     with (
         patch.object(time, "time", lambda: now() - SET_BACK.total_seconds()),
         patch.object(commit, "datetime", Earlier),
-        patch.object(builder, "datetime", Earlier),
+        patch.object(building, "datetime", Earlier),
     ):
         yield
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from bench.plots import styles_of
-from bench.records import read_records
-from bench.report_sections import BENCHMARKS, Run, Sheet, figure_3
-from bench.tables import count, folded, plain_text, table
-from index.errors import InputError
+from tmm_engine.bench.plots import styles_of
+from tmm_engine.bench.records import read_records
+from tmm_engine.bench.report_sections import BENCHMARKS, Run, Sheet, figure_3
+from tmm_engine.bench.tables import count, folded, plain_text, table
+from tmm_engine.index.errors import InputError
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.plots import BASELINES, Curve, Panel, draw_panels
-from bench.records import Record, Records
-from bench.statistics import bootstrap_interval, by_query, paired_difference, share_at_least
-from bench.tables import NONE, count, folded, grouped, mean, plain_text, rate, table, values_of
+from tmm_engine.bench.plots import BASELINES, Curve, Panel, draw_panels
+from tmm_engine.bench.records import Record, Records
+from tmm_engine.bench.statistics import bootstrap_interval, by_query, paired_difference, share_at_least
+from tmm_engine.bench.tables import NONE, count, folded, grouped, mean, plain_text, rate, table, values_of
 
 GRID_POINTS = 200  # of a curve over radii
 FIG3 = ("brightness", "gaussian")

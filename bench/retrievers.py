@@ -14,21 +14,22 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bench.triggers import global_trigger, optimisation
-from index.batches import forward_batch_size
-from index.classifier import Classifier
-from index.errors import InputError, nearest
-from index.neighbours import Metric, exact_scores
-from index.progress import Progress, silent
-from index.ranking import best_first
-from index.store import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
-from rerank.config import PRESETS, TmmConfig, Trigger, Tuning, preset
-from rerank.contrast import stretch_contrast
-from rerank.discriminant import Discriminant
-from rerank.global_trigger import GlobalColumn, GlobalTrigger
-from rerank.recognition import Recognised, chord
-from rerank.tmm import Ranking, TmmNN
-from rerank.trigger import apply_trigger
+from tmm_engine.bench.triggers import global_trigger, optimisation
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.ranking import best_first
+from tmm_engine.index.neighbours.search import Metric, exact_scores
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.rerank.discriminant import Discriminant
+from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
+from tmm_engine.rerank.recognise import Recognised, chord
+from tmm_engine.rerank.settings import PRESETS, TmmConfig, Trigger, Tuning, preset
+from tmm_engine.rerank.tmm import Ranking, TmmNN
+from tmm_engine.rerank.trigger import apply_trigger
 
 Image = Float32[np.ndarray, "c h w"]
 
@@ -67,7 +68,7 @@ class Method:
         metric: Of a baseline; None for TMM-NN.
         stretch: Whether a baseline compares images with their contrast stretched.
         recognition: Below which ratio of distances a baseline takes the query for a copy of an exemplar
-            (`rerank.recognition`); None never.
+            (`rerank.recognise`); None never.
         config: Of TMM-NN; None for a baseline.
     """
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from bench.attack import features_of
-from bench.noise import Family, Image, Perturbation
-from bench.records import RecordFile
-from bench.retrievers import Retriever, rank_of, scores_of_all, top
-from index.classifier import Classifier
-from index.errors import InputError
-from index.progress import Progress, silent
-from index.store import MemoryStore
+from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.noise import Family, Image, Perturbation
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.retrievers import Retriever, rank_of, scores_of_all, top
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.store.memory import MemoryStore
 
 KEY = ("query", "perturbation", "method")
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from bench.records import RecordFile, read_records
-from bench.retrievers import Recogniser, Retriever, top
-from bench.ssim import ssim
-from index.errors import InputError
-from index.images import to_uint8
-from index.progress import Progress, silent
-from index.store import ExemplarStore
+from tmm_engine.bench.records import RecordFile, read_records
+from tmm_engine.bench.retrievers import Recogniser, Retriever, top
+from tmm_engine.bench.ssim import ssim
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.images import to_uint8
+from tmm_engine.index.store.exemplars import ExemplarStore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Shaped
 from scipy import stats
 
-from index.errors import InputError
+from tmm_engine.index.errors import InputError
 
 LEVEL = 0.95
 RESAMPLES = 2_000

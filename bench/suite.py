@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from bench.records import RecordFile, describe_run, read_records
-from bench.retrievers import Method, Retriever, make_retrievers
-from index.batches import forward_batch_size
-from index.builder import embed
-from index.classifier import Classifier
-from index.errors import InputError
-from index.progress import Progress, silent
-from index.records import ImageRecord
-from index.sources import ImageSource
-from index.store import MemoryStore
-from rerank.config import TmmConfig
-from rerank.contrast import embed_stretched
+from tmm_engine.bench.records import RecordFile, describe_run, read_records
+from tmm_engine.bench.retrievers import Method, Retriever, make_retrievers
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.store.building import embed
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.contrast import embed_stretched
+from tmm_engine.rerank.settings import TmmConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from bench.records import Record
-from bench.statistics import bootstrap_interval, by_query, wilson_interval
+from tmm_engine.bench.records import Record
+from tmm_engine.bench.statistics import bootstrap_interval, by_query, wilson_interval
 
 NONE = "–"
 

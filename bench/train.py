@@ -14,13 +14,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from index.architectures import ModelSpec, build_model
-from index.batches import forward_batch_size
-from index.classifier import Classifier
-from index.errors import InputError
-from index.progress import Progress, silent
-from index.records import ImageRecord
-from index.sources import ImageSource
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.architectures import ModelSpec, build_model
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.records import ImageRecord, ImageSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

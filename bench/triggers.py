@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from index.classifier import Classifier
-from index.errors import IndexStateError, InputError
-from index.progress import Progress, silent
-from index.sources import ArraySource
-from index.store import MemoryStore
-from rerank.config import TmmConfig
-from rerank.global_trigger import GlobalTrigger, make_global_trigger
+from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
+from tmm_engine.rerank.settings import TmmConfig
 
 FOLDER = ".triggers"
 

@@ -2,9 +2,9 @@ from .building import build_index
 from .engine import Engine
 from .living import Version
 from .query import Query
-from .report import write_html, write_png
 from .request import Mode, Prefilter
 from .results import FailedQuery, Hit, SearchResult
+from .views.report import write_html, write_png
 
 __all__ = [
     "Engine",

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from index.batches import forward_batch_size
-from index.classifier import Classifier
-from index.errors import InputError, ModelError, member
-from index.manifest import CACHE, Manifest
-from index.store import ExemplarStore
-from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
-from rerank.onnx_backbone import OnnxBackbone, export_onnx
-from rerank.onnx_graphs import TRIGGERED, is_sealed
-from rerank.speed import SpeedComparison, faster_backend
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError, ModelError, member
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.index.store.manifest import CACHE, Manifest
+from tmm_engine.rerank.backbone import Backbone, Precision, TorchBackbone, specialised
+from tmm_engine.rerank.onnx_backbone import OnnxBackbone, export_onnx
+from tmm_engine.rerank.onnx_graphs import TRIGGERED, is_sealed
+from tmm_engine.rerank.speed import SpeedComparison, faster_backend
 
 GRAPHS = Path(CACHE) / "onnx"  # in an index
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from index.builder import BuildReport, check_build
-from index.builder import build_index as build_plain
-from index.classifier import Classifier
-from index.neighbours import EXACT
-from index.progress import Progress, silent
-from index.sources import ImageSource
-from rerank.config import DEFAULT_PRESET, TmmConfig, preset
-from rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.search import EXACT
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.store.building import BuildReport, check_build
+from tmm_engine.index.store.building import build_index as build_plain
+from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.rerank.settings import DEFAULT_PRESET, TmmConfig, preset
 
 
 def build_index(

@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from engine.building import build_index
-from engine.engine import Engine, Mode
-from engine.query import Query
-from engine.report import write_html, write_png
-from engine.results import SearchResult
-from index.architectures import ModelSpec, build_model
-from index.builder import embed, predict
-from index.classifier import Classifier
-from index.progress import Progress
-from index.sources import ArraySource
-from rerank.config import DEFAULT_PRESET
+from tmm_engine.building import build_index
+from tmm_engine.engine import Engine, Mode
+from tmm_engine.index.models.architectures import ModelSpec, build_model
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.building import embed, predict
+from tmm_engine.query import Query
+from tmm_engine.rerank.settings import DEFAULT_PRESET
+from tmm_engine.results import SearchResult
+from tmm_engine.views.report import write_html, write_png
 
 EPOCHS = 6
 SEED = 0

@@ -10,29 +10,29 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 from torch import nn
 
-from engine.backends import Backend, compare_backends
-from engine.living import Living
-from engine.opening import index_in_memory, open_parts
-from engine.query import ImageLike, Query, as_query
-from engine.request import Mode, Prefilter, Request, SearchOptions
-from engine.results import FailedQuery, SearchResult
-from engine.searching import Searcher
-from index.classifier import Classifier
-from index.errors import ImageError, InputError, member, nearest
-from index.faiss_cache import FaissCache
-from index.lance_store import matching_rows
-from index.manifest import CACHE, Manifest
-from index.neighbours import EXACT
-from index.progress import Progress, silent
-from index.sources import ArraySource
-from index.store import ExemplarStore, Subset
-from index.target import locked
-from index.where import shortened
-from rerank.backbone import Backbone, Precision
-from rerank.config import DEFAULT_PRESET, TmmConfig, preset
-from rerank.global_trigger import GlobalTrigger
-from rerank.scoring import DEFAULT_CACHE_BYTES
-from rerank.tmm import TmmNN
+from tmm_engine.backends import Backend, compare_backends
+from tmm_engine.index.errors import ImageError, InputError, member, nearest
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.neighbours.search import EXACT
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.exemplars import ExemplarStore, Subset
+from tmm_engine.index.store.lance_store import matching_rows
+from tmm_engine.index.store.manifest import CACHE, Manifest
+from tmm_engine.index.store.target import locked
+from tmm_engine.index.store.where import shortened
+from tmm_engine.living import Living
+from tmm_engine.opening import index_in_memory, open_parts
+from tmm_engine.query import ImageLike, Query, as_query
+from tmm_engine.request import Mode, Prefilter, Request, SearchOptions
+from tmm_engine.rerank.backbone import Backbone, Precision
+from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
+from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.settings import DEFAULT_PRESET, TmmConfig, preset
+from tmm_engine.rerank.tmm import TmmNN
+from tmm_engine.results import FailedQuery, SearchResult
+from tmm_engine.searching import Searcher
 
 __all__ = ["Engine", "Mode", "Prefilter", "SearchOptions"]
 
@@ -291,7 +291,7 @@ class Engine(Living):
             stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the
                 original was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``.
             recognition: Answer for a query as for the exemplar nearest to it, where that one's distance is a smaller
-                part of the second nearest's than this, in (0, 1] (`rerank.recognition`). Among candidates, if there are
+                part of the second nearest's than this, in (0, 1] (`rerank.recognise`). Among candidates, if there are
                 any. False: never. None: as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
             where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
                 tuned on, as if the index did not have them (`matching`).

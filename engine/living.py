@@ -5,15 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from index.changes import ChangeReport, add_exemplars, compact, delete_exemplars
-from index.errors import InputError
-from index.manifest import Manifest, older_versions
-from index.progress import Progress, silent
-from rerank.global_trigger import GlobalColumn, GlobalTrigger
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact, delete_exemplars
+from tmm_engine.index.store.manifest import Manifest, older_versions
+from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
 
 if TYPE_CHECKING:
-    from index.classifier import Classifier
-    from index.sources import ImageSource
+    from tmm_engine.index.models.classifier import Classifier
+    from tmm_engine.index.sources.records import ImageSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Living:
         id_prefix: str = "",
         progress: Progress = silent,
     ) -> ChangeReport:
-        """Add a source's images, with their features; see `index.changes.add_exemplars`.
+        """Add a source's images, with their features; see `index.store.changes.add_exemplars`.
 
         Args:
             source: As `index.open_source` makes it.
@@ -90,13 +90,13 @@ class Living:
         return report
 
     def delete(self, *, ids: Sequence[str] = (), where: str | None = None) -> ChangeReport:
-        """Remove exemplars by id, or those that a filter matches; see `index.changes.delete_exemplars`."""
+        """Remove exemplars by id, or those that a filter matches; see `index.store.changes.delete_exemplars`."""
         report = delete_exemplars(self._changeable(), ids=ids, where=where)
         self.refresh()
         return report
 
     def compact(self, *, discard_versions: bool = False) -> ChangeReport:
-        """Write the exemplars anew, without deleted ones and in few files; see `index.changes.compact`."""
+        """Write the exemplars anew, without deleted ones and in few files; see `index.store.changes.compact`."""
         report = compact(self._changeable(), discard_versions=discard_versions)
         self.refresh()
         return report

@@ -6,19 +6,21 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from engine.backends import Backend, choose_backbone, choose_device
-from index.builder import BuildReport, check_fit, embedded
-from index.classifier import Classifier
-from index.errors import IndexStateError, ModelError
-from index.lance_store import LanceStore
-from index.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
-from index.progress import Progress, silent
-from index.sources import ArraySource, ImageSource
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
-from index.target import recover
-from rerank.backbone import Backbone, Precision
-from rerank.config import TmmConfig
-from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from tmm_engine.backends import Backend, choose_backbone, choose_device
+from tmm_engine.index.errors import IndexStateError, ModelError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.store.building import BuildReport, check_fit, embedded
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.lance_store import LanceStore
+from tmm_engine.index.store.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.index.store.target import recover
+from tmm_engine.rerank.backbone import Backbone, Precision
+from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from tmm_engine.rerank.settings import TmmConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)

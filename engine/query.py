@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float32
 from PIL import Image
 
-from engine.results import FailedQuery
-from index.errors import ImageError
-from index.images import Shape, channels_first, decode_image, to_numpy
-from index.sources import ImageRecord, ImageSource
+from tmm_engine.index.errors import ImageError
+from tmm_engine.index.sources.images import Shape, channels_first, decode_image, to_numpy
+from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.results import FailedQuery
 
 ImageLike = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 

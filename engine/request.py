@@ -6,9 +6,9 @@ from typing import Literal, TypedDict
 
 import numpy as np
 
-from index.errors import InputError, member
-from index.progress import Progress
-from rerank.config import TmmConfig, preset
+from tmm_engine.index.errors import InputError, member
+from tmm_engine.index.progress import Progress
+from tmm_engine.rerank.settings import TmmConfig, preset
 
 
 class Mode(StrEnum):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from index.sources import Metadata
+from tmm_engine.index.sources.records import Metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class SearchResult:
         recognised_as: Id of the exemplar that the query was taken for a copy of, and answered for (`recognised_share`
             is at least a half); else None.
         recognised_share: How far the query's features moved to those of the exemplar nearest to it, in [0, 1]
-            (`rerank.recognition`); None where recognition is off.
+            (`rerank.recognise`); None where recognition is off.
         trigger: float32 (c, h, w) in pixel units, τ (tmm only).
         triggered_query: float32 (c, h, w), the blended query (tmm only).
     """

@@ -9,21 +9,21 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
-from engine.query import Query
-from engine.request import Mode, Prefilter, Request
-from engine.results import Hit, SearchResult
-from index.builder import predict
-from index.classifier import Classifier
-from index.errors import InputError
-from index.faiss_cache import FaissCache
-from index.neighbours import EXACT, Metric, Neighbours
-from index.progress import Progress
-from index.ranking import in_turn
-from index.store import FEATURE, STRETCHED_FEATURE, ExemplarStore
-from rerank.config import TmmConfig
-from rerank.contrast import stretch_contrast
-from rerank.recognition import Recognised, chord
-from rerank.tmm import Ranking, TmmNN
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.neighbours.ranking import in_turn
+from tmm_engine.index.neighbours.search import EXACT, Metric, Neighbours
+from tmm_engine.index.progress import Progress
+from tmm_engine.index.store.building import predict
+from tmm_engine.index.store.exemplars import FEATURE, STRETCHED_FEATURE, ExemplarStore
+from tmm_engine.query import Query
+from tmm_engine.request import Mode, Prefilter, Request
+from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.rerank.recognise import Recognised, chord
+from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.rerank.tmm import Ranking, TmmNN
+from tmm_engine.results import Hit, SearchResult
 
 
 @dataclass(slots=True)

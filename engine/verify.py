@@ -9,16 +9,18 @@ import numpy as np
 from jaxtyping import Float32
 from torch import nn
 
-from engine.backends import damaged_graphs
-from index.batches import forward_batch_size
-from index.builder import embed
-from index.changes import rebuild_features
-from index.classifier import Classifier
-from index.commit import leftovers, remove_leftovers
-from index.errors import IndexStateError, InputError, ModelError, TmmEngineError
-from index.faiss_cache import FaissCache
-from index.lance_store import LanceStore, lance_errors
-from index.manifest import (
+from tmm_engine.backends import damaged_graphs
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError, TmmEngineError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.store.building import embed
+from tmm_engine.index.store.changes import rebuild_features
+from tmm_engine.index.store.commit import leftovers, remove_leftovers
+from tmm_engine.index.store.exemplars import FEATURE
+from tmm_engine.index.store.lance_store import LanceStore, lance_errors
+from tmm_engine.index.store.manifest import (
     CACHE,
     DATA,
     EXEMPLARS,
@@ -29,10 +31,8 @@ from index.manifest import (
     older_versions,
     wrong_content,
 )
-from index.progress import Progress, silent
-from index.store import FEATURE
-from index.target import locked, recover
-from rerank.global_trigger import GlobalColumn, GlobalTrigger
+from tmm_engine.index.store.target import locked, recover
+from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
 
 SAMPLE = 256  # exemplars whose features are computed again
 TOLERANCE = 1e-3  # of the largest feature; other batches and devices stay two orders of magnitude below

@@ -1,10 +1,13 @@
-from .builder import BuildReport, build_index
-from .classifier import Classifier
 from .errors import ImageError, IndexStateError, InputError, ModelError, TmmEngineError
-from .images import decode_image
-from .neighbours import Metric, Neighbours
-from .sources import ArraySource, ImageRecord, ImageSource, UnreadableImage, open_source
-from .store import ExemplarStore, MemoryStore
+from .models.classifier import Classifier
+from .neighbours.search import Metric, Neighbours
+from .sources.arrays import ArraySource
+from .sources.images import decode_image
+from .sources.opening import open_source
+from .sources.records import ImageRecord, ImageSource, UnreadableImage
+from .store.building import BuildReport, build_index
+from .store.exemplars import ExemplarStore
+from .store.memory import MemoryStore
 
 __all__ = [
     "ArraySource",

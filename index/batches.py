@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeVar
 
-from index.images import Shape
+from tmm_engine.index.sources.images import Shape
 
 T = TypeVar("T")
 

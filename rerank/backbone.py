@@ -13,10 +13,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from index.batches import forward_batch_size
-from index.classifier import Classifier
-from index.errors import InputError
-from rerank.graphs import graphed
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.cuda_graphs import graphed
 
 TOLERANCE = 1e-3  # of the largest feature; float32 rounding stays two orders of magnitude below
 

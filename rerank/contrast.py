@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from index.classifier import Classifier
+from tmm_engine.index.models.classifier import Classifier
 
 
 def stretch_contrast(images: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h w"]:

@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from index.classifier import Classifier
-from index.errors import InputError
-from index.store import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore
-from rerank.config import TmmConfig, Trigger, Tuning
-from rerank.discriminant import Discriminant
-from rerank.jobs import Job
-from rerank.scorers import DiscriminantScorer, FusedScorer, HeadScorer, Scorer
-from rerank.scoring import ExemplarTensors
-from rerank.tuning import Fisher, TuningSet, fisher_diagonal, tune_head
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore
+from tmm_engine.rerank.discriminant import Discriminant
+from tmm_engine.rerank.exemplars import ExemplarTensors
+from tmm_engine.rerank.jobs import Job
+from tmm_engine.rerank.score import DiscriminantScorer, FusedScorer, HeadScorer, Scorer
+from tmm_engine.rerank.settings import TmmConfig, Trigger, Tuning
+from tmm_engine.rerank.tuning import Fisher, TuningSet, fisher_diagonal, tune_head
 
 
 class ScorerFitter:

@@ -12,16 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from index.batches import forward_batch_size
-from index.classifier import Classifier
-from index.errors import IndexStateError, InputError
-from index.progress import Progress, silent
-from index.sources import ImageRecord, ImageSource
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE
-from rerank.backbone import specialised
-from rerank.config import Blend, TmmConfig, Trigger
-from rerank.contrast import stretch_contrast
-from rerank.trigger import INITIAL_STD, PATIENCE, apply_trigger
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.rerank.backbone import specialised
+from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.rerank.settings import Blend, TmmConfig, Trigger
+from tmm_engine.rerank.trigger import INITIAL_STD, PATIENCE, apply_trigger
 
 SAMPLE = 4096  # exemplars, drawn at random, that τ is optimised on
 BATCH = 64

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from index.classifier import Classifier
-from index.errors import ImageError, InputError
-from rerank.config import TmmConfig, Trigger
-from rerank.contrast import stretch_contrast
-from rerank.global_trigger import GlobalTrigger
-from rerank.recognition import Recognised
-from rerank.scorers import Scorer, Scores
-from rerank.trigger import apply_trigger, intensity_of, make_trigger
+from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.recognise import Recognised
+from tmm_engine.rerank.score import Scorer, Scores
+from tmm_engine.rerank.settings import TmmConfig, Trigger
+from tmm_engine.rerank.trigger import apply_trigger, intensity_of, make_trigger
 
 TRIGGERS_TOGETHER = 32  # queries whose triggers are optimised jointly
 

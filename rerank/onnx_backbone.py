@@ -14,11 +14,20 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from index.classifier import Classifier
-from index.errors import IndexStateError, ModelError
-from rerank.config import Blend
-from rerank.onnx_graphs import CLEAN, FINGERPRINT, GRAPHS, INPUTS, TRIGGERED, build_graphs, float_backbone, is_sealed
-from rerank.trigger import apply_trigger
+from tmm_engine.index.errors import IndexStateError, ModelError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.onnx_graphs import (
+    CLEAN,
+    FINGERPRINT,
+    GRAPHS,
+    INPUTS,
+    TRIGGERED,
+    build_graphs,
+    float_backbone,
+    is_sealed,
+)
+from tmm_engine.rerank.settings import Blend
+from tmm_engine.rerank.trigger import apply_trigger
 
 __all__ = ["TRIGGERED", "ExportReport", "OnnxBackbone", "OnnxFallbackWarning", "export_onnx"]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from index.classifier import Classifier
-from index.errors import ModelError
-from rerank.backbone import specialised
+from tmm_engine.index.errors import ModelError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.backbone import specialised
 
 if TYPE_CHECKING:
     import onnx

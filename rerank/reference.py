@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor, nn
 
-from index.classifier import Classifier
-from rerank.config import Score, TmmConfig, Trigger
-from rerank.trigger import INITIAL_STD, PATCH, PATIENCE
-from rerank.tuning import exemplar_batches
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.settings import Score, TmmConfig, Trigger
+from tmm_engine.rerank.trigger import INITIAL_STD, PATCH, PATIENCE
+from tmm_engine.rerank.tuning import exemplar_batches
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from index.errors import InputError
-from rerank.backbone import Backbone
+from tmm_engine.index.errors import InputError
+from tmm_engine.rerank.backbone import Backbone
 
 PASS_SECONDS = 0.15  # of a timed pass through all backbones, at least; keeps a comparison within about 2 s
 REPEATS = 3

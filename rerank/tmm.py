@@ -1,7 +1,7 @@
 """TMM-NN: trigger, tuned head, scores — the three steps in order.
 
 Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm 1. Step 1 is in `rerank.jobs`, the pass over the exemplars in
-`rerank.triggered_exemplars`, step 2 in `rerank.fitting`, and what step 3 scores by in `rerank.scorers`.
+`rerank.triggered_exemplars`, step 2 in `rerank.fitting`, and what step 3 scores by in `rerank.score`.
 """
 
 import copy
@@ -13,20 +13,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from index.classifier import Classifier
-from index.errors import InputError
-from index.progress import Progress, silent
-from index.ranking import best_first
-from index.store import ExemplarStore
-from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
-from rerank.config import TmmConfig, Trigger
-from rerank.fitting import ScorerFitter
-from rerank.global_trigger import GlobalTrigger
-from rerank.jobs import Job, make_jobs, timed
-from rerank.recognition import Recognised, chord
-from rerank.scorers import Scores
-from rerank.scoring import DEFAULT_CACHE_BYTES, ExemplarTensors
-from rerank.triggered_exemplars import TriggeredExemplars
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.ranking import best_first
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.rerank.backbone import Backbone, Precision, TorchBackbone, specialised
+from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES, ExemplarTensors
+from tmm_engine.rerank.fitting import ScorerFitter
+from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.jobs import Job, make_jobs, timed
+from tmm_engine.rerank.recognise import Recognised, chord
+from tmm_engine.rerank.score import Scores
+from tmm_engine.rerank.settings import TmmConfig, Trigger
+from tmm_engine.rerank.triggered_exemplars import TriggeredExemplars
 
 Rows = Int64[np.ndarray, "rows"]
 

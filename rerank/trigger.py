@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from index.classifier import Classifier
-from index.errors import InputError
-from rerank.config import Blend, TmmConfig, Trigger
-from rerank.graphs import graphed
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.cuda_graphs import graphed
+from tmm_engine.rerank.settings import Blend, TmmConfig, Trigger
 
 INITIAL_STD = 0.01  # τ₀ ~ N(0, 0.01²)
 PATCH = 3  # pixels a side, at the top-left (§4.8.1)

@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from index.errors import InputError
-from index.progress import Progress
-from index.store import GLOBAL_FEATURE, ExemplarStore
-from rerank.backbone import Backbone
-from rerank.config import TmmConfig, Trigger
-from rerank.contrast import stretch_images
-from rerank.jobs import Job
-from rerank.scorers import Scores
-from rerank.scoring import ExemplarTensors
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.progress import Progress
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, ExemplarStore
+from tmm_engine.rerank.backbone import Backbone
+from tmm_engine.rerank.contrast import stretch_images
+from tmm_engine.rerank.exemplars import ExemplarTensors
+from tmm_engine.rerank.jobs import Job
+from tmm_engine.rerank.score import Scores
+from tmm_engine.rerank.settings import TmmConfig, Trigger
 
 
 @dataclass(frozen=True, slots=True, eq=False)

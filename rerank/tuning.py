@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from rerank.config import TmmConfig
+from tmm_engine.rerank.settings import TmmConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from index import batches, lance_store
-from index.builder import BuildReport, build_index
-from index.classifier import Classifier
-from index.errors import IndexStateError
-from index.images import Shape
-from index.lance_store import LanceStore
-from index.manifest import EXEMPLARS, Manifest, digest_files
-from index.sources import ArraySource, ImageRecord
 from tests.conftest import CLASSES, SHAPE, classifier_of, network
+from tmm_engine.index import batches
+from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.sources.records import ImageRecord
+from tmm_engine.index.store import lance_store
+from tmm_engine.index.store.building import BuildReport, build_index
+from tmm_engine.index.store.lance_store import LanceStore
+from tmm_engine.index.store.manifest import EXEMPLARS, Manifest, digest_files
 
 ROOT = Path(__file__).parents[1]
 COUNT = 96

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from index.classifier import Classifier
-from index.store import MemoryStore
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.store.memory import MemoryStore
 
 SHAPE = (3, 8, 8)
 CLASSES = 4

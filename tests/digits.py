@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from index.classifier import Classifier
-from rerank.config import preset
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.settings import preset
 
 DIGITS = load_digits()
 IMAGES = np.rint(DIGITS.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from index.classifier import Classifier
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
-from rerank import Ranking, Trigger, preset
-from rerank.global_trigger import GlobalColumn, GlobalTrigger
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank import Ranking, Trigger, preset
+from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
 
 N = 60
 ROBUST = replace(preset("robust"), fusion=4.0, recognition=None, trigger_steps=20, tuning_min_steps=10)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.ablation import (
+from tests.builders import tiny_arrays, tiny_classifier
+from tests.digits import IMAGES, LABELS, make_classifier
+from tmm_engine.bench.ablation import (
     FELT_BY,
     LAYERS,
     VALUES,
@@ -18,17 +20,15 @@ from bench.ablation import (
     measure_ablation,
     variants_of,
 )
-from bench.noise import Family, Perturbation
-from bench.records import RecordFile
-from bench.retrievers import Method
-from bench.self_retrieval import KEY, measure_self_retrieval
-from bench.suite import Suite
-from index.errors import InputError
-from index.sources import ArraySource
-from index.store import STRETCHED_FEATURE
-from rerank.config import PRESETS
-from tests.builders import tiny_arrays, tiny_classifier
-from tests.digits import IMAGES, LABELS, make_classifier
+from tmm_engine.bench.noise import Family, Perturbation
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.retrievers import Method
+from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
+from tmm_engine.bench.suite import Suite
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
+from tmm_engine.rerank.settings import PRESETS
 
 QUICK = "paper,trigger_steps=2,tuning_min_steps=3,tuning_batch=8"
 DARK = (Perturbation(Family.BRIGHTNESS, 0.5),)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from bench.attack import features_of
-from bench.noise import Family, Perturbation
-from bench.retrievers import Method, Retriever, TmmRetriever
-from bench.self_retrieval import scores_under
-from bench.suite import Suite
-from index.sources import ArraySource
-from rerank.contrast import stretch_contrast
 from tests.digits import IMAGES, LABELS, make_classifier
+from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.noise import Family, Perturbation
+from tmm_engine.bench.retrievers import Method, Retriever, TmmRetriever
+from tmm_engine.bench.self_retrieval import scores_under
+from tmm_engine.bench.suite import Suite
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.rerank.contrast import stretch_contrast
 
 N = 40
 METHODS = (

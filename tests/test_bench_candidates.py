@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench.candidates import PERTURBATIONS, measure_candidates, summarise
-from engine.cli import main
-from index import ArraySource
 from tests.digits import IMAGES, LABELS, make_classifier, write_photos
+from tmm_engine.bench.candidates import PERTURBATIONS, measure_candidates, summarise
+from tmm_engine.cli.main import main
+from tmm_engine.index import ArraySource
 
 SIZES = (15, 40)
 
@@ -19,7 +19,7 @@ SIZES = (15, 40)
 def records():
     source = ArraySource(IMAGES[:60], LABELS[:60])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.candidates.SIZES", SIZES)
+        patch.setattr("tmm_engine.bench.candidates.SIZES", SIZES)
         return measure_candidates(source, make_classifier(), queries=2)
 
 

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from bench.cli import bench
-from bench.quality_cli import FEW_PERTURBATIONS, parse_few, parse_methods, parse_perturbations
-from engine.cli import main
-from index.classifier import Classifier
 from tests.digits import IMAGES, LABELS, make_classifier, write_photos
+from tmm_engine.bench.cli import bench
+from tmm_engine.bench.quality_cli import FEW_PERTURBATIONS, parse_few, parse_methods, parse_perturbations
+from tmm_engine.cli.main import main
+from tmm_engine.index.models.classifier import Classifier
 
 METHODS = "l2;robust,trigger_steps=2;paper,trigger_steps=2,tuning_min_steps=2"
 QUICK = ("--set", "trigger_steps=2", "--set", "tuning_min_steps=2")
@@ -79,7 +79,7 @@ def test_every_help_has_an_example(command: str):
 
 def test_help_needs_nothing_heavy():
     code = (
-        "import sys\nfrom bench.cli import bench\n"
+        "import sys\nfrom tmm_engine.bench.cli import bench\n"
         "for name in bench.commands:\n"
         "    try: bench([name, '--help'])\n    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'lance', 'faiss', 'numpy', 'matplotlib', 'openai'} & set(sys.modules)\n"

@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from bench import latency as module
-from bench.latency import Latency, LatencyBench, Record
-from bench.latency_report import BARS, plot_growth, print_latency
-from bench.machine import describe_machine, memory_mib, peak_memory_mib, reset_peak_memory
-from bench.peak import RandomImages, peak_of_build
-from engine.cli import main
-from index.classifier import Classifier
-from index.errors import InputError
-from index.sources import ArraySource
-from rerank import TmmConfig, TmmNN
-from rerank.config import PRESETS
 from tests.digits import IMAGES, LABELS, write_photos
+from tmm_engine.bench import latency as module
+from tmm_engine.bench.latency import Latency, LatencyBench, Record
+from tmm_engine.bench.latency_report import BARS, plot_growth, print_latency
+from tmm_engine.bench.machine import describe_machine, memory_mib, peak_memory_mib, reset_peak_memory
+from tmm_engine.bench.peak import RandomImages, peak_of_build
+from tmm_engine.cli.main import main
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.rerank import TmmConfig, TmmNN
+from tmm_engine.rerank.settings import PRESETS
 
 REPEATS = 2
 QUICK = TmmConfig(trigger_steps=3, tuning_min_steps=3)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.attack import features_of
-from bench.noise import LEVELS, Family, Perturbation, gaussian_reach, parse, standard_perturbations
-from index.errors import InputError
+from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.noise import LEVELS, Family, Perturbation, gaussian_reach, parse, standard_perturbations
+from tmm_engine.index.errors import InputError
 
 SEEDS = st.integers(0, 2**63 - 1)
 EVERY = [perturbation for family in Family for perturbation in standard_perturbations([family])]

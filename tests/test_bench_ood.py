@@ -9,18 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.noise import Perturbation, parse
-from bench.ood import KEY, foreign_images, measure_foreign, mixed, noise_images, outranking_bound
-from bench.records import RecordFile
-from bench.retrievers import Method, make_retrievers
-from bench.suite import Suite
-from index.builder import embed, predict
-from index.errors import InputError
-from index.sources import ArraySource, FolderSource
-from index.store import STRETCHED_FEATURE
-from rerank.contrast import embed_stretched
 from tests.builders import tiny_arrays, tiny_classifier
 from tests.digits import write_photos
+from tmm_engine.bench.noise import Perturbation, parse
+from tmm_engine.bench.ood import KEY, foreign_images, measure_foreign, mixed, noise_images, outranking_bound
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.retrievers import Method, make_retrievers
+from tmm_engine.bench.suite import Suite
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.folders import FolderSource
+from tmm_engine.index.store.building import embed, predict
+from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
+from tmm_engine.rerank.contrast import embed_stretched
 
 N, M = 20, 6
 scores = st.floats(-100, 100, allow_subnormal=False)

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bench.oracle import (
+from tests.digits import IMAGES, LABELS
+from tmm_engine.bench.oracle import (
     OracleError,
     SsimJudge,
     Verdict,
@@ -28,11 +29,10 @@ from bench.oracle import (
     make_question,
     read_verdict,
 )
-from bench.records import RecordFile
-from bench.semantic import KEY
-from index.errors import InputError
-from index.store import MemoryStore
-from tests.digits import IMAGES, LABELS
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.semantic import KEY
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.store.memory import MemoryStore
 
 METHODS, K, Q, N = ["cosine", "l2", "tmm"], 3, 4, 20
 QUERIES = (IMAGES[100 : 100 + Q, None] / np.float32(255)).astype(np.float32)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bench.attack import features_of
-from bench.noise import Family, Perturbation
-from bench.radius import (
+from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.noise import Family, Perturbation
+from tmm_engine.bench.radius import (
     CONTROL_SEEDS,
     KEY,
     MARGIN_SAMPLES,
@@ -28,9 +28,9 @@ from bench.radius import (
     measure_radius,
     seed_changes_top,
 )
-from bench.records import RecordFile, read_records
-from index.errors import InputError
-from index.neighbours import Metric, exact_scores
+from tmm_engine.bench.records import RecordFile, read_records
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.neighbours.search import Metric, exact_scores
 
 SETTINGS = {"benchmark": "radius"}
 

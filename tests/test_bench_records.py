@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.records import RecordFile, describe_run, plain, read_records
-from index.errors import InputError
 from tests.builders import ROOT, finished, start
+from tmm_engine.bench.records import RecordFile, describe_run, plain, read_records
+from tmm_engine.index.errors import InputError
 
 KEY = ("query", "method")
 IDENTITY = ("benchmark", "seed")
@@ -191,7 +191,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path):
 def test_two_writers_exclude_each_other(tmp_path: Path):
     path = tmp_path / "r.jsonl"
     holding = start(
-        "from bench.records import RecordFile\n"
+        "from tmm_engine.bench.records import RecordFile\n"
         f"file = RecordFile.open(Path(sys.argv[1]), {SETTINGS!r}, {KEY!r}, {IDENTITY!r})\n"
         "say('open')\nsys.stdin.read()\nfile.close()",
         path,
@@ -208,7 +208,7 @@ def test_two_writers_exclude_each_other(tmp_path: Path):
 def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path):
     path = tmp_path / "r.jsonl"
     child = start(
-        "from bench.records import RecordFile\nfrom index.errors import InputError\n"
+        "from tmm_engine.bench.records import RecordFile\nfrom tmm_engine.index.errors import InputError\n"
         f"file = RecordFile.open(Path(sys.argv[1]), {SETTINGS!r}, {KEY!r}, {IDENTITY!r})\n"
         "file.append({'query': 0, 'method': 'l2'})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

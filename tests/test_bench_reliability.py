@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import faults, hostile
-from bench.faults import Plan
-from bench.reliability import Reliability, ReliabilityBench, print_reliability
-from bench.reliability_surroundings import CONTENT, KINDS, NOT_MOUNTED, Attempt, Skipped, outcome_of
-from index.builder import build_index
-from index.errors import IndexStateError, TmmEngineError
-from index.manifest import Manifest
+from tmm_engine.bench import faults, hostile
+from tmm_engine.bench.faults import Plan
+from tmm_engine.bench.reliability import Reliability, ReliabilityBench, print_reliability
+from tmm_engine.bench.reliability_surroundings import CONTENT, KINDS, NOT_MOUNTED, Attempt, Skipped, outcome_of
+from tmm_engine.index.errors import IndexStateError, TmmEngineError
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.manifest import Manifest
 
 
 @pytest.fixture(scope="module")

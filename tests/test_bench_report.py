@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.noise import Family
-from bench.plots import Curve, Panel, draw_panels, styles_of
-from bench.radius import Kind
-from bench.records import RecordFile
-from bench.report import write_report
-from bench.report_sections import BENCHMARKS, FAMILIES, KINDS
-from bench.statistics import Interval, bootstrap_interval, by_query, wilson_interval
-from bench.tables import grouped, mean, plain_text, rate, table
-from index.errors import InputError
+from tmm_engine.bench.noise import Family
+from tmm_engine.bench.plots import Curve, Panel, draw_panels, styles_of
+from tmm_engine.bench.radius import Kind
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.report import write_report
+from tmm_engine.bench.report_sections import BENCHMARKS, FAMILIES, KINDS
+from tmm_engine.bench.statistics import Interval, bootstrap_interval, by_query, wilson_interval
+from tmm_engine.bench.tables import grouped, mean, plain_text, rate, table
+from tmm_engine.index.errors import InputError
 
 METHODS = ("cosine", "l2", "tmm")
 NOISE = (

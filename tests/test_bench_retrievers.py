@@ -10,15 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.retrievers import Method, TmmRetriever, rank_of, scores_of_all, top
-from bench.suite import Suite
-from engine import Engine
-from index.errors import InputError
-from index.neighbours import Metric
-from index.sources import ArraySource, FolderSource
-from rerank.config import Blend, Score, TmmConfig, Trigger, preset
-from rerank.tmm import TmmNN
 from tests.builders import tiny_arrays, tiny_classifier
+from tmm_engine import Engine
+from tmm_engine.bench.retrievers import Method, TmmRetriever, rank_of, scores_of_all, top
+from tmm_engine.bench.suite import Suite
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.neighbours.search import Metric
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.folders import FolderSource
+from tmm_engine.rerank.settings import Blend, Score, TmmConfig, Trigger, preset
+from tmm_engine.rerank.tmm import TmmNN
 
 QUICK = "trigger_steps=3,tuning_min_steps=4,tuning_batch=16"
 N = 40

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.noise import Family, Perturbation
-from bench.records import RecordFile, read_records
-from bench.retrievers import Retriever
-from bench.self_retrieval import KEY, measure_self_retrieval
-from bench.suite import Suite
-from index.errors import InputError
-from index.sources import ArraySource
-from index.store import MemoryStore
 from tests.builders import tiny_arrays, tiny_classifier
+from tmm_engine.bench.noise import Family, Perturbation
+from tmm_engine.bench.records import RecordFile, read_records
+from tmm_engine.bench.retrievers import Retriever
+from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
+from tmm_engine.bench.suite import Suite
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.memory import MemoryStore
 
 GREYS = (200, 190, 100, 60, 55)  # exemplars of one grey level each
 LABELS = (0, 0, 1, 1, 2)
@@ -155,7 +155,7 @@ def test_all_methods_see_the_same_noise_and_every_query_its_own(greys: MemorySto
 
 
 def test_tmm_and_baselines_together(tmp_path: Path):
-    from bench.retrievers import Method
+    from tmm_engine.bench.retrievers import Method
 
     images, labels = tiny_arrays(1)
     suite = Suite.load(ArraySource(images, labels, name="tiny"), tiny_classifier(), exemplars=30)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from bench.records import RecordFile
-from bench.semantic import AGREES, DIFFERS, KEY, SHOWN, draw_gallery, measure_semantic, read_neighbours
-from bench.ssim import C1, C2, ssim
-from index.errors import InputError
-from index.store import MemoryStore
-from rerank.recognition import Recognised
 from tests.digits import IMAGES, LABELS
+from tmm_engine.bench.records import RecordFile
+from tmm_engine.bench.semantic import AGREES, DIFFERS, KEY, SHOWN, draw_gallery, measure_semantic, read_neighbours
+from tmm_engine.bench.ssim import C1, C2, ssim
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.recognise import Recognised
 
 N, Q, K = 150, 5, 6
 QUERIES = (IMAGES[N : N + Q, None] / np.float32(255)).astype(np.float32)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.statistics import (
+from tmm_engine.bench.statistics import (
     Interval,
     bootstrap_interval,
     by_query,
@@ -15,7 +15,7 @@ from bench.statistics import (
     share_at_least,
     wilson_interval,
 )
-from index.errors import InputError
+from tmm_engine.index.errors import InputError
 
 numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=12).map(np.array)
 seeds = st.integers(0, 2**31)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench.train import LabelledImages, TrainConfig, accuracy, train_classifier
-from index.classifier import Classifier
-from index.errors import InputError, ModelError
-from index.sources import ArraySource, FolderSource
 from tests.digits import IMAGES, LABELS
+from tmm_engine.bench.train import LabelledImages, TrainConfig, accuracy, train_classifier
+from tmm_engine.index.errors import InputError, ModelError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.folders import FolderSource
 
 TRAIN, TEST = slice(0, 512), slice(1500, 1797)
 LARGE = IMAGES.repeat(4, axis=1).repeat(4, axis=2)  # (1797, 32, 32), as the paper's data sets are

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from bench.retrievers import Method
-from bench.suite import Suite
-from bench.triggers import FOLDER, folder_beside, global_trigger, optimisation
-from index.errors import InputError
-from index.progress import Progress
-from index.sources import ArraySource
-from index.store import MemoryStore
-from rerank.config import TmmConfig, preset
-from rerank.global_trigger import GlobalTrigger
 from tests.builders import tiny_arrays, tiny_classifier
+from tmm_engine.bench.retrievers import Method
+from tmm_engine.bench.suite import Suite
+from tmm_engine.bench.triggers import FOLDER, folder_beside, global_trigger, optimisation
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.progress import Progress
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.settings import TmmConfig, preset
 
 QUICK = replace(preset("robust"), trigger_steps=3)
 METHODS = [Method.parse(f"robust,trigger_steps=3{more}") for more in ("", ",fusion=0", ",blend=added", ",seed=1")]

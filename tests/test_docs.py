@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engine.cli import main
-from rerank import preset
 from tests.digits import make_classifier, write_photos, write_queries
+from tmm_engine.cli.main import main
+from tmm_engine.rerank import preset
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

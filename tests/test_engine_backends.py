@@ -11,15 +11,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from engine import Engine, SearchResult
-from engine.cli import main
-from engine.verify import repair_index, verify_index
-from index import ArraySource, IndexStateError, InputError, build_index
-from index.manifest import Manifest
-from rerank.backbone import Backbone
-from rerank.config import Blend, preset
-from rerank.tmm import TmmNN
 from tests.digits import IMAGES, LABELS, SHORT, make_classifier, write_photos
+from tmm_engine import Engine, SearchResult
+from tmm_engine.cli.main import main
+from tmm_engine.index import ArraySource, IndexStateError, InputError, build_index
+from tmm_engine.index.store.manifest import Manifest
+from tmm_engine.rerank.backbone import Backbone
+from tmm_engine.rerank.settings import Blend, preset
+from tmm_engine.rerank.tmm import TmmNN
+from tmm_engine.verify import repair_index, verify_index
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import index
-from engine import Engine, SearchResult, build_index
-from index import ArraySource, Classifier, IndexStateError, InputError
-from index.manifest import GLOBAL_TRIGGER, Manifest
-from rerank import Blend, TmmConfig, preset
-from rerank.global_trigger import GlobalTrigger
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
+from tmm_engine import Engine, SearchResult, build_index
+from tmm_engine.index import ArraySource, Classifier, IndexStateError, InputError
+from tmm_engine.index.store.manifest import GLOBAL_TRIGGER, Manifest
+from tmm_engine.rerank import Blend, TmmConfig, preset
+from tmm_engine.rerank.global_trigger import GlobalTrigger
 
 N = 100
 HALVES = IMAGES // 2 * 2  # what is darkened to a half of it is the same image, without rounding

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from engine import Engine
-from engine.cli import main
-from rerank import Blend, TmmConfig, preset
 from tests.digits import IMAGES, SHORT, make_classifier, write_photos, write_queries
+from tmm_engine import Engine
+from tmm_engine.cli.main import main
+from tmm_engine.rerank import Blend, TmmConfig, preset
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def ranked(answer: dict) -> list[tuple[str, float]]:
 @pytest.mark.parametrize("command", ["", *main.commands])
 def test_every_help_has_an_example_and_needs_no_torch(command: str):
     code = (
-        "import sys\nfrom engine.cli import main\n"
+        "import sys\nfrom tmm_engine.cli.main import main\n"
         f"try: main({[command, '--help'] if command else ['--help']})\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'lance', 'faiss', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
         [
             sys.executable,
             "-m",
-            "engine.cli",
+            "tmm_engine.cli.main",
             "build-index",
             "photos",
             "new.idx",
@@ -287,7 +287,7 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
 
 
 def test_the_demo_compares_three_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("engine.demo.EPOCHS", 1)
+    monkeypatch.setattr("tmm_engine.demo.EPOCHS", 1)
     result = run("demo", "--out", tmp_path / "out", "--queries", 1)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()

@@ -174,7 +174,7 @@ def test_ctrl_c_ends_with_130_and_leaves_a_usable_index(work: Path, command: tup
     name, *options = command
     paths = ["photos.idx", "queries" if name == "search" else "many", *([] if name == "search" else ["--replace"])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", name, *paths, *options],
+        [sys.executable, "-m", "tmm_engine.cli.main", name, *paths, *options],
         cwd=work,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,

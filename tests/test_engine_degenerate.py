@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Engine, Query, write_html
-from index import ArraySource, ImageError, build_index
-from rerank import TmmConfig
-from rerank.backbone import specialised
 from tests.conftest import SHAPE, classifier_of, network
+from tmm_engine import Engine, Query, write_html
+from tmm_engine.index import ArraySource, ImageError, build_index
+from tmm_engine.rerank import TmmConfig
+from tmm_engine.rerank.backbone import specialised
 
 QUICK = TmmConfig(trigger_steps=5, tuning_min_steps=10)
 MODES = ("tmm", "l2", "cosine")

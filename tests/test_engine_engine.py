@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-import engine as engine_package
-import index as index_package
-import rerank as rerank_package
-from engine import Engine, Query
-from index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError, build_index
-from index.manifest import MANIFEST, Manifest, digest_of
-from rerank import PRESETS, TmmConfig
+import tmm_engine as engine_package
+import tmm_engine.index as index_package
+import tmm_engine.rerank as rerank_package
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
+from tmm_engine import Engine, Query
+from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError, build_index
+from tmm_engine.index.store.manifest import MANIFEST, Manifest, digest_of
+from tmm_engine.rerank import PRESETS, TmmConfig
 
 QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=30)
 N = 150

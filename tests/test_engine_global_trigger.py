@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from engine import Engine
-from engine.cli import main
-from index.classifier import Classifier
-from index.errors import InputError
-from index.manifest import GLOBAL_TRIGGER, Manifest, digest_of
-from rerank import Blend, TmmConfig, Trigger, preset
-from rerank.global_trigger import GlobalTrigger
 from tests.digits import IMAGES, SHORT, write_photos, write_queries
+from tmm_engine import Engine
+from tmm_engine.cli.main import main
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.store.manifest import GLOBAL_TRIGGER, Manifest, digest_of
+from tmm_engine.rerank import Blend, TmmConfig, Trigger, preset
+from tmm_engine.rerank.global_trigger import GlobalTrigger
 
 MEAN = ("--set", "intensity=none", "--set", "stretch=false")  # as the paper has it: ω is the exemplars' mean
 LIKE_THE_PAPER = TmmConfig(trigger=Trigger.GLOBAL)

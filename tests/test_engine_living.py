@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import Engine, FailedQuery, Query, SearchResult
-from index import ArraySource, Classifier, ImageError, IndexStateError, InputError, build_index
-from index.manifest import EXEMPLARS, Manifest
-from rerank import PRESETS, TmmConfig
-from rerank.global_trigger import GlobalColumn, make_global_trigger
 from tests.conftest import CLASSES, SHAPE, classifier_of, network
 from tests.digits import DIGITS, IMAGES
+from tmm_engine import Engine, FailedQuery, Query, SearchResult
+from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError, build_index
+from tmm_engine.index.store.manifest import EXEMPLARS, Manifest
+from tmm_engine.rerank import PRESETS, TmmConfig
+from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
 
 QUICK = TmmConfig(trigger_steps=10, tuning_min_steps=20, tuning_epochs=1)
 MODES = ("tmm", "l2", "cosine")
@@ -224,7 +224,7 @@ def test_a_filters_answers_are_bit_for_bit_those_of_an_index_of_the_rest(
 
 def in_memory_of(classifier: Classifier, numbers: list[int], features: np.ndarray) -> Engine:
     """With these very features: in other batches they would be rounded otherwise."""
-    from index.store import MemoryStore
+    from tmm_engine.index.store.memory import MemoryStore
 
     store = MemoryStore(
         PIXELS[numbers],

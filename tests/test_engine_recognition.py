@@ -13,11 +13,11 @@ from PIL import Image
 from scipy.special import expit
 from torch import nn
 
-from engine import Engine
-from engine.cli import main
-from index import ArraySource, Classifier, InputError, build_index
-from rerank import preset
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
+from tmm_engine import Engine
+from tmm_engine.cli.main import main
+from tmm_engine.index import ArraySource, Classifier, InputError, build_index
+from tmm_engine.rerank import preset
 
 N = 60
 MODES = ("tmm", "l2", "cosine")

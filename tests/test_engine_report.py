@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from engine.report import CELL, MAX_SHEET_PIXELS, MAX_TEXT, write_html, write_png
-from engine.results import Hit, SearchResult
-from index.errors import ImageError, InputError
+from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.results import Hit, SearchResult
+from tmm_engine.views.report import CELL, MAX_SHEET_PIXELS, MAX_TEXT, write_html, write_png
 
 DIGITS = load_digits()
 IMAGES = np.rint(DIGITS.images * 15.9375).astype(np.uint8)[:, None]  # (1797, 1, 8, 8)

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Engine
-from engine.verify import REPAIR, repair_index, verify_index
-from index import ArraySource, IndexStateError, build_index
-from index.changes import add_exemplars, delete_exemplars
-from index.images import Shape
-from index.manifest import CACHE, EXEMPLARS, MANIFEST, MODEL, VERSIONS, Manifest, data_files, digest_of
-from index.sources import ImageRecord
-from index.store import FEATURES, GLOBAL_FEATURE, STRETCHED_FEATURE
-from rerank import TmmConfig
-from rerank.global_trigger import GlobalColumn, make_global_trigger
 from tests.builders import opened, tiny_arrays
 from tests.conftest import classifier_of, network
 from tests.test_engine_cli import run
+from tmm_engine import Engine
+from tmm_engine.index import ArraySource, IndexStateError, build_index
+from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.sources.records import ImageRecord
+from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
+from tmm_engine.index.store.exemplars import FEATURES, GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.manifest import CACHE, EXEMPLARS, MANIFEST, MODEL, VERSIONS, Manifest, data_files, digest_of
+from tmm_engine.rerank import TmmConfig
+from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.verify import REPAIR, repair_index, verify_index
 
 CLASSIFIER = classifier_of(network())
 N = 40
@@ -158,7 +158,9 @@ def test_a_damaged_image_is_named_and_never_covered_up(index):
 def test_features_of_another_model_are_found_though_every_digest_fits(tmp_path, monkeypatch):
     source = ArraySource(IMAGES[:20], LABELS[:20])
     with monkeypatch.context() as patch:
-        patch.setattr("index.builder.embed", lambda images, classifier: np.ones((len(images), 12), np.float32))
+        patch.setattr(
+            "tmm_engine.index.store.building.embed", lambda images, classifier: np.ones((len(images), 12), np.float32)
+        )
         build_index(source, tmp_path / "idx", CLASSIFIER)
     done = verify_index(tmp_path / "idx", model=network())
     assert not done.sound
@@ -178,7 +180,7 @@ class Twice(ArraySource):
 def test_ids_that_are_there_twice_are_found(tmp_path, monkeypatch):
     """As in an index of another program, for `build_index` refuses them."""
     with monkeypatch.context() as patched:
-        patched.setattr("index.builder._check_new", lambda record, seen: None)
+        patched.setattr("tmm_engine.index.store.building._check_new", lambda record, seen: None)
         build_index(Twice(IMAGES[:4], LABELS[:4], ids=["aa", "ab", "ba", "ca"]), tmp_path / "idx", CLASSIFIER)
     [finding] = verify_index(tmp_path / "idx", model=network()).findings
     assert "1 ids are there more than once" in finding.what

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from index.architectures import ModelSpec, build_model, fit_spec, own_copy
-from index.classifier import Classifier
-from index.errors import ModelError
-from index.weights import load_state_dict
+from tmm_engine.index.errors import ModelError
+from tmm_engine.index.models.architectures import ModelSpec, build_model, fit_spec, own_copy
+from tmm_engine.index.models.checkpoints import load_state_dict
+from tmm_engine.index.models.classifier import Classifier
 
 SHAPE = (3, 8, 8)
 FACTORY_CODE = """

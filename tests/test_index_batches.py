@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index.batches import MAX_IMAGES, PIXELS, forward_batch_size, prefetched
+from tmm_engine.index.batches import MAX_IMAGES, PIXELS, forward_batch_size, prefetched
 
 
 def prefetching() -> list[threading.Thread]:

@@ -15,15 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from index import batches, lance_store
-from index.builder import MAX_REPORTED, build_index, embed, predict
-from index.classifier import Classifier
-from index.errors import ImageError, IndexStateError, InputError
-from index.images import Shape
-from index.manifest import GLOBAL_TRIGGER, MANIFEST, MODEL, digest_files
-from index.records import ImageRecord, ImageSource, UnreadableImage
-from index.sources import ArraySource, open_source
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tests.builders import (
     COUNT,
     beside,
@@ -36,6 +27,17 @@ from tests.builders import (
     tiny_classifier,
 )
 from tests.conftest import CLASSES, SHAPE, network
+from tmm_engine.index import batches
+from tmm_engine.index.errors import ImageError, IndexStateError, InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.sources.opening import open_source
+from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
+from tmm_engine.index.store import lance_store
+from tmm_engine.index.store.building import MAX_REPORTED, build_index, embed, predict
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.manifest import GLOBAL_TRIGGER, MANIFEST, MODEL, digest_files
 
 NAMES = ("apple", "bear", "cat", "dog")
 

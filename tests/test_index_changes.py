@@ -12,22 +12,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from index import target as target_module
-from index.builder import build_index
-from index.changes import add_exemplars, compact, delete_exemplars
-from index.classifier import Classifier
-from index.commit import changing
-from index.errors import IndexStateError, InputError, ModelError
-from index.images import Shape
-from index.lance_store import LanceStore
-from index.manifest import EXEMPLARS, MANIFEST, VERSIONS, Manifest, data_files, digest_files
-from index.sources import ArraySource, ImageRecord
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE
-from index.target import locked
-from rerank.config import TmmConfig
-from rerank.global_trigger import GlobalColumn, make_global_trigger
 from tests.builders import opened, reference_features, snapshot, tiny_arrays, tiny_build, tiny_classifier
 from tests.conftest import CLASSES
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.sources.records import ImageRecord
+from tmm_engine.index.store import target as target_module
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.changes import add_exemplars, compact, delete_exemplars
+from tmm_engine.index.store.commit import changing
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.lance_store import LanceStore
+from tmm_engine.index.store.manifest import EXEMPLARS, MANIFEST, VERSIONS, Manifest, data_files, digest_files
+from tmm_engine.index.store.target import locked
+from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.rerank.settings import TmmConfig
 
 CLASSIFIER = tiny_classifier()
 POOL, LABELS = tiny_arrays(77, 400)

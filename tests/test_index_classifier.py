@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from index.architectures import build_model
-from index.classifier import Classifier
-from index.errors import InputError, ModelError
-from index.weights import load_state_dict
+from tmm_engine.index.errors import InputError, ModelError
+from tmm_engine.index.models.architectures import build_model
+from tmm_engine.index.models.checkpoints import load_state_dict
+from tmm_engine.index.models.classifier import Classifier
 
 SHAPE = (3, 8, 8)
 REAL_WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"

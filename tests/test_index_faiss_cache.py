@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import Engine
-from index import ArraySource, Metric, Neighbours, build_index
-from index.faiss_cache import FaissCache
 from tests.builders import opened
 from tests.digits import IMAGES, LABELS, make_classifier
+from tmm_engine import Engine
+from tmm_engine.index import ArraySource, Metric, Neighbours, build_index
+from tmm_engine.index.neighbours.cache import FaissCache
 
 
 @pytest.fixture(scope="module")

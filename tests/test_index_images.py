@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import ExifTags, Image
 
-from index import images
-from index.errors import ImageError, InputError
-from index.images import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, decode_image, natural_shape
+from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.sources import images
+from tmm_engine.index.sources.images import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, decode_image, natural_shape
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from index.errors import IndexStateError
-from index.manifest import MODEL, Manifest
-from index.target import recover
 from tests.builders import beside, finished, seed_of, snapshot, start, tiny_build
+from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.store.manifest import MODEL, Manifest
+from tmm_engine.index.store.target import recover
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_build_killed_before_each_operation_on_the_file_system(tmp_path, event
 
 
 MEASURE = """
-from index.builder import build_index
+from tmm_engine.index.store.building import build_index
 batches.MAX_IMAGES, lance_store.FRAGMENT_BYTES = 1024, 16 << 20
 model = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 16), torch.nn.Linear(16, 4))
 classifier = Classifier.from_module(model, image_shape=(3, 32, 32))

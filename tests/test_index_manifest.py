@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index.architectures import ModelSpec
-from index.errors import IndexStateError
-from index.manifest import (
+from tests.builders import finished, start
+from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.models.architectures import ModelSpec
+from tmm_engine.index.store.manifest import (
     CACHE,
     EXEMPLARS,
     FORMAT_VERSION,
@@ -30,7 +31,6 @@ from index.manifest import (
     digest_files,
     sealed,
 )
-from tests.builders import finished, start
 
 MODEL_SPEC = ModelSpec("resnet18", 3, 1, True, (8, 9), (0.5,), (0.25,), "fc")
 GOOD = Manifest(
@@ -217,7 +217,7 @@ def damaged() -> dict[str, str | bytes]:
 CHECK = """
 import json, sys
 from pathlib import Path
-from index.manifest import Manifest
+from tmm_engine.index.store.manifest import Manifest
 for index in sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.name)):
     try:
         Manifest.read(index)

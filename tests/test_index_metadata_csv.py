@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from index.errors import InputError
-from index.sources import FolderSource, ImageRecord, UnreadableImage
 from tests.digits import write_photos
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.folders import FolderSource
+from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
 
 SHAPE = (1, 8, 8)
 

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from index.errors import InputError
-from index.neighbours import MARGIN, Metric, Neighbours, exact_scores, make_faiss_index
-from index.ranking import best_first
-from index.store import MemoryStore
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.neighbours.ranking import best_first
+from tmm_engine.index.neighbours.search import MARGIN, Metric, Neighbours, exact_scores, make_faiss_index
+from tmm_engine.index.store.memory import MemoryStore
 
 METRICS = list(Metric)
 

@@ -8,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from index.errors import InputError
-from index.images import decode_image
-from index.records import RESERVED_COLUMNS
-from index.sources import ImageSource, ParquetSource, open_source
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.images import decode_image
+from tmm_engine.index.sources.opening import open_source
+from tmm_engine.index.sources.parquet import ParquetSource
+from tmm_engine.index.sources.records import RESERVED_COLUMNS, ImageSource
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data sets in ../shared/data")

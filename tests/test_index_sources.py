@@ -12,17 +12,13 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import CIFAR10, SVHN
 
-from index.errors import InputError
-from index.images import decode_image
-from index.sources import (
-    ArraySource,
-    FolderSource,
-    ImageRecord,
-    ImageSource,
-    TorchvisionSource,
-    UnreadableImage,
-    open_source,
-)
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.datasets import TorchvisionSource
+from tmm_engine.index.sources.folders import FolderSource
+from tmm_engine.index.sources.images import decode_image
+from tmm_engine.index.sources.opening import open_source
+from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data sets in ../shared/data")

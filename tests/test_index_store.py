@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index import lance_store
-from index.errors import IndexStateError, InputError
-from index.lance_store import LanceStore, LanceWriter, exemplar_schema, fixed_size_column
-from index.records import RESERVED_COLUMNS
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore, MemoryStore
+from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.sources.records import RESERVED_COLUMNS
+from tmm_engine.index.store import lance_store
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore
+from tmm_engine.index.store.lance_store import LanceStore, LanceWriter, exemplar_schema, fixed_size_column
+from tmm_engine.index.store.memory import MemoryStore
 
 KINDS = ("memory", "lance")
 VALUES = {

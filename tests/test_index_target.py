@@ -12,11 +12,11 @@ from pathlib import Path
 import filelock
 import pytest
 
-from index import target as target_module
-from index.errors import IndexStateError
-from index.manifest import MANIFEST
-from index.target import check_target, recover, staged
 from tests.builders import ROOT, beside, snapshot
+from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.store import target as target_module
+from tmm_engine.index.store.manifest import MANIFEST
+from tmm_engine.index.store.target import check_target, recover, staged
 
 
 def index_at(folder: Path, text: str = "old") -> Path:
@@ -159,8 +159,8 @@ def public_folder() -> Iterator[Path]:
 WITHOUT_PRIVILEGES = """
 import os, sys
 from pathlib import Path
-from index.errors import IndexStateError
-from index.target import recover, staged
+from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.store.target import recover, staged
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 target = Path(sys.argv[1])

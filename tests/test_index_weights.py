@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from index.errors import ModelError
-from index.weights import apply_state_dict, load_state_dict, read_metadata
+from tmm_engine.index.errors import ModelError
+from tmm_engine.index.models.checkpoints import apply_state_dict, load_state_dict, read_metadata
 
 
 class Canary:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from index.classifier import Classifier
-from rerank import Blend, Score, TmmConfig, TmmNN
-from rerank.backbone import Backbone, Precision, TorchBackbone, specialised
-from rerank.scoring import dummy_scores
-from rerank.trigger import apply_trigger
-from rerank.tuning import TuningSet, tune_head
 from tests.conftest import SHAPE
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank import Blend, Score, TmmConfig, TmmNN
+from tmm_engine.rerank.backbone import Backbone, Precision, TorchBackbone, specialised
+from tmm_engine.rerank.exemplars import dummy_scores
+from tmm_engine.rerank.trigger import apply_trigger
+from tmm_engine.rerank.tuning import TuningSet, tune_head
 
 slow = pytest.mark.slow
 ARCHITECTURES = [

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from index.errors import InputError
-from rerank import PRESETS, Blend, Score, TmmConfig, Trigger, preset
-from rerank.config import DEFAULT_PRESET, MAX_SEED, MIN_RECOGNITION, Tuning
+from tmm_engine.index.errors import InputError
+from tmm_engine.rerank import PRESETS, Blend, Score, TmmConfig, Trigger, preset
+from tmm_engine.rerank.settings import DEFAULT_PRESET, MAX_SEED, MIN_RECOGNITION, Tuning
 
 WHOLE = ["trigger_steps", "tuning_epochs", "tuning_min_steps", "tuning_batch", "max_tuning_exemplars", "seed"]
 REAL = ["trigger_lr", "trigger_tolerance", "tuning_lr", "ewc_lambda", "fusion", "shrinkage"]

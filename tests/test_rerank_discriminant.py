@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from rerank import discriminant as module
-from rerank.discriminant import Discriminant
+from tmm_engine.rerank import discriminant as module
+from tmm_engine.rerank.discriminant import Discriminant
 
 SEEDS = st.integers(0, 2**32 - 1)
 SHRINKAGES = st.sampled_from([1e-3, 0.1, 1.0, 10.0])

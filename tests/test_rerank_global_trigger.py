@@ -13,22 +13,24 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import save
 
-from index.builder import build_index
-from index.classifier import Classifier
-from index.errors import IndexStateError, InputError
-from index.manifest import GLOBAL_TRIGGER
-from index.progress import silent
-from index.sources import ArraySource, open_source
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
-from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
-from rerank import global_trigger as made
-from rerank.backbone import Precision
-from rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
-from rerank.reference import reference_scores
-from rerank.trigger import apply_trigger
 from tests.builders import beside, opened
 from tests.conftest import SHAPE
 from tests.digits import IMAGES, write_photos
+from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import silent
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.opening import open_source
+from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.manifest import GLOBAL_TRIGGER
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank import Blend, Score, TmmConfig, TmmNN, Trigger
+from tmm_engine.rerank import global_trigger as made
+from tmm_engine.rerank.backbone import Precision
+from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from tmm_engine.rerank.reference import reference_scores
+from tmm_engine.rerank.trigger import apply_trigger
 
 QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=10, tuning_batch=16, tuning_lr=0.02)
 BY_GLOBAL = replace(QUICK, trigger=Trigger.GLOBAL)

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from index.batches import forward_batch_size
-from index.classifier import Classifier
-from rerank.backbone import FixedChunk, Precision, TorchBackbone, specialised
-from rerank.graphs import WARM_UP, RecordedStep, graphed
 from tests.conftest import SHAPE
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.backbone import FixedChunk, Precision, TorchBackbone, specialised
+from tmm_engine.rerank.cuda_graphs import WARM_UP, RecordedStep, graphed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from index.classifier import Classifier
-from index.errors import IndexStateError, InputError, ModelError
-from rerank import onnx_backbone
-from rerank.backbone import Backbone, TorchBackbone
-from rerank.config import Blend
-from rerank.onnx_backbone import ExportReport, OnnxBackbone, OnnxFallbackWarning, export_onnx
-from rerank.onnx_graphs import CLEAN, FINGERPRINT, TRIGGERED, seal
-from rerank.speed import faster_backend
-from rerank.trigger import apply_trigger
 from tests.builders import ROOT, beside, snapshot, tiny_classifier
 from tests.conftest import SHAPE, classifier_of
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank import onnx_backbone
+from tmm_engine.rerank.backbone import Backbone, TorchBackbone
+from tmm_engine.rerank.onnx_backbone import ExportReport, OnnxBackbone, OnnxFallbackWarning, export_onnx
+from tmm_engine.rerank.onnx_graphs import CLEAN, FINGERPRINT, TRIGGERED, seal
+from tmm_engine.rerank.settings import Blend
+from tmm_engine.rerank.speed import faster_backend
+from tmm_engine.rerank.trigger import apply_trigger
 
 Export = tuple[Classifier, ExportReport]
 CHOICES = {"blend": st.sampled_from(Blend), "clamp": st.booleans()}

@@ -11,19 +11,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from index.sources import ArraySource
-from index.store import GLOBAL_FEATURE, STRETCHED_FEATURE, MemoryStore
-from rerank import TmmNN, Trigger
-from rerank.backbone import Precision
-from rerank.config import MIN_RECOGNITION, Score, Tuning
-from rerank.contrast import stretch_contrast
-from rerank.global_trigger import GlobalTrigger, make_global_trigger
-from rerank.recognition import ROUNDING, Recognised, chord
-from rerank.reference import reference_discriminant_scores
-from rerank.scoring import dummy_scores
-from rerank.trigger import apply_trigger
-from rerank.tuning import TuningSet, tune_head
 from tests.robust import OWN, ROBUST, N, by_row, store_with
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank import TmmNN, Trigger
+from tmm_engine.rerank.backbone import Precision
+from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.rerank.exemplars import dummy_scores
+from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
+from tmm_engine.rerank.recognise import ROUNDING, Recognised, chord
+from tmm_engine.rerank.reference import reference_discriminant_scores
+from tmm_engine.rerank.settings import MIN_RECOGNITION, Score, Tuning
+from tmm_engine.rerank.trigger import apply_trigger
+from tmm_engine.rerank.tuning import TuningSet, tune_head
 
 THRESHOLDS = st.floats(MIN_RECOGNITION, 1.0)
 DISTANCES = st.floats(0.0, 1e6) | st.sampled_from([0.0, 5e-324, 1.0])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from index.ranking import best_first
-from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
-from rerank.config import Tuning
-from rerank.reference import reference_discriminant_scores, reference_scores, reference_trigger
-from rerank.trigger import make_trigger
+from tmm_engine.index.neighbours.ranking import best_first
+from tmm_engine.rerank import Blend, Score, TmmConfig, TmmNN, Trigger
+from tmm_engine.rerank.reference import reference_discriminant_scores, reference_scores, reference_trigger
+from tmm_engine.rerank.settings import Tuning
+from tmm_engine.rerank.trigger import make_trigger
 
 QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=20, tuning_batch=16, tuning_lr=0.02)
 KINDS = (Trigger.QUERY, Trigger.PATCH, Trigger.FIXED_PATCH)

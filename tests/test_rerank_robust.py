@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from index.errors import InputError
-from index.sources import ArraySource
-from index.store import STRETCHED_FEATURE, MemoryStore, Subset
-from rerank import Score, TmmConfig, TmmNN, Trigger
-from rerank.backbone import Precision
-from rerank.config import Tuning
-from rerank.global_trigger import GlobalTrigger, make_global_trigger
-from rerank.reference import reference_discriminant_scores, reference_scores
 from tests.robust import OWN, ROBUST, N, by_row, store_with
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.store.exemplars import STRETCHED_FEATURE, Subset
+from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank import Score, TmmConfig, TmmNN, Trigger
+from tmm_engine.rerank.backbone import Precision
+from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
+from tmm_engine.rerank.reference import reference_discriminant_scores, reference_scores
+from tmm_engine.rerank.settings import Tuning
 
 KINDS = pytest.mark.parametrize("config", [ROBUST, OWN], ids=["global", "query"])
 

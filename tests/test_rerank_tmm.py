@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index.classifier import Classifier
-from index.errors import InputError
-from index.ranking import best_first
-from rerank import Blend, Score, TmmConfig, TmmNN, Trigger
-from rerank.scoring import dummy_scores
-from rerank.trigger import apply_trigger, make_trigger
-from rerank.tuning import TuningSet, tune_head
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.ranking import best_first
+from tmm_engine.rerank import Blend, Score, TmmConfig, TmmNN, Trigger
+from tmm_engine.rerank.exemplars import dummy_scores
+from tmm_engine.rerank.trigger import apply_trigger, make_trigger
+from tmm_engine.rerank.tuning import TuningSet, tune_head
 
 QUICK = TmmConfig(trigger_steps=12, tuning_min_steps=10, tuning_batch=16, tuning_lr=0.02)
 ARRAYS = ("rows", "scores", "confidences", "trigger", "triggered_query")

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from index.errors import InputError
-from rerank import Blend, TmmConfig, Trigger
-from rerank.backbone import specialised
-from rerank.config import MAX_SEED
-from rerank.graphs import WARM_UP
-from rerank.trigger import (
+from tmm_engine.index.errors import InputError
+from tmm_engine.rerank import Blend, TmmConfig, Trigger
+from tmm_engine.rerank.backbone import specialised
+from tmm_engine.rerank.cuda_graphs import WARM_UP
+from tmm_engine.rerank.settings import MAX_SEED
+from tmm_engine.rerank.trigger import (
     INITIAL_STD,
     PATCH,
     PATIENCE,

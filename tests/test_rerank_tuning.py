@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rerank import Score, TmmConfig
-from rerank.config import MAX_SEED
-from rerank.reference import reference_fisher
-from rerank.scoring import dummy_scores
-from rerank.tuning import TuningSet, exemplar_batches, fisher_diagonal, tune_head
+from tmm_engine.rerank import Score, TmmConfig
+from tmm_engine.rerank.exemplars import dummy_scores
+from tmm_engine.rerank.reference import reference_fisher
+from tmm_engine.rerank.settings import MAX_SEED
+from tmm_engine.rerank.tuning import TuningSet, exemplar_batches, fisher_diagonal, tune_head
 
 D, CLASSES = 6, 4
 QUICK = TmmConfig(tuning_batch=16, tuning_min_steps=40, tuning_lr=0.02)

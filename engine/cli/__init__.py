@@ -1,0 +1,1 @@
+"""The command `engine`: a file for each group of commands."""

@@ -1,0 +1,143 @@
+"""The command build-index. Nothing heavy is imported early."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tmm_engine.cli.options import device_option, model_option, numbers, size, source_options
+from tmm_engine.index.errors import InputError
+
+if TYPE_CHECKING:
+    from tmm_engine.index.models.classifier import Classifier
+    from tmm_engine.index.sources.records import ImageSource
+
+MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", "std", "head")
+
+
+@click.command("build-index")
+@click.argument("source")
+@click.argument("index", type=click.Path(path_type=Path))
+@model_option
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Checkpoint: safetensors, or torch.load(weights_only=True)."
+)
+@source_options
+@click.option("--num-classes", type=click.IntRange(min=2), help="Classes of the head. Default: as the checkpoint says.")
+@click.option(
+    "--small-stem/--standard-stem",
+    default=None,
+    help="First convolution 3x3, stride 1. Default: as the checkpoint says.",
+)
+@click.option("--image-size", callback=size, metavar="N|HxW", help="Default: the first image's, at most 224.")
+@click.option(
+    "--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as the first image."
+)
+@click.option("--mean", callback=numbers, metavar="R,G,B", help="Normalisation mean of pixels in [0, 1]. Default: 0.")
+@click.option("--std", callback=numbers, metavar="R,G,B", help="Normalisation standard deviation. Default: 1.")
+@click.option("--head", metavar="NAME", help="The final linear layer, where it is not found by itself.")
+@click.option(
+    "--neighbours", default="Flat", show_default=True, metavar="FACTORY", help="FAISS factory string; Flat is exact."
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an index that is there; it stays usable until the new one is whole."
+)
+@click.option(
+    "--global-trigger/--no-global-trigger",
+    default=True,
+    show_default=True,
+    help="Also store features under one trigger for all, which the default search needs; doubles the building time.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of the global trigger: a TMM setting, e.g. blend=added; repeatable.",
+)
+@click.option(
+    "--compare-backends",
+    is_flag=True,
+    help="Export to ONNX, time it against PyTorch, and let searches use the faster.",
+)
+@click.option("--strict", is_flag=True, help="Fail at an unreadable image instead of skipping it.")
+@device_option
+def build_index(source: str, index: Path, **options: Any) -> None:
+    """Build INDEX from the images in SOURCE and a classifier.
+
+    SOURCE is a folder of class folders, a flat folder (labels are then the model's predictions), a Parquet file or
+    folder of shards in the Hugging Face image layout, or mnist, cifar10, svhn, gtsrb with --root.
+
+    \b
+    Examples:
+      engine build-index photos/ photos.idx --model resnet18 --weights resnet18.safetensors --image-size 224
+      engine build-index cifar10/ cifar.idx --split train --model resnet18 --small-stem --weights cifar.pt \\
+          --mean .4914,.4822,.4465 --std .2470,.2435,.2616
+      engine build-index mnist mnist.idx --root data --model mypackage.models:make_net --overwrite
+    """
+    from tmm_engine.backends import choose_device
+    from tmm_engine.building import build_index as build
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.engine import Engine
+    from tmm_engine.index.sources.opening import open_source
+    from tmm_engine.index.store.target import check_target
+    from tmm_engine.rerank.settings import DEFAULT_PRESET, preset
+
+    if options["settings"] and not options["global_trigger"]:
+        raise click.UsageError("--set goes with --global-trigger: no other part of a build has TMM settings")
+    check_target(index, overwrite=options["overwrite"])
+    device = choose_device(options["device"])
+    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    classifier = _classifier(images, options).to(device)
+    config = preset(DEFAULT_PRESET).with_settings(list(options["settings"]))
+    with progress_bar() as progress:
+        report = build(
+            images,
+            index,
+            classifier,
+            global_trigger=config if options["global_trigger"] else None,
+            overwrite=options["overwrite"],
+            neighbours=options["neighbours"],
+            strict=options["strict"],
+            progress=progress,
+        )
+    for image in report.skipped:
+        click.echo(f"skipped {image.id}: {image.reason}", err=True)
+    if report.skipped_count:
+        click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+    if options["compare_backends"]:
+        with Engine.open(index, model=options["model"], device=options["device"]) as engine:
+            speeds = engine.compare_backends()
+        click.echo(", ".join(f"{name}: {speed:,.0f} images/s" for name, speed in speeds.items()), err=True)
+    labels = "labels predicted by the model" if report.labels_predicted else "labels given"
+    click.echo(f"{index}: {report.exemplars:,} exemplars of {images.name}, {labels}")
+
+
+def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
+    """The classifier that the options of build-index describe, for images of the source."""
+    from tmm_engine.index.models.classifier import Classifier
+
+    channels, height, width = source.natural_shape()
+    if options["channels"]:
+        channels = int(options["channels"])
+    if options["image_size"]:
+        height, width = options["image_size"]
+    if options["model"] is None:
+        ignored = [name for name in MODEL_OPTIONS if options[name] is not None]
+        if ignored:
+            raise click.UsageError(f"--{ignored[0].replace('_', '-')} needs --model NAME")
+        if options["weights"] is None:
+            raise InputError(
+                "no model: pass --model NAME with --weights FILE, or --weights of a file saved by this program"
+            )
+        return Classifier.load(options["weights"])
+    return Classifier.from_architecture(
+        options["model"],
+        image_shape=(channels, height, width),
+        weights=options["weights"],
+        num_classes=options["num_classes"],
+        small_stem=options["small_stem"],
+        head=options["head"],
+        mean=options["mean"],
+        std=options["std"],
+    )

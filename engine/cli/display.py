@@ -1,0 +1,110 @@
+"""What a person sees in a terminal: progress on stderr, tables on stdout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+from tmm_engine.index.progress import Progress
+from tmm_engine.results import FailedQuery, SearchResult
+
+FALLBACK_WIDTH = 120  # of a table that is not printed to a terminal
+
+
+class _RateColumn(ProgressColumn):
+    """Images a second."""
+
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A `Progress` that draws one bar a step on stderr, and removes them at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(step: str, done: int, total: int) -> None:
+            task = tasks.get(step)
+            if task is None or bars.tasks[bars.task_ids.index(task)].completed > done:  # a new round of the same step
+                if task is not None:
+                    bars.remove_task(task)
+                task = tasks[step] = bars.add_task(step, total=total)
+            bars.update(task, completed=done, total=total)
+
+        yield show
+
+
+def print_result(result: SearchResult) -> None:
+    """One result as a table on stdout."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FALLBACK_WIDTH)
+    truth = "" if result.true_class is None else f", labelled {escape(result.true_class)}"
+    console.print(
+        f"[bold]{escape(result.query)}[/bold] — {result.mode}: the model says {escape(result.predicted_class)}{truth}; "
+        f"{result.scored:,} of {result.exemplars:,} exemplars scored in {result.seconds:.2f} s",
+        highlight=False,
+    )
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for heading, justify in (
+        ("#", "right"),
+        ("score", "right"),
+        ("confidence", "right"),
+        ("label", "left"),
+        ("id", "left"),
+    ):
+        if heading != "confidence" or result.mode == "tmm":
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for hit in result.hits:
+        confidence = [] if hit.confidence is None else [f"{hit.confidence:.4f}"]
+        label = escape(hit.class_name) + (" (predicted)" if hit.label_is_predicted else "")
+        table.add_row(str(hit.rank + 1), f"{hit.score:.4f}", *confidence, label, escape(hit.id))
+    console.print(table)
+    for note in result.notes:
+        console.print(f"[dim]note: {escape(note)}[/dim]")
+    console.print()
+
+
+def print_fields(fields: dict[str, Any]) -> None:
+    """Names and values in two columns on stdout."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(name.replace("_", " "), escape(str(value)))
+    console = Console()
+    (console if console.is_terminal else Console(width=FALLBACK_WIDTH)).print(table)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows of the same fields on stdout, under their names."""
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    console = Console()
+    (console if console.is_terminal else Console(width=FALLBACK_WIDTH)).print(table)
+
+
+def print_failure(failure: FailedQuery) -> None:
+    """On stdout, in the place of a query's answer."""
+    Console(width=FALLBACK_WIDTH).print(
+        f"[bold]{escape(failure.query)}[/bold] — cannot be answered: {escape(failure.error)}\n", highlight=False
+    )

@@ -1,0 +1,101 @@
+"""Options that several commands share, and how their texts are read. Nothing heavy is imported."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from tmm_engine.index.errors import nearest
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MODES = ("tmm", "l2", "cosine")
+
+
+def joined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in their order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    """Parse `1,2,3`."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def modes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    """Parse `tmm,l2`; every mode once."""
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for mode in chosen:
+        if mode not in MODES:
+            raise click.BadParameter(f"unknown mode {mode!r}{nearest(mode, MODES)}; known: {', '.join(MODES)}")
+    return chosen
+
+
+def size(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """Parse `224` or `HEIGHTxWIDTH`."""
+    if text is None:
+        return None
+    try:
+        height, width = (int(side) for side in (text.split("x") if "x" in text else (text, text)))
+    except ValueError:
+        raise click.BadParameter(f"expected a side or HEIGHTxWIDTH, got {text!r}") from None
+    if min(height, width) < 1:
+        raise click.BadParameter(f"expected sides of at least 1, got {text!r}")
+    return height, width
+
+
+def ratio(context: click.Context, parameter: click.Parameter, text: str | None) -> float | Literal[False] | None:
+    """Parse `0.8`; `off` is False."""
+    if text is None or text.lower() in ("off", "none", "false"):
+        return None if text is None else False
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.01 <= value <= 1.0:  # as TmmConfig, which is too heavy to import here
+        raise click.BadParameter(f"expected a ratio from 0.01 to 1, or off, got {text!r}")
+    return value
+
+
+def size_in_bytes(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    """Parse `4GiB`, `512 MB` or a plain number of bytes."""
+    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", text.strip())
+    try:
+        return int(float(match[1]) * units[match[2].upper()]) if match else int(text)
+    except (KeyError, ValueError):
+        raise click.BadParameter(f"expected a size like 512MiB or 4GiB, got {text!r}") from None
+
+
+source_options = joined(
+    click.option("--split", help="Split of a data set: train, test, … Default: train."),
+    click.option(
+        "--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
+)
+cache_option = click.option(
+    "--cache-images",
+    callback=size_in_bytes,
+    default="4GiB",
+    show_default=True,
+    help="What may stay in memory between searches: images, then features.",
+)
+model_option = click.option(
+    "--model", metavar="NAME", help="torchvision architecture, vit_tiny_32, or package.module:factory."
+)
+device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

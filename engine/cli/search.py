@@ -1,0 +1,219 @@
+"""The command search. Nothing heavy is imported early."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tmm_engine.cli.options import cache_option, device_option, model_option, modes, ratio, source_options
+from tmm_engine.index.errors import InputError
+
+if TYPE_CHECKING:
+    from tmm_engine.engine import Engine
+    from tmm_engine.index.progress import Progress
+    from tmm_engine.query import Query
+    from tmm_engine.rerank.settings import TmmConfig
+    from tmm_engine.results import FailedQuery, SearchResult
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, metavar="[IMAGE]...", type=click.Path(path_type=Path))
+@click.option("--id", "ids", multiple=True, help="An exemplar of the index as the query; repeatable.")
+@click.option("--source", help="Queries from a data set, as build-index takes it.")
+@source_options
+@click.option(
+    "--mode",
+    "modes",
+    default="tmm",
+    show_default=True,
+    callback=modes,
+    help="tmm, l2, cosine, or several: tmm,l2,cosine.",
+)
+@click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many exemplars to return.")
+@click.option(
+    "--candidates", type=click.IntRange(min=1), help="tmm: score only so many, chosen by --prefilter. Default: all."
+)
+@click.option(
+    "--prefilter",
+    default="union",
+    show_default=True,
+    help="l2, cosine, union of both, or global where the index has a global trigger.",
+)
+@click.option("--preset", default="robust", show_default=True, help="tmm: paper or robust.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="tmm: change a setting, e.g. blend=added; repeatable.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="tmm: seed of trigger and tuning. Default: the preset's, 0.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="tmm: fp32, or bf16, which is faster and scores the best again in fp32.",
+)
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="tmm: torch, onnx, or auto: what build-index --compare-backends found faster, else torch.",
+)
+@click.option(
+    "--together",
+    is_flag=True,
+    help="tmm: optimise all queries' triggers jointly; several times as fast, and slightly other triggers.",
+)
+@click.option("--where", metavar="SQL", help="Only exemplars that match, as in \"label = 3 AND path LIKE '%cat%'\".")
+@click.option("--version", type=click.IntRange(min=1), help="An older version of INDEX; see info --versions.")
+@click.option("--verify", is_flag=True, help="Compare every file with what was written before the first search.")
+@click.option(
+    "--stretch/--no-stretch",
+    default=None,
+    help="Stretch the queries' contrast first. Default: as the preset says for tmm, not for l2 and cosine.",
+)
+@click.option(
+    "--recognition",
+    callback=ratio,
+    metavar="RATIO|off",
+    help="Answer for a query as for the nearest exemplar, if its distance is below this part of the second nearest's. "
+    "Default: as the preset says for tmm (robust: 0.8), off for l2 and cosine.",
+)
+@cache_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
+@click.option("--png", type=click.Path(path_type=Path), help="Write a picture of queries and neighbours.")
+@model_option
+@device_option
+def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
+    """Find the exemplars of INDEX that the model sees as most like each IMAGE (files or folders).
+
+    An image among several that cannot be searched with has an error in its place; the exit code is then 1.
+
+    \b
+    Examples:
+      engine search photos.idx query.png -k 5
+      engine search photos.idx query.png --where "label = 3" --version 2
+      engine search photos.idx queries/ --mode tmm,l2,cosine --html answer.html --png answer.png
+      engine search photos.idx --id cat/001.png --candidates 2000 --json
+      engine search mnist.idx --source mnist --root data --split test --limit 3 --set blend=added
+    """
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.engine import Engine
+    from tmm_engine.rerank.settings import preset
+    from tmm_engine.results import FailedQuery
+
+    if not (images or options["ids"] or options["source"]):
+        raise click.UsageError("no query: give image files or folders, --id, or --source")
+    for path in (options["html"], options["png"]):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist; create it first")
+    seed = [] if options["seed"] is None else [f"seed={options['seed']}"]
+    config = preset(options["preset"]).with_settings([*options["settings"], *seed])
+    opened = Engine.open(
+        index,
+        model=options["model"],
+        device=options["device"],
+        cache_bytes=options["cache_images"],
+        precision=options["precision"],
+        backend=options["backend"],
+        version=options["version"],
+        verify=options["verify"],
+    )
+    with opened as engine:
+        if "tmm" in options["modes"]:
+            click.echo(f"tmm on {engine.backend}", err=True)
+        queries = _queries(engine, images, options)
+        with progress_bar() as progress:
+            results = _answers(engine, queries, options, config=config, progress=progress)
+    _show(results, options, index_name=index.name)
+    failed = sum(isinstance(result, FailedQuery) for result in results)
+    if failed:
+        raise InputError(f"{failed} of {len(results)} answers failed; see their places")
+
+
+def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query | FailedQuery]":
+    """Every query of a search, decoded, or what is wrong with it; a bad one that is alone is an error at once."""
+    from tmm_engine.index.errors import ImageError
+    from tmm_engine.index.sources.opening import open_source
+    from tmm_engine.query import as_query, queries_from
+    from tmm_engine.results import FailedQuery
+
+    shape = engine.store.image_shape
+    queries: list[Query | FailedQuery] = []
+    for path in paths:
+        if path.is_dir():
+            queries += queries_from(open_source(path, limit=options["limit"]), shape, prefix=f"{path}/")
+            continue
+        try:
+            queries.append(as_query(path, shape=shape, name=str(path)))
+        except ImageError as error:
+            queries.append(FailedQuery(str(path), str(error)))
+    queries += [engine.exemplar(id_) for id_ in options["ids"]]
+    if options["source"]:
+        source = open_source(options["source"], split=options["split"], root=options["root"], limit=options["limit"])
+        queries += queries_from(source, shape)
+    if len(queries) == 1 and isinstance(queries[0], FailedQuery):
+        raise ImageError(queries[0].error)
+    return queries
+
+
+def _answers(
+    engine: "Engine",
+    queries: "list[Query | FailedQuery]",
+    options: dict[str, Any],
+    *,
+    config: "TmmConfig",
+    progress: "Progress",
+) -> "list[SearchResult | FailedQuery]":
+    """The answer to every query in every mode, query by query; a query that is alone raises its error."""
+    from tmm_engine.query import Query
+
+    good = [query for query in queries if isinstance(query, Query)]
+    search = engine.search if len(queries) == 1 else engine.search_each
+    by_mode = [
+        search(
+            good,  # type: ignore[arg-type]
+            k=options["k"],
+            mode=mode,
+            candidates=options["candidates"],
+            prefilter=options["prefilter"],
+            config=config,
+            together=options["together"],
+            stretch=options["stretch"],
+            recognition=options["recognition"],
+            where=options["where"],
+            progress=progress,
+        )
+        for mode in options["modes"]
+    ]
+    answers = iter(zip(*by_mode, strict=True))
+    results: list[SearchResult | FailedQuery] = []
+    for query in queries:
+        results += next(answers) if isinstance(query, Query) else [query]
+    return results
+
+
+def _show(results: "list[SearchResult | FailedQuery]", options: dict[str, Any], *, index_name: str) -> None:
+    """As lines or tables on stdout, and as the files that were asked for."""
+    from tmm_engine.cli.display import print_failure, print_result
+    from tmm_engine.results import FailedQuery
+    from tmm_engine.views.report import write_html, write_png
+
+    for result in results:
+        if options["as_json"]:
+            click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        elif isinstance(result, FailedQuery):
+            print_failure(result)
+        else:
+            print_result(result)
+    answered = [result for result in results if not isinstance(result, FailedQuery)]
+    if options["html"] and answered:
+        write_html(answered, options["html"], index_name=index_name)
+    if options["png"] and answered:
+        write_png(answered, options["png"])
+    for path in filter(None, (options["html"], options["png"])):
+        click.echo(f"wrote {path}", err=True)

@@ -1,0 +1,1 @@
+"""The user's classifier: architectures, checkpoints, φ and head."""

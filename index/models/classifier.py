@@ -1,0 +1,398 @@
+"""The user's classifier as the index needs it: f = head ∘ φ, split, checked, frozen, with a fingerprint."""
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tmm_engine.index.errors import InputError, ModelError, nearest
+from tmm_engine.index.models.architectures import READY_MODULE, ModelSpec, Normalise, build_model, fit_spec, own_copy
+from tmm_engine.index.models.checkpoints import apply_state_dict, load_state_dict, read_metadata
+
+METADATA_KEY = "tmm_engine"
+LISTED = 10
+DRAFT_CLASSES = 1000  # torchvision's own default, until the weights tell
+TOLERANCE = 1e-4  # of the largest logit; the two ways to compute it normally agree bit for bit
+
+ImageShape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """φ and head of the user's model. Immutable: `to` and `double` return new ones.
+
+    Attributes:
+        spec: How to build the model again.
+        class_names: One per class, in order.
+        backbone: (n, c, h, w) in [0, 1] -> (n, d): `Normalise`, then φ (its child ``network``); in eval mode, no
+            parameter requires a gradient.
+        head: d -> C, as frozen as the backbone; it may have no bias.
+        fingerprint: Hexadecimal SHA-256 over float32 weights, architecture, preprocessing and the head's name. The
+            same after save and load, on every device and in every precision.
+    """
+
+    spec: ModelSpec
+    class_names: tuple[str, ...]
+    backbone: nn.Sequential
+    head: nn.Linear
+    fingerprint: str
+
+    @classmethod
+    def from_module(
+        cls,
+        model: nn.Module,
+        *,
+        image_shape: Sequence[int],
+        head: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> "Classifier":
+        """From a model that maps (n, c, h, w) to logits (n, C). The model is copied and stays as it is.
+
+        Args:
+            model: Any module whose logits a Linear layer makes; DataParallel and compiled wrappers are taken off.
+            image_shape: (c, h, w).
+            head: Dotted name of that layer; by default the last one that proves to be it.
+            mean: Per channel, 0 by default; for a model that expects normalised images.
+            std: Per channel, 1 by default.
+            class_names: One per class; by default '0', '1', ….
+
+        Raises:
+            ModelError: The model cannot be copied, run at this shape, or split into backbone and Linear head.
+        """
+        draft = _draft(READY_MODULE, image_shape, head=head, mean=mean, std=std)
+        return _assemble(own_copy(model), draft, class_names)
+
+    @classmethod
+    def from_architecture(
+        cls,
+        architecture: str,
+        *,
+        image_shape: Sequence[int],
+        weights: Path | None = None,
+        seed: int | None = None,
+        num_classes: int | None = None,
+        small_stem: bool | None = None,
+        head: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> "Classifier":
+        """From the name of an architecture and a checkpoint.
+
+        What is not given comes from the checkpoint: from what `save` wrote beside the weights, else from their shapes.
+
+        Args:
+            architecture: A torchvision classification model, ``vit_tiny_32``, or ``package.module:factory``.
+            image_shape: (c, h, w).
+            weights: A checkpoint. A factory may do without and return a model that has its weights already.
+            seed: Random weights instead, for tests and demonstrations; needs ``num_classes``. Not for a factory.
+            num_classes: C. For a factory a check only.
+            small_stem: First convolution 3×3 with stride 1. Not for a factory. Weights do not show a stride: say it
+                for an architecture whose first convolution is 3×3 by itself, with another stride.
+            head: As in `from_module`; so are the others.
+            mean: Per channel.
+            std: Per channel.
+            class_names: One per class.
+
+        Raises:
+            ModelError: The name, the weights and the arguments do not go together, or as `from_module`.
+        """
+        saved, saved_names = (None, None) if weights is None else _read_saved(weights)
+        class_names = class_names or saved_names
+        draft = _draft(
+            architecture,
+            image_shape,
+            saved,
+            num_classes=num_classes,
+            small_stem=small_stem,
+            head=head,
+            mean=mean,
+            std=std,
+        )
+        state = None if weights is None else load_state_dict(weights)
+        if draft.is_user_code:
+            if seed is not None or small_stem is not None:
+                raise ModelError(
+                    f"expected neither seed nor small_stem with {architecture!r} (let the factory apply them)"
+                )
+            network = own_copy(build_model(draft))
+        elif state is not None and seed is None:
+            draft = fit_spec(draft, state, num_classes=num_classes, small_stem=small_stem)
+            network = build_model(draft)
+        elif seed is not None and state is None and num_classes is not None:
+            network = build_model(draft, seed=seed)
+        else:
+            raise ModelError(
+                f"expected for {architecture!r} either weights, or a seed and num_classes for random weights, "
+                f"got weights={weights}, seed={seed}, num_classes={num_classes}"
+            )
+        if state is not None:
+            apply_state_dict(network, state)
+        return _assemble(network, draft, class_names, num_classes=num_classes)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, atomically: the user's tensor names, and beside them what `load` needs.
+
+        Weights are float32. `from_architecture` takes the file as ``weights`` too.
+        """
+        # Clones: safetensors refuses tensors that share memory.
+        tensors = {name: tensor.detach().clone().cpu() for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        saved = json.dumps({"spec": self.spec.to_json(), "class_names": self.class_names})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            # Not save_file, whose files only their owner can read.
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata={METADATA_KEY: saved}))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path, *, model: nn.Module | str | None = None) -> "Classifier":
+        """Read what `save` wrote.
+
+        Args:
+            path: The safetensors file.
+            model: For a classifier made from code of yours: that code again, as a module or ``package.module:factory``.
+                It is never imported because a file names it.
+
+        Raises:
+            ModelError: A damaged file, one that `save` did not write, weights that do not fit, or the model is missing.
+        """
+        spec, class_names = _read_saved(path)
+        if spec is None:
+            raise ModelError(f"expected a file that Classifier.save wrote, got {path} (use from_architecture)")
+        if isinstance(model, nn.Module):
+            network = own_copy(model)
+        elif model is not None:
+            network = own_copy(build_model(replace(spec, architecture=model)))
+        elif spec.is_user_code:
+            raise ModelError(
+                f"expected the model of {path} again, which is code of yours ({spec.architecture!r}): pass it as "
+                "model=... or name its package.module:factory"
+            )
+        else:
+            network = build_model(spec)
+        apply_state_dict(network, load_state_dict(path))
+        return _assemble(network, spec, class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """C, without the dummy class."""
+        return self.head.out_features
+
+    @property
+    def feature_dim(self) -> int:
+        """The length d of a feature."""
+        return self.head.in_features
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(c, h, w)."""
+        return self.spec.image_shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def features(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """φ(x), differentiable with respect to the images.
+
+        Args:
+            images: Pixels in [0, 1], of this device and precision.
+
+        Raises:
+            InputError: Images of another shape.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise InputError(
+                f"expected images of shape (n, {', '.join(map(str, self.image_shape))}), got {tuple(images.shape)} "
+                "(resize or convert them)"
+            )
+        features: Tensor = self.backbone(images)
+        return features
+
+    def logits(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n classes"]:
+        """head(φ), not normalised."""
+        logits: Tensor = self.head(features)
+        return logits
+
+    def to(self, device: torch.device | str) -> "Classifier":
+        """A copy on ``device``."""
+        backbone, head = copy.deepcopy((self.backbone, self.head))
+        return replace(self, backbone=backbone.to(device), head=head.to(device))
+
+    def double(self) -> "Classifier":
+        """A copy in float64."""
+        backbone, head = copy.deepcopy((self.backbone, self.head))
+        return replace(self, backbone=backbone.double(), head=head.double())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return _named_tensors(self.backbone.get_submodule("network"), self.head, self.spec.head)
+
+
+def _draft(
+    architecture: str,
+    image_shape: Sequence[int],
+    saved: ModelSpec | None = None,
+    *,
+    head: str | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    num_classes: int | None = None,
+    small_stem: bool | None = None,
+) -> ModelSpec:
+    """A specification before the weights have told the rest: what is given, else what was saved, else a default."""
+    if len(image_shape) != 3:
+        raise ModelError(f"expected an image shape (c, h, w), got {tuple(image_shape)}")
+    channels, height, width = image_shape
+    plain = ModelSpec(
+        architecture, DRAFT_CLASSES, channels, False, (height, width), (0.0,) * channels, (1.0,) * channels
+    )
+    base = saved or plain
+    return ModelSpec(
+        architecture=architecture,
+        num_classes=base.num_classes if num_classes is None else num_classes,
+        in_channels=channels,
+        small_stem=base.small_stem if small_stem is None else small_stem,
+        image_size=(height, width),
+        mean=base.mean if mean is None else tuple(map(float, mean)),
+        std=base.std if std is None else tuple(map(float, std)),
+        head=base.head if head is None else head,
+    )
+
+
+def _assemble(
+    network: nn.Module, draft: ModelSpec, class_names: Sequence[str] | None, *, num_classes: int | None = None
+) -> Classifier:
+    """Split, check and freeze ``network``, which is ours from here on; every way to make a classifier ends here."""
+    network.float().eval().requires_grad_(False)
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    normalise = Normalise(draft.mean, draft.std).to(device)
+    probe = torch.rand(2, *draft.image_shape, generator=torch.Generator().manual_seed(0))
+    images = normalise(probe.to(device))
+    logits = _forward(network, images)
+    if num_classes not in (None, logits.shape[1]):
+        raise ModelError(f"expected {num_classes} classes, got a model of {logits.shape[1]} (correct num_classes)")
+    spec = replace(draft, num_classes=logits.shape[1])
+    names = tuple(class_names) if class_names else tuple(map(str, range(spec.num_classes)))
+    if len(names) != spec.num_classes:
+        raise ModelError(f"expected {spec.num_classes} class names, one per class, got {len(names)}")
+    spec = replace(spec, head=_find_head(network, images, logits, draft.head))
+    code = repr(network)
+    head = network.get_submodule(spec.head)
+    assert isinstance(head, nn.Linear)
+    network.set_submodule(spec.head, nn.Identity())
+    fingerprint = _fingerprint(spec, code, _named_tensors(network, head, spec.head))
+    backbone = nn.Sequential(OrderedDict(normalise=normalise, network=network)).eval()
+    return Classifier(spec, names, backbone, head, fingerprint)
+
+
+@torch.no_grad()
+def _forward(network: nn.Module, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
+    """The logits, or what is wrong with them."""
+    try:
+        logits = network(images)
+    except Exception as error:  # the user's code may raise anything
+        raise ModelError(
+            f"expected a model that takes images of shape {tuple(images.shape[1:])}, got in its forward pass "
+            f"{type(error).__name__}: {error} (check image_shape)"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"expected logits of shape ({len(images)}, classes), got {got} (wrap the model)")
+    if not torch.isfinite(logits).all():
+        raise ModelError("expected finite logits for images in [0, 1], got NaN or infinity (check weights and std)")
+    return logits
+
+
+def _find_head(
+    network: nn.Module, images: Float[Tensor, "n c h w"], logits: Float[Tensor, "n classes"], name: str
+) -> str:
+    """The dotted name of the Linear layer with head(φ(x)) = f(x): ``name``, or the last one."""
+    named = network.named_modules(remove_duplicate=False)
+    linears = [candidate for candidate, module in named if isinstance(module, nn.Linear)]
+    if name and name not in linears:
+        raise ModelError(
+            f"expected a head among the Linear layers {', '.join(linears)}, got {name!r}{nearest(name, linears)}"
+        )
+    refusals = []
+    for candidate in [name] if name else reversed(linears):
+        refusal = _refusal(network, candidate, images, logits)
+        if refusal is None:
+            return candidate
+        refusals.append(f"{candidate}: {refusal}")
+    listed = "; ".join(refusals[:LISTED]) + ("; …" if len(refusals) > LISTED else "")
+    raise ModelError(
+        f"expected a model whose logits are a Linear layer of its (n, d) features, got {listed or 'no Linear layer'} "
+        "(name the layer with head=... or --head, or wrap the model to return the logits of its last Linear layer)"
+    )
+
+
+@torch.no_grad()
+def _refusal(
+    network: nn.Module, candidate: str, images: Float[Tensor, "n c h w"], logits: Float[Tensor, "n classes"]
+) -> str | None:
+    """Why the Linear layer of that name is not the head; None if it is."""
+    head = network.get_submodule(candidate)
+    assert isinstance(head, nn.Linear)
+    if head.out_features != logits.shape[1]:
+        return f"{head.out_features} outputs, not {logits.shape[1]}"
+    network.set_submodule(candidate, nn.Identity())
+    try:
+        features = network(images)
+    except Exception as error:  # a model that does more with its head than call it
+        return f"without it the forward pass fails ({type(error).__name__}: {error})"
+    finally:
+        network.set_submodule(candidate, head)
+    if not isinstance(features, Tensor) or features.shape != (len(images), head.in_features):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        return f"features of {got}, not {(len(images), head.in_features)}"
+    difference = (head(features) - logits).abs().max().item()
+    if difference > TOLERANCE * max(1e-3, logits.abs().max().item()):
+        return f"its output differs from the model's by {difference:.3g} (something follows it, such as a softmax)"
+    return None
+
+
+def _named_tensors(network: nn.Module, head: nn.Linear, name: str) -> dict[str, Tensor]:
+    """The user's state dict: φ's tensors and the head's under the names that they had together."""
+    tensors: dict[str, Tensor] = network.state_dict()
+    return tensors | {f"{name}.{part}": tensor for part, tensor in head.state_dict().items()}
+
+
+def _fingerprint(spec: ModelSpec, code: str, tensors: Mapping[str, Tensor]) -> str:
+    # For the user's code its printed form stands in, so that a module and the factory that makes it agree.
+    architecture = re.sub(r" at 0x[0-9a-f]+", "", code) if spec.is_user_code else spec.architecture
+    digest = hashlib.sha256(json.dumps(replace(spec, architecture=architecture).to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _read_saved(path: Path) -> tuple[ModelSpec, tuple[str, ...]] | tuple[None, None]:
+    """What `Classifier.save` wrote beside the weights, if it was that."""
+    metadata = read_metadata(path)
+    if METADATA_KEY not in metadata:
+        return None, None
+    try:
+        saved = json.loads(metadata[METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise ModelError(f"expected JSON in the metadata of {path}, got {error} (save the classifier again)") from error
+    names = saved.get("class_names") if isinstance(saved, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"expected a list of class names in the metadata of {path}, got {names!r}")
+    return ModelSpec.from_json(saved.get("spec")), tuple(names)

@@ -1,0 +1,1 @@
+"""Nearest neighbours over a column of features, by FAISS."""

@@ -1,0 +1,118 @@
+"""Exemplars from arrays and tensors."""
+
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.images import Shape, channels_first, to_numpy, to_uint8
+from tmm_engine.index.sources.records import ImageRecord, free_name, python_type
+
+_BATCH = 1024  # array rows converted at a time
+
+
+class ArraySource:
+    """Images held in memory. They are never resized: their own shape, whatever its size, is the only one they have.
+
+    Args:
+        images: (n, c, h, w), (n, h, w, c) or (n, h, w); uint8 or floating point in [0, 1]. Not copied if uint8.
+        labels: n integers, 0 or more.
+        ids: n different strings. Default: the row in eight digits.
+        class_names: In label order.
+        metadata: Column -> n strings, integers, floats or booleans, or None; renamed as in `ParquetSource`.
+        name: What an index records as its origin.
+
+    Raises:
+        InputError: Other shapes, types, lengths or ranges.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray | torch.Tensor,
+        labels: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        metadata: Mapping[str, Sequence[Any]] | None = None,
+        name: str = "arrays",
+    ) -> None:
+        self.name = name
+        self.class_names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
+        self.labelled = labels is not None
+        self._images = channels_first(to_numpy(images))
+        if len(self) == 0:
+            raise InputError("expected at least one image, got none")
+        if self._images.dtype != np.uint8:
+            self._images = np.concatenate([to_uint8(batch) for batch in self._batches()])
+        self._labels = [None] * len(self) if labels is None else self._checked_labels(labels)
+        self._ids = [f"{row:08d}" for row in range(len(self))] if ids is None else list(ids)
+        self._expect_one_each("ids", self._ids)
+        if len(set(self._ids)) != len(self):
+            raise InputError(f"expected {len(self)} different ids, got {len(set(self._ids))}; make them unique")
+        self.metadata_types: Mapping[str, type]
+        self.metadata_types, self._columns = self._typed_columns(metadata or {})
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def natural_shape(self) -> Shape:
+        """The arrays' shape."""
+        channels, height, width = self._images.shape[1:]
+        return channels, height, width
+
+    def read(self, shape: Shape) -> Iterator[ImageRecord]:
+        """All images in order; raises InputError for another shape than the arrays' own."""
+        if shape != self.natural_shape():
+            raise InputError(f"expected arrays of shape {shape}, got {self.natural_shape()}; resize them first")
+        return self._records()
+
+    def _records(self) -> Iterator[ImageRecord]:
+        for row, image in enumerate(chain.from_iterable(map(to_uint8, self._batches()))):
+            metadata = {name: values[row] for name, values in self._columns.items()}
+            yield ImageRecord(self._ids[row], image, self._labels[row], metadata)
+
+    def _batches(self) -> Iterator[Shaped[np.ndarray, "batch c h w"]]:
+        for start in range(0, len(self), _BATCH):
+            yield self._images[start : start + _BATCH]
+
+    def _expect_one_each(self, what: str, values: Sized) -> None:
+        if len(values) != len(self):
+            raise InputError(f"expected {len(self)} {what}, one per image, got {len(values)}")
+
+    def _checked_labels(self, labels: Sequence[int] | np.ndarray | torch.Tensor) -> list[int]:
+        array = np.asarray(labels)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise InputError(f"expected labels as one row of integers, got {array.dtype} of shape {array.shape}")
+        self._expect_one_each("labels", array)
+        classes = len(self.class_names) if self.class_names is not None else np.inf
+        if array.min() < 0 or array.max() >= classes:
+            expected = "0 or more" if self.class_names is None else f"0 to {classes - 1}, as there are class names"
+            raise InputError(f"expected labels of {expected}, got {array.min()} to {array.max()}")
+        numbers: list[int] = array.tolist()
+        return numbers
+
+    def _typed_columns(
+        self, metadata: Mapping[str, Sequence[Any]]
+    ) -> tuple[dict[str, type], dict[str, list[str | int | float | bool | None]]]:
+        import pyarrow as pa
+
+        types: dict[str, type] = {}
+        columns: dict[str, list[str | int | float | bool | None]] = {}
+        for original, values in metadata.items():
+            self._expect_one_each(f"values of {original!r}", values)
+            try:
+                column = pa.array(values)
+            except (pa.ArrowException, OverflowError) as error:
+                raise InputError(f"expected metadata {original!r} to be of one type, got {error}") from error
+            kind = python_type(column.type)
+            if kind is None:
+                raise InputError(
+                    f"expected metadata {original!r} as strings, integers, floats or booleans, got {column.type}"
+                )
+            name = free_name(original, types)
+            types[name], columns[name] = kind, column.to_pylist()
+        return types, columns

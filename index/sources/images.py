@@ -1,0 +1,269 @@
+"""Decode and check one image: a file, its bytes, a PIL image, an array or a tensor -> uint8 (c, h, w)."""
+
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Num, Shaped, UInt8
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.limits import MAX_PIXELS
+
+Shape = tuple[int, int, int]
+"""Channels (1 or 3), height, width."""
+
+ImageInput = Path | str | bytes | Image.Image | np.ndarray | torch.Tensor
+
+# These and no others: Pillow's EPS plugin, for one, would start Ghostscript on whatever it is given.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+_WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+_GREY_MODES = ("1", "L", "LA", *_WIDE_MODES)
+_COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV")
+_warning_filters = threading.Lock()
+
+
+def decode_image(source: ImageInput, *, shape: Shape | None = None) -> UInt8[np.ndarray, "c h w"]:
+    """One image as the index stores it.
+
+    Files, bytes and PIL images are turned upright (EXIF), converted to 8 bits (the table in `_to_8_bits`) and, where a
+    shape is given, brought to its channels and size (`_fit`). Of an animation the first frame counts; of a PIL image
+    the frame it stands at.
+
+    Arrays and tensors are taken as they are: (h, w), (c, h, w) or (h, w, c) with 1 or 3 channels, uint8 or
+    floating point in [0, 1], which is rounded to 8 bits. Where both layouts are possible the one that has the given
+    shape is meant, else (c, h, w).
+
+    Args:
+        source: A path, an image file's bytes, a PIL image, a NumPy array, or a tensor on any device. Never modified.
+        shape: The expected shape. Default: the image's own size, 1 channel for grey modes, else 3.
+
+    Returns:
+        uint8 (c, h, w), newly allocated, writable and contiguous.
+
+    Raises:
+        ImageError: Missing, unreadable, truncated or too large a file, or an array of another shape, type or range.
+        InputError: A shape that no image can have.
+    """
+    _check_shape(shape)
+    if isinstance(source, np.ndarray | torch.Tensor):
+        array: UInt8[np.ndarray, "c h w"] = to_uint8(channels_first(to_numpy(source)[None], shape=shape))[0]
+        return array
+    with _opened(source) as image:
+        image.load()
+        pixels = _to_8_bits(_upright(image))
+        if shape is not None:
+            pixels = _fit(pixels, shape)
+        interleaved: UInt8[np.ndarray, "h w c"] = np.atleast_3d(np.asarray(pixels))
+        return np.array(interleaved.transpose(2, 0, 1), order="C")
+
+
+def natural_shape(source: ImageInput) -> Shape:
+    """The shape `decode_image` gives without being told one, from the file's header where the format allows it.
+
+    Raises:
+        ImageError: As `decode_image`, except for damage that only decoding the pixels would show.
+    """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        channels, height, width = channels_first(to_numpy(source)[None]).shape[1:]
+        return channels, height, width
+    with _opened(source) as image:
+        channels = _channels(image)
+        if image.format == "TIFF":
+            image.load()  # which turns a TIFF upright
+        width, height = image.size
+        with _pillow_silenced():
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+        return (channels, width, height) if turned else (channels, height, width)
+
+
+def to_numpy(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    """An array of the same values; 16-bit floating point becomes float32 (NumPy has no bfloat16)."""
+    if isinstance(images, np.ndarray):
+        return images
+    images = images.detach().cpu()
+    return (images.float() if images.dtype in (torch.float16, torch.bfloat16) else images).numpy()
+
+
+def channels_first(
+    images: Shaped[np.ndarray, "n *dims"], *, shape: Shape | None = None
+) -> Shaped[np.ndarray, "n c h w"]:
+    """A view of images in any layout, (n, h, w), (n, c, h, w) or (n, h, w, c), as (n, c, h, w).
+
+    Raises:
+        ImageError: Another layout, no pixels, or not the expected shape.
+    """
+    dims = images.shape[1:]
+    layouts = []
+    if len(dims) == 2:
+        layouts = [images[:, None]]
+    if len(dims) == 3 and dims[0] in (1, 3):
+        layouts.append(images)
+    if len(dims) == 3 and dims[2] in (1, 3):
+        layouts.append(images.transpose(0, 3, 1, 2))
+    if not layouts or 0 in dims:
+        raise ImageError(f"expected an array (h, w), (c, h, w) or (h, w, c) with 1 or 3 channels, got shape {dims}")
+    for view in layouts:
+        if shape is None or view.shape[1:] == shape:
+            return view
+    raise ImageError(
+        f"expected an image of shape (c, h, w) = {shape}, got an array of shape {dims}; arrays are never resized: "
+        "resize it, or pass a file or a PIL image"
+    )
+
+
+def to_uint8(images: Shaped[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n c h w"]:
+    """A contiguous copy in 8 bits: uint8 as it is, floating point in [0, 1] times 255, rounded.
+
+    Raises:
+        ImageError: Another dtype, or values outside [0, 1], NaN included.
+    """
+    if images.dtype == np.uint8:
+        return np.array(images, order="C")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ImageError(f"expected pixels as uint8 or floating point in [0, 1], got {images.dtype}; convert them")
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 1):  # NaN compares false
+        raise ImageError(
+            f"expected floating-point pixels in [0, 1], got {low:.6g} to {high:.6g}; divide by their maximum, "
+            "undo a normalisation, or pass uint8"
+        )
+    scaled: Float[np.ndarray, "n c h w"] = np.rint(images * images.dtype.type(255))
+    return scaled.astype(np.uint8, order="C")
+
+
+def _check_shape(shape: Shape | None) -> None:
+    if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1):
+        raise InputError(f"expected a shape (channels, height, width) with 1 or 3 channels, got {shape}")
+
+
+@contextmanager
+def _pillow_silenced() -> Iterator[None]:
+    """Pillow's warnings about odd files, ignored; the lock, because warning filters belong to the whole process."""
+    with _warning_filters, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@contextmanager
+def _opened(source: ImageInput) -> Iterator[Image.Image]:
+    """The image, its header read and its size checked. Whatever Pillow raises inside becomes an ImageError."""
+    name, stream = _described(source)
+    try:
+        if isinstance(stream, Image.Image):
+            _check_size(stream)
+            yield stream
+            return
+        with _pillow_silenced():
+            image = Image.open(stream, formats=FORMATS)
+        with image:
+            _check_size(image)
+            yield image
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: expected an image ({', '.join(FORMATS)}), got something else") from None
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything for damaged files
+        raise ImageError(f"{name}: expected a readable image, got {error or type(error).__name__}") from error
+
+
+def _described(source: ImageInput) -> tuple[str, Path | io.BytesIO | Image.Image]:
+    """A name for messages, and what Pillow can open."""
+    if isinstance(source, Image.Image):
+        return "PIL image", source
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("expected an image file's bytes, got none (0 bytes)")
+        return f"image of {len(source)} bytes", io.BytesIO(source)
+    if not isinstance(source, Path | str):
+        raise ImageError(
+            f"expected a path, bytes, a PIL image, an array or a tensor, got {type(source).__name__}; convert it"
+        )
+    path = Path(source)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ImageError(f"{path}: expected an image file, got {found}; check the path")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: expected an image file, got an empty one (0 bytes)")
+    return str(path), path
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"expected at most {MAX_PIXELS} pixels, got {width} × {height}; make the image smaller first")
+    if width * height == 0:
+        raise ImageError(f"expected at least one pixel, got {width} × {height}")
+
+
+def _channels(image: Image.Image) -> int:
+    if image.mode not in _GREY_MODES + _COLOUR_MODES:
+        raise ImageError(f"expected a mode of {', '.join(_GREY_MODES + _COLOUR_MODES)}, got {image.mode}; convert it")
+    return 1 if image.mode in _GREY_MODES else 3
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The loaded image turned as its EXIF data say; the same object where they say nothing."""
+    with _pillow_silenced():
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Any supported mode as L or RGB. Colour profiles are not applied.
+
+    | mode | what it is | becomes |
+    |---|---|---|
+    | L, RGB | 8 bits, 16-bit colour (of which Pillow keeps the high byte) | L, RGB: unchanged |
+    | 1 | black and white | L: 0 and 255 |
+    | I;16, I | integers; outside 0..65535 refused | L: v / 257, rounded (Pillow's `convert` would clip at 255) |
+    | F | floating point; outside [0, 1] refused, as for arrays | L: v · 255, rounded |
+    | P | palette | RGB |
+    | LA, RGBA, PA; L, RGB, P with a transparent colour | transparency | L or RGB, over white |
+    | CMYK, YCbCr, HSV | other colour spaces | RGB by Pillow's plain formulas |
+    """
+    mode = "L" if _channels(image) == 1 else "RGB"
+    if image.mode in _WIDE_MODES:
+        return Image.fromarray(_narrowed(np.asarray(image)))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _narrowed(pixels: Num[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """Integers of 16 bits, or floating point in [0, 1], as 8 bits."""
+    narrowed: UInt8[np.ndarray, "h w"]
+    if np.issubdtype(pixels.dtype, np.floating):
+        narrowed = to_uint8(pixels[None, None])[0, 0]
+        return narrowed
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > 65535:
+        raise ImageError(f"expected 16-bit pixels in 0..65535, got {low} to {high}; scale them to 8 bits first")
+    narrowed = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return narrowed
+
+
+def _fit(image: Image.Image, shape: Shape) -> Image.Image:
+    """An L or RGB image with the shape's channels and size.
+
+    Grey becomes three equal channels, colour becomes its luma (ITU-R 601). Only where the size differs: the largest
+    centred part with the shape's aspect ratio, resized (bicubic, antialiased); that is to say, the shorter side is
+    fitted and the rest cropped.
+    """
+    channels, height, width = shape
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,1 @@
+"""Exemplars and their features, on disk (Lance) and in memory; how an index is built, changed and committed."""

@@ -1,0 +1,231 @@
+"""Changes to an index that is there: add, replace, delete, compact. Each makes a new version, whole or not at all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+
+from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError, nearest
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.adapted import AdaptedSource
+from tmm_engine.index.sources.records import ImageSource, UnreadableImage
+from tmm_engine.index.store.building import BuildReport, GlobalColumn, embed, embedded, global_columns
+from tmm_engine.index.store.commit import Change, changing, remove_leftovers
+from tmm_engine.index.store.exemplars import FEATURE
+from tmm_engine.index.store.lance_store import ROW_DIGEST, LanceWriter, fixed_size_column, flat, row_digests
+from tmm_engine.index.store.manifest import EXEMPLARS, VERSIONS, older_versions
+from tmm_engine.index.store.where import matching_positions
+
+NAMED = 3  # ids that a message lists
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeReport:
+    """What a change did.
+
+    Attributes:
+        version: That there is now.
+        exemplars: How many it holds.
+        added: Exemplars whose id is new.
+        replaced: Exemplars whose id was there before.
+        deleted: Exemplars that are gone.
+        skipped: Images that could not be read, with reasons; the first of them.
+        skipped_count: How many in all.
+    """
+
+    version: int
+    exemplars: int
+    added: int = 0
+    replaced: int = 0
+    deleted: int = 0
+    skipped: list[UnreadableImage] = field(default_factory=list)
+    skipped_count: int = 0
+
+
+def add_exemplars(
+    index: Path,
+    source: ImageSource,
+    classifier: Classifier,
+    *,
+    replace_same: bool = False,
+    strict: bool = False,
+    id_prefix: str = "",
+    global_column: GlobalColumn | None = None,
+    progress: Progress = silent,
+) -> ChangeReport:
+    """Add a source's images to an index.
+
+    Classes are matched by name where both have names, else by number. Metadata columns that the source does not have
+    stay empty.
+
+    Args:
+        index: Its folder.
+        source: The images; decoded to the index's shape.
+        classifier: The one that the index was built with.
+        replace_same: Let images whose id is there take the old one's place, instead of refusing them.
+        strict: Fail at the first image that cannot be read instead of skipping it.
+        id_prefix: Put before the source's ids.
+        global_column: Computes the second column of features where the index has one.
+        progress: Told of images done.
+
+    Raises:
+        IndexStateError: no index there, damaged, not writable, full, or being written by another process.
+        InputError: ids that are there already or twice in the source, classes or columns that the index does not have,
+            or, with `strict`, an unreadable image.
+        ModelError: another classifier.
+    """
+    with changing(index) as change:
+        if classifier.fingerprint != change.manifest.fingerprint:
+            raise ModelError(
+                f"{index} was built with the model {change.manifest.fingerprint[:12]}…, this one is "
+                f"{classifier.fingerprint[:12]}…: add with the same model, or build the index again"
+            )
+        adapted = AdaptedSource(
+            source,
+            class_names=change.manifest.class_names,
+            metadata_types=change.metadata_types,
+            id_prefix=id_prefix,
+            index=index,
+        )
+        report = BuildReport(labels_predicted=not source.labelled)
+        present, new = change.ids(), set[str]()
+        writer = LanceWriter(index / EXEMPLARS, change.schema)
+        for batch in embedded(adapted, classifier, report, strict=strict):
+            ids = [record.id for record in batch.records]
+            if not replace_same:
+                _check_free(ids, present, source.name)
+            new.update(ids)
+            writer.write(batch.columns(adapted) | global_columns(batch, global_column))
+            progress("adding", report.exemplars + report.skipped_count, len(source))
+        addresses = np.array([present[id_] for id_ in new & present.keys()], dtype=np.uint64)
+        operation = change.deletion(addresses)
+        operation.new_fragments = writer.finish()
+        manifest = change.commit(
+            operation,
+            f"added {len(new) - len(addresses):,}, replaced {len(addresses):,} from {source.name}",
+            exemplars=change.manifest.exemplars + len(new) - len(addresses),
+            skipped=change.manifest.skipped + report.skipped_count,
+            labels_predicted=change.manifest.labels_predicted or report.labels_predicted,
+        )
+    return ChangeReport(
+        manifest.version,
+        manifest.exemplars,
+        added=len(new) - len(addresses),
+        replaced=len(addresses),
+        skipped=report.skipped,
+        skipped_count=report.skipped_count,
+    )
+
+
+def delete_exemplars(index: Path, *, ids: Sequence[str] = (), where: str | None = None) -> ChangeReport:
+    """Remove exemplars by id, or those that a filter matches. Their ids stay free for the same image to come back.
+
+    Raises:
+        IndexStateError: as for `add_exemplars`.
+        InputError: neither or both given, an id that is not there, a filter that matches nothing, or nothing would
+            stay.
+    """
+    if bool(ids) == (where is not None):
+        raise InputError("delete: expected either ids or a filter (where), got " + ("both" if ids else "neither"))
+    with changing(index) as change:
+        present = change.ids()
+        if where is None:
+            if unknown := [id_ for id_ in ids if id_ not in present]:
+                raise InputError(
+                    f"no exemplar has the id {unknown[0]!r}{nearest(unknown[0], present)}; nothing was deleted"
+                )
+            addresses = np.array([present[id_] for id_ in dict.fromkeys(ids)], dtype=np.uint64)
+            what = f"{len(addresses):,} by id"
+        else:
+            positions = matching_positions(change.dataset, where)
+            addresses = np.fromiter(present.values(), np.uint64, len(present))[positions]
+            what = f"{len(addresses):,} where {where[:200]}"
+        if len(addresses) == 0:
+            raise InputError(f"no exemplar matches {where!r}; nothing was deleted")
+        if len(addresses) == len(present):
+            raise InputError(
+                "this would delete every exemplar, and an index has at least one: delete its folder instead"
+            )
+        left = len(present) - len(addresses)
+        manifest = change.commit(change.deletion(addresses), f"deleted {what}", exemplars=left)
+    return ChangeReport(manifest.version, left, deleted=len(addresses))
+
+
+def compact(index: Path, *, discard_versions: bool = False) -> ChangeReport:
+    """Write the exemplars anew, without those that are deleted and in few files. Answers stay the same.
+
+    Args:
+        index: Its folder.
+        discard_versions: Also remove all older versions; what a reader still has open of them is gone then.
+
+    Raises:
+        IndexStateError: as for `add_exemplars`; damage is found before anything is written.
+    """
+    with changing(index) as change:
+        change.manifest.check_digests(index, exemplars=True)
+        writer = LanceWriter(index / EXEMPLARS, change.schema)
+        for table in _whole_rows(change, change.rows_in_memory):
+            writer.write({name: table[name].combine_chunks() for name in table.column_names})
+        operation = lance.LanceOperation.Overwrite(change.schema, writer.finish())
+        manifest = change.commit(operation, "compacted", exemplars=change.manifest.exemplars)
+        if discard_versions:
+            for number in older_versions(index):
+                (index / VERSIONS / f"{number}.json").unlink()
+            remove_leftovers(index, manifest)
+    return ChangeReport(manifest.version, manifest.exemplars)
+
+
+def rebuild_features(
+    index: Path, classifier: Classifier, *, global_column: GlobalColumn | None = None, progress: Progress = silent
+) -> ChangeReport:
+    """Write the exemplars anew with features computed from their images, where everything but features is intact.
+
+    Raises:
+        IndexStateError: as for `add_exemplars`; or an exemplar's image, label or metadata are not what was written: it
+            is named.
+    """
+    with changing(index) as change:
+        shape, done = change.manifest.image_shape, 0
+        writer = LanceWriter(index / EXEMPLARS, change.schema)
+        for table in _whole_rows(change, min(change.rows_in_memory, forward_batch_size(shape))):
+            columns: dict[str, object] = {name: table[name].combine_chunks() for name in table.column_names}
+            images = flat(table["image"].combine_chunks()).reshape(-1, *shape).copy()  # Arrow's own memory is read-only
+            columns[FEATURE] = fixed_size_column(embed(images, classifier))
+            if global_column is not None:
+                more = global_column.columns(images)
+                columns |= {name: fixed_size_column(features) for name, features in more.items()}
+            writer.write(columns)
+            done += len(table)
+            progress("computing features", done, change.manifest.exemplars)
+        operation = lance.LanceOperation.Overwrite(change.schema, writer.finish())
+        manifest = change.commit(operation, "features computed again", exemplars=change.manifest.exemplars)
+    return ChangeReport(manifest.version, manifest.exemplars)
+
+
+def _whole_rows(change: Change, batch_size: int) -> Iterator[pa.Table]:
+    """All exemplars in order, of which all but the features is what was written."""
+    for batch in change.batches(batch_size):
+        table = pa.Table.from_batches([batch])
+        digests = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)
+        wrong = [table["id"][row].as_py() for row, (found, expected) in enumerate(digests) if found != expected]
+        if wrong:
+            raise IndexStateError(
+                f"{change.index}: image, label or metadata of {', '.join(map(repr, wrong[:NAMED]))} are not what was "
+                f"written ({len(wrong)} exemplars or more); restore the index from a copy, or delete them and add them "
+                f"again"
+            )
+        yield table
+
+
+def _check_free(ids: Sequence[str], present: Mapping[str, int], source: str) -> None:
+    if taken := [id_ for id_ in ids if id_ in present]:
+        listed = ", ".join(map(repr, taken[:NAMED])) + (", …" if len(taken) > NAMED else "")
+        raise InputError(
+            f"{source}: the index has exemplars of these ids: {listed}; nothing was changed. Replace them "
+            f"(--replace), or give the new ones other ids (--id-prefix)"
+        )
