@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
-from tmm_engine.index.neighbours.search import Metric, Neighbours
+from tmm_engine.index.neighbours.search import Neighbours
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.opening import memory_store

@@ -18,7 +18,8 @@ from torch import nn
 from tmm_engine.engine import Engine
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.search import Metric, exact_scores
+from tmm_engine.index.neighbours.metric import Metric
+from tmm_engine.index.neighbours.search import exact_scores
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.building import build_index
 from tmm_engine.index.store.changes import add_exemplars, compact, delete_exemplars

@@ -29,7 +29,8 @@ from tmm_engine.bench.peak import peak_of_build, peak_of_search
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.search import Metric, Neighbours
+from tmm_engine.index.neighbours.metric import Metric
+from tmm_engine.index.neighbours.search import Neighbours
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.records import ImageSource

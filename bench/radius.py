@@ -27,7 +27,7 @@ from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.retrievers import Retriever, top
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.search import Metric
+from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.progress import Progress, silent
 
 KEY = ("query", "method", "kind", "direction")

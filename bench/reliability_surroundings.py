@@ -20,7 +20,7 @@ from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.store import building, commit
 from tmm_engine.index.store.building import build_index
 from tmm_engine.index.store.manifest import EXEMPLARS, MANIFEST, Manifest
-from tmm_engine.living import versions_of
+from tmm_engine.versions import versions_of
 
 NOBODY = 65534
 SET_BACK = timedelta(days=730)

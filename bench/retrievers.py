@@ -18,8 +18,9 @@ from tmm_engine.bench.triggers import global_trigger, optimisation
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
-from tmm_engine.index.neighbours.search import Metric, exact_scores
+from tmm_engine.index.neighbours.search import exact_scores
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore

@@ -1,9 +1,9 @@
 from .building import build_index
 from .engine import Engine
-from .living import Version
+from .options import Mode, Prefilter, SearchOptions
 from .query import Query
-from .request import Mode, Prefilter
 from .results import FailedQuery, Hit, SearchResult
+from .versions import Version
 from .views.report import write_html, write_png
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Mode",
     "Prefilter",
     "Query",
+    "SearchOptions",
     "SearchResult",
     "Version",
     "build_index",

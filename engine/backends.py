@@ -41,7 +41,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise InputError(f"unknown device {name!r}; expected cpu, cuda, cuda:N or auto") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu")
+        raise InputError(
+            f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use the device 'cpu'"
+        )
     return device
 
 
@@ -61,7 +63,7 @@ def choose_backbone(
     if backend is Backend.TORCH:
         return None
     if precision is not Precision.FP32:
-        raise InputError(f"ONNX Runtime passes exemplars in fp32, not {precision}; use --backend torch")
+        raise InputError(f"ONNX Runtime passes exemplars in fp32, not {precision}; use the backend 'torch'")
     return cached_onnx(index, classifier, classifier.device)
 
 

@@ -9,7 +9,7 @@ from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.building import BuildReport, check_build
 from tmm_engine.index.store.building import build_index as build_plain
 from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
-from tmm_engine.rerank.settings import DEFAULT_PRESET, TmmConfig, preset
+from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig, preset
 
 
 def build_index(
@@ -17,7 +17,7 @@ def build_index(
     index: Path,
     classifier: Classifier,
     *,
-    global_trigger: TmmConfig | str | None = DEFAULT_PRESET,
+    global_trigger: GlobalRecipe | TmmConfig | str | None = DEFAULT_PRESET,
     overwrite: bool = False,
     neighbours: str = EXACT,
     strict: bool = False,
@@ -29,8 +29,8 @@ def build_index(
         source: The exemplars.
         index: A folder that does not exist yet, or an index to replace.
         classifier: Computes the features.
-        global_trigger: A preset or configuration, with whose blend, clamping and intensity the trigger and the
-            exemplars' features under it are made. None: without; the default search then fails.
+        global_trigger: A recipe, or the preset or configuration that is to be searched with: what the trigger and the
+            exemplars' features under it are made with. None: without; the default search then fails.
         overwrite: Replace an index that is there; it stays usable until the new one is whole.
         neighbours: FAISS factory string.
         strict: Fail at an unreadable image instead of skipping it.

@@ -15,12 +15,13 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from tmm_engine.building import build_index
-from tmm_engine.engine import Engine, Mode
+from tmm_engine.engine import Engine
 from tmm_engine.index.models.architectures import ModelSpec, build_model
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.building import embed, predict
+from tmm_engine.options import Mode
 from tmm_engine.query import Query
 from tmm_engine.rerank.settings import DEFAULT_PRESET
 from tmm_engine.results import SearchResult

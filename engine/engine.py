@@ -1,82 +1,55 @@
-"""`Engine`: open an index, search it."""
+"""`Engine`: a handle on an index, which it opens, searches and changes."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 from torch import nn
 
 from tmm_engine.backends import Backend, compare_backends
-from tmm_engine.index.errors import ImageError, InputError, member, nearest
+from tmm_engine.index.errors import ImageError, InputError, member
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.store.exemplars import ExemplarStore, Subset
-from tmm_engine.index.store.lance_store import matching_rows
-from tmm_engine.index.store.manifest import CACHE, Manifest
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact, delete_exemplars
+from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.index.store.target import locked
-from tmm_engine.index.store.where import shortened
-from tmm_engine.living import Living
-from tmm_engine.opening import index_in_memory, open_parts
+from tmm_engine.opening import Opening, index_in_memory
+from tmm_engine.options import SearchKeywords, SearchOptions
 from tmm_engine.query import ImageLike, Query, as_query
-from tmm_engine.request import Mode, Prefilter, Request, SearchOptions
-from tmm_engine.rerank.backbone import Backbone, Precision
+from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
-from tmm_engine.rerank.global_trigger import GlobalTrigger
-from tmm_engine.rerank.settings import DEFAULT_PRESET, TmmConfig, preset
-from tmm_engine.rerank.tmm import TmmNN
+from tmm_engine.rerank.global_trigger import GlobalColumn
+from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig, preset
 from tmm_engine.results import FailedQuery, SearchResult
-from tmm_engine.searching import Searcher
+from tmm_engine.snapshot import Snapshot
+from tmm_engine.versions import Version, versions_of
 
-__all__ = ["Engine", "Mode", "Prefilter", "SearchOptions"]
 
+class Engine:
+    """Searches one version of an index, and changes the index. Made by `Engine.open` or `Engine.from_arrays`::
 
-class Engine(Living):
-    """Searches one version of an index. Made by `Engine.open` or `Engine.from_arrays`::
+        with Engine.open("idx") as engine:
+            result = engine.search("query.png", k=10)
 
-    with Engine.open("idx") as engine:
-        result = engine.search("query.png", k=10)
+    What it shows stays as it is while others change the index; `refresh` moves on. After a change of its own it stands
+    at the version that it made.
+
+    Args:
+        snapshot: What it shows.
+        opening: How an index on disk was opened.
     """
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        store: ExemplarStore,
-        *,
-        class_names: Sequence[str],
-        neighbours: str = EXACT,
-        manifest: Manifest | None = None,
-        path: Path | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
-        precision: str = Precision.FP32,
-        backbone: Backbone | None = None,
-        global_trigger: GlobalTrigger | None = None,
-    ) -> None:
-        self.classifier = classifier
-        self.store = store
-        self.class_names = tuple(class_names)
-        self.manifest = manifest
-        self.path = path
-        self._options: dict[str, Any] = {}
-        self._global_trigger = global_trigger
-        self._narrowed: dict[str, Engine] = {}
-        tmm = TmmNN(
-            classifier,
-            store,
-            cache_bytes=cache_bytes,
-            precision=member(Precision, precision),
-            backbone=backbone,
-            global_trigger=global_trigger,
-        )
-        cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
-        self._searcher = Searcher(classifier, tmm, class_names=self.class_names, neighbours=neighbours, cache=cache)
-        self._rows = {str(id_): row for row, id_ in enumerate(store.ids)}
+    def __init__(self, snapshot: Snapshot, *, opening: Opening | None = None) -> None:
+        self._held: Snapshot | None = snapshot
+        self._opening = opening
+        self._last_filter: tuple[Snapshot, str, Snapshot] | None = None
 
     @classmethod
     def open(
@@ -92,8 +65,6 @@ class Engine(Living):
         verify: bool = False,
     ) -> "Engine":
         """Open an index made by `build_index` or `engine build-index`.
-
-        What is opened stays as it is while others change the index; `refresh` moves on.
 
         Args:
             path: The index's folder.
@@ -114,38 +85,16 @@ class Engine(Living):
             IndexStateError: no index there, of another format version, or damaged.
             ModelError: the model cannot be rebuilt, or is not the one that the features were computed with.
         """
-        path = Path(path)
-        parts = open_parts(
-            path,
+        opening = Opening(
             model=model,
             device=device,
+            cache_bytes=cache_bytes,
             precision=member(Precision, precision),
             backend=member(Backend, backend),
             version=version,
             verify=verify,
         )
-        engine = cls(
-            parts.classifier,
-            parts.store,
-            class_names=parts.manifest.class_names,
-            neighbours=parts.manifest.neighbours,
-            manifest=parts.manifest,
-            path=path,
-            cache_bytes=cache_bytes,
-            precision=precision,
-            backbone=parts.backbone,
-            global_trigger=parts.global_trigger,
-        )
-        engine._options = {
-            "model": model,
-            "device": device,
-            "cache_bytes": cache_bytes,
-            "precision": precision,
-            "backend": backend,
-            "version": version,
-            "verify": verify,
-        }
-        return engine
+        return cls(Snapshot.open(Path(path), opening), opening=opening)
 
     @classmethod
     def from_arrays(
@@ -158,7 +107,7 @@ class Engine(Living):
         class_names: Sequence[str] | None = None,
         metadata: dict[str, Sequence[Any]] | None = None,
         neighbours: str = EXACT,
-        global_trigger: TmmConfig | str | None = DEFAULT_PRESET,
+        global_trigger: GlobalRecipe | TmmConfig | str | None = DEFAULT_PRESET,
         progress: Progress = silent,
     ) -> "Engine":
         """An index in memory, with the same methods.
@@ -171,23 +120,24 @@ class Engine(Living):
             class_names: In label order; default: the classifier's.
             metadata: Columns of n values.
             neighbours: FAISS factory string.
-            global_trigger: A preset or configuration, with whose blend, clamping and intensity a global trigger and the
-                exemplars' features under it are made: the default search needs them. None: without.
+            global_trigger: A recipe, or the preset or configuration that is to be searched with: the default search
+                needs a global trigger and the exemplars' features under it. None: without.
             progress: Told of images done.
 
         Raises:
             InputError: shapes, lengths, labels or ids that do not fit.
         """
         source = ArraySource(images, labels, ids=ids, class_names=class_names, metadata=metadata)
-        config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
-        store, shared = index_in_memory(source, classifier, global_trigger=config, progress=progress)
-        return cls(
-            classifier,
-            store,
-            class_names=class_names or classifier.class_names,
-            neighbours=neighbours,
-            global_trigger=shared,
-        )
+        recipe = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
+        store, shared = index_in_memory(source, classifier, global_trigger=recipe, progress=progress)
+        names = class_names or classifier.class_names
+        return cls(Snapshot.of(classifier, store, class_names=names, neighbours=neighbours, global_trigger=shared))
+
+    def close(self) -> None:
+        """Let go of exemplars and caches; nothing can be asked of a closed engine."""
+        if self._held is not None:
+            self._held.searcher.close()
+        self._held, self._last_filter = None, None
 
     def __enter__(self) -> "Engine":
         return self
@@ -195,28 +145,119 @@ class Engine(Living):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._searcher.forget_neighbours()
+        self.close()
 
     def __len__(self) -> int:
         return len(self.store)
 
     @property
+    def classifier(self) -> Classifier:
+        """The index's."""
+        return self._snapshot.classifier
+
+    @property
+    def store(self) -> ExemplarStore:
+        """The exemplars."""
+        return self._snapshot.store
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In label order."""
+        return self._snapshot.class_names
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of the version that is shown; None in memory."""
+        return self._snapshot.manifest
+
+    @property
+    def path(self) -> Path | None:
+        """The index's folder; None in memory."""
+        return self._snapshot.path
+
+    @property
     def backend(self) -> str:
         """What passes exemplars through the backbone: software, precision, device."""
-        return self._searcher.backend
+        return self._snapshot.searcher.backend
 
-    def compare_backends(self) -> dict[str, float]:
-        """Time PyTorch and ONNX Runtime on this index, and note the images a second for ``backend="auto"``.
+    # -------------------------------------------------------------------------------------------- searching
+
+    @overload
+    def search(
+        self,
+        query: list[ImageLike | Query],
+        options: SearchOptions | None = None,
+        *,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> list[SearchResult]: ...
+    @overload
+    def search(
+        self,
+        query: ImageLike | Query,
+        options: SearchOptions | None = None,
+        *,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> SearchResult: ...
+    def search(
+        self,
+        query: ImageLike | Query | list[ImageLike | Query],
+        options: SearchOptions | None = None,
+        *,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> SearchResult | list[SearchResult]:
+        """The k exemplars that the model sees as most like the query::
+
+            engine.search("query.png", k=5, mode="tmm", candidates=2000)
+
+        Args:
+            query: A path, a PIL image, an array (uint8, or float in [0, 1]), a `Query`; or a list of them, for a list
+                of results.
+            options: What is asked for; None: the defaults.
+            progress: Told of exemplars scored.
+            keywords: Instead of `options` or beside them, one by one: ``k``, ``mode``, ``candidates``, ``prefilter``,
+                ``config``, ``label``, ``together``, ``stretch``, ``recognition``, ``where``, as `SearchOptions`
+                describes them.
 
         Raises:
-            InputError: the index is in memory only, or the 'onnx' extra is not installed.
+            InputError: an unreadable image, an unknown mode, or an option out of range or without effect; raised before
+                any search begins.
         """
-        if self.manifest is None or self.path is None:
-            raise InputError("an index in memory has no place for ONNX graphs; build one on disk")
-        speeds = compare_backends(self.path, self.classifier, self.store).images_per_second
-        with locked(self.path):
-            replace(Manifest.read(self.path), backend_speeds=speeds).write(self.path)
-        return speeds
+        asked = replace(options or SearchOptions(), **keywords)
+        everything = self._snapshot  # `refresh` in another thread does not reach it
+        current = everything if asked.where is None else self._filtered(everything, asked.where)
+        items = query if isinstance(query, list) else [query]
+        queries = [_query(item, everything, position) for position, item in enumerate(items)]
+        results = current.search(queries, asked, progress, of=everything)
+        return results if isinstance(query, list) else results[0]
+
+    def search_each(
+        self,
+        queries: Sequence[ImageLike | Query],
+        options: SearchOptions | None = None,
+        *,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> list[SearchResult | FailedQuery]:
+        """As `search` for a list, but for an image that cannot be searched with, what is wrong stands in its place.
+
+        Raises:
+            InputError: an unknown mode, or an option out of range or without effect.
+        """
+        asked, snapshot = replace(options or SearchOptions(), **keywords), self._snapshot
+        found: list[SearchResult | FailedQuery | Query] = []
+        for position, item in enumerate(queries):
+            try:
+                found.append(_query(item, snapshot, position))
+            except ImageError as error:
+                found.append(
+                    FailedQuery(str(item) if isinstance(item, str | Path) else f"query {position}", str(error))
+                )
+        good: list[ImageLike | Query] = [item for item in found if isinstance(item, Query)]
+        answers = iter(self._each(good, asked, progress))
+        return [next(answers) if isinstance(item, Query) else item for item in found]
 
     def matching(self, where: str) -> "Engine":
         """An engine over those exemplars alone for which a filter is true; its answers are those of an index of them.
@@ -229,19 +270,7 @@ class Engine(Living):
         Raises:
             InputError: not such a filter, or nothing matches it.
         """
-        narrowed = self._narrowed.get(where)
-        if narrowed is None:
-            rows = matching_rows(self.store, where)
-            if len(rows) == 0:
-                raise InputError(f"no exemplar matches {shortened(where)}")
-            narrowed = copy.copy(self)
-            narrowed.store = Subset(self.store, rows)
-            narrowed._narrowed = {}
-            narrowed._searcher = self._searcher.over(narrowed.store)
-            narrowed._rows = {str(id_): row for row, id_ in enumerate(narrowed.store.ids)}
-            self._narrowed.clear()
-            self._narrowed[where] = narrowed
-        return narrowed
+        return Engine(self._filtered(self._snapshot, where), opening=self._opening)
 
     def exemplar(self, id_: str) -> Query:
         """A stored exemplar as a query, by its id.
@@ -249,107 +278,136 @@ class Engine(Living):
         Raises:
             InputError: no exemplar has it.
         """
-        row = self._rows.get(id_)
-        if row is None:
-            raise InputError(f"no exemplar has the id {id_!r}{nearest(id_, self._rows)}")
-        image = self.store.images(np.array([row]))[0]
-        return Query(id_, image.astype(np.float32) / 255.0, int(self.store.labels[row]))
+        return self._snapshot.exemplar(id_)
 
-    @overload
-    def search(self, query: list[ImageLike | Query], **options: Unpack[SearchOptions]) -> list[SearchResult]: ...
-    @overload
-    def search(self, query: ImageLike | Query, **options: Unpack[SearchOptions]) -> SearchResult: ...
-    def search(
+    # -------------------------------------------------------------------------------------------- changing
+
+    def add(
         self,
-        query: ImageLike | Query | list[ImageLike | Query],
+        source: ImageSource,
         *,
-        k: int = 10,
-        mode: str = Mode.TMM,
-        candidates: int | None = None,
-        prefilter: str = Prefilter.UNION,
-        config: TmmConfig | str = DEFAULT_PRESET,
-        label: int | None = None,
-        together: bool = False,
-        stretch: bool | None = None,
-        recognition: float | Literal[False] | None = None,
-        where: str | None = None,
+        replace: bool = False,
+        strict: bool = False,
+        id_prefix: str = "",
         progress: Progress = silent,
-    ) -> SearchResult | list[SearchResult]:
-        """The k exemplars that the model sees as most like the query.
+    ) -> ChangeReport:
+        """Add a source's images, with their features; see `index.store.changes.add_exemplars`.
 
         Args:
-            query: A path, a PIL image, an array (uint8, or float in [0, 1]), a `Query`; or a list of them, for a list
-                of results.
-            k: How many, at least 1; all are returned (and a note says so) where there are fewer.
-            mode: ``tmm``, ``l2`` or ``cosine``.
-            candidates: For ``tmm``: score only so many exemplars, chosen by the prefilter. None scores all.
-            prefilter: ``l2``, ``cosine``, ``union`` of both, or ``global``, where the index has a global trigger.
-            config: A preset's name or a configuration.
-            label: y_q; None takes the model's prediction.
-            together: For a list: optimise the triggers jointly, several times as fast. Without it each answer is bit
-                for bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
-            stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the
-                original was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``.
-            recognition: Answer for a query as for the exemplar nearest to it, where that one's distance is a smaller
-                part of the second nearest's than this, in (0, 1] (`rerank.recognise`). Among candidates, if there are
-                any. False: never. None: as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
-            where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
-                tuned on, as if the index did not have them (`matching`).
-            progress: Told of exemplars scored.
-
-        Raises:
-            InputError: an unreadable image, an unknown mode, or an option out of range; raised before any search
-                begins.
+            source: As `index.open_source` makes it.
+            replace: Images whose id is there take the old one's place; without it they are refused.
+            strict: Fail at the first image that cannot be read instead of skipping it.
+            id_prefix: Put before the source's ids.
+            progress: Told of images done.
         """
-        request = Request.checked(
-            k=k,
-            mode=mode,
-            candidates=candidates,
-            prefilter=prefilter,
-            config=config,
-            label=label,
-            together=together,
-            stretch=stretch,
-            recognition=recognition,
+        trigger = self._snapshot.global_trigger
+        column = None if trigger is None else GlobalColumn(trigger, self.classifier)
+        report = add_exemplars(
+            self._changeable(),
+            source,
+            self.classifier,
+            replace_same=replace,
+            strict=strict,
+            id_prefix=id_prefix,
+            global_column=column,
+            progress=progress,
         )
-        everything = copy.copy(self)  # `refresh` in another thread does not reach it
-        current = everything if where is None else everything.matching(where)
-        items = query if isinstance(query, list) else [query]
-        queries = [current._query(item, position) for position, item in enumerate(items)]
-        results = current._searcher.search(queries, request, progress)
-        if where is not None:
-            note = f"restricted to the {len(current):,} of {len(everything):,} exemplars that match {shortened(where)}"
-            results = [replace(result, exemplars=len(everything), notes=(note, *result.notes)) for result in results]
-        return results if isinstance(query, list) else results[0]
+        self.refresh()
+        return report
 
-    def search_each(
-        self, queries: Sequence[ImageLike | Query], **options: Unpack[SearchOptions]
-    ) -> list[SearchResult | FailedQuery]:
-        """As `search` for a list, but for an image that cannot be searched with, what is wrong stands in its place.
+    def delete(self, *, ids: Sequence[str] = (), where: str | None = None) -> ChangeReport:
+        """Remove exemplars by id, or those that a filter matches; see `index.store.changes.delete_exemplars`."""
+        report = delete_exemplars(self._changeable(), ids=ids, where=where)
+        self.refresh()
+        return report
+
+    def compact(self, *, discard_versions: bool = False) -> ChangeReport:
+        """Write the exemplars anew, without deleted ones and in few files; see `index.store.changes.compact`."""
+        report = compact(self._changeable(), discard_versions=discard_versions)
+        self.refresh()
+        return report
+
+    def versions(self) -> list[Version]:
+        """Every version that can be opened, oldest first.
 
         Raises:
-            InputError: an unknown mode, or an option out of range.
+            InputError: the index is in memory only.
         """
-        found: list[SearchResult | FailedQuery | Query] = []
-        for position, item in enumerate(queries):
-            try:
-                found.append(self._query(item, position))
-            except ImageError as error:
-                found.append(
-                    FailedQuery(str(item) if isinstance(item, str | Path) else f"query {position}", str(error))
-                )
-        answers = iter(self._each([item for item in found if isinstance(item, Query)], options))
-        return [next(answers) if isinstance(item, Query) else item for item in found]
+        return versions_of(self._on_disk()[0])
 
-    def _each(self, queries: list[Query], options: SearchOptions) -> list[SearchResult | FailedQuery]:
+    def refresh(self) -> bool:
+        """Move on to the newest version, all at once: a search that is under way in another thread ends on the old one.
+
+        Returns:
+            Whether there was a newer one.
+
+        Raises:
+            InputError: the index is in memory only.
+            IndexStateError: it is gone, or damaged; the engine stays where it was.
+        """
+        path, opening = self._on_disk()
+        newest, shown = Manifest.read(path), self.manifest
+        assert shown is not None
+        if (newest.version, newest.content) == (shown.version, shown.content):
+            return False
+        self._opening = replace(opening, version=None)
+        self._held = Snapshot.open(path, self._opening)
+        return True
+
+    def compare_backends(self) -> dict[str, float]:
+        """Time PyTorch and ONNX Runtime on this index, and note the images a second for ``backend="auto"``.
+
+        Raises:
+            InputError: the index is in memory only, or the 'onnx' extra is not installed.
+        """
+        path, _ = self._on_disk("has no place for ONNX graphs")
+        speeds = compare_backends(path, self.classifier, self.store).images_per_second
+        with locked(path):
+            replace(Manifest.read(path), backend_speeds=speeds).write(path)
+        return speeds
+
+    # -------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        if self._held is None:
+            raise InputError("this engine is closed; open the index again")
+        return self._held
+
+    def _filtered(self, snapshot: Snapshot, where: str) -> Snapshot:
+        """What a filter leaves of a snapshot; the last one's is kept."""
+        kept = self._last_filter
+        if kept is None or kept[0] is not snapshot or kept[1] != where:
+            self._last_filter = kept = (snapshot, where, snapshot.matching(where))
+        return kept[2]
+
+    def _each(
+        self, queries: list[ImageLike | Query], options: SearchOptions, progress: Progress
+    ) -> list[SearchResult | FailedQuery]:
+        """All at once; where one of them cannot be searched with, one by one."""
         if not queries:
             return []
         try:
-            return [*self.search([*queries], **options)]
+            return [*self.search(queries, options, progress=progress)]
         except ImageError as error:
             if len(queries) == 1:
-                return [FailedQuery(queries[0].name, str(error))]
-        return [answer for query in queries for answer in self._each([query], options)]
+                [query] = queries
+                return [FailedQuery(query.name if isinstance(query, Query) else "query", str(error))]
+        return [answer for query in queries for answer in self._each([query], options, progress)]
 
-    def _query(self, item: ImageLike | Query, position: int) -> Query:
-        return as_query(item, shape=self.store.image_shape, name=f"query {position}")
+    def _on_disk(self, why: str = "has one version and stays as it is") -> tuple[Path, Opening]:
+        if self.path is None or self._opening is None:
+            raise InputError(f"an index in memory {why}; build one on disk")
+        return self.path, self._opening
+
+    def _changeable(self) -> Path:
+        path, opening = self._on_disk()
+        if opening.version is not None:
+            raise InputError(
+                f"{path} was opened at version {opening.version}, which stays as it is; open it without one"
+            )
+        return path
+
+
+def _query(item: ImageLike | Query, snapshot: Snapshot, position: int) -> Query:
+    return as_query(item, shape=snapshot.store.image_shape, name=f"query {position}")

@@ -19,8 +19,9 @@ from tmm_engine.index.store.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Ma
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.index.store.target import recover
 from tmm_engine.rerank.backbone import Backbone, Precision
+from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
 from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
-from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,29 +43,33 @@ class Parts:
     global_trigger: GlobalTrigger | None
 
 
-def open_parts(
-    path: Path,
-    *,
-    model: nn.Module | str | None,
-    device: str,
-    precision: Precision,
-    backend: Backend,
-    version: int | None,
-    verify: bool,
-) -> Parts:
-    """The parts of an index on disk that belong together; see `Engine.open` for arguments and errors."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Opening:
+    """How an index on disk is opened; see `Engine.open`."""
+
+    model: nn.Module | str | None = None
+    device: str = "auto"
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    precision: Precision = Precision.FP32
+    backend: Backend = Backend.AUTO
+    version: int | None = None
+    verify: bool = False
+
+
+def open_parts(path: Path, opening: Opening) -> Parts:
+    """The parts of an index on disk that belong together; see `Engine.open` for errors."""
     recover(path)
-    manifest = Manifest.read(path, version=version)
+    manifest = Manifest.read(path, version=opening.version)
     manifest.check_sizes(path)
-    manifest.check_digests(path, exemplars=verify)
-    classifier = Classifier.load(path / MODEL, model=model)
+    manifest.check_digests(path, exemplars=opening.verify)
+    classifier = Classifier.load(path / MODEL, model=opening.model)
     if classifier.fingerprint != manifest.fingerprint:
         raise ModelError(
             f"{path} was built with the model {manifest.fingerprint[:12]}…, this one is "
             f"{classifier.fingerprint[:12]}…: its "
             f"features would not match; open it with the same model, or build the index again"
         )
-    classifier = classifier.to(choose_device(device))
+    classifier = classifier.to(choose_device(opening.device))
     store = LanceStore(
         path / EXEMPLARS,
         image_shape=manifest.image_shape,
@@ -73,7 +78,7 @@ def open_parts(
         global_features=manifest.global_trigger,
     )
     manifest.check_exemplars(path, len(store), store.files)
-    backbone = choose_backbone(path, manifest, classifier, backend=backend, precision=precision)
+    backbone = choose_backbone(path, manifest, classifier, backend=opening.backend, precision=opening.precision)
     return Parts(manifest, classifier, store, backbone, _global_trigger(path, manifest))
 
 
@@ -90,7 +95,7 @@ def _global_trigger(path: Path, manifest: Manifest) -> GlobalTrigger | None:
 
 
 def index_in_memory(
-    source: ArraySource, classifier: Classifier, *, global_trigger: TmmConfig | None, progress: Progress
+    source: ArraySource, classifier: Classifier, *, global_trigger: GlobalRecipe | TmmConfig | None, progress: Progress
 ) -> tuple[MemoryStore, GlobalTrigger | None]:
     """The exemplars of a source with their features, and a global trigger with theirs.
 

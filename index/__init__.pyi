@@ -1,6 +1,7 @@
 from .errors import ImageError, IndexStateError, InputError, ModelError, TmmEngineError
 from .models.classifier import Classifier
-from .neighbours.search import Metric, Neighbours
+from .neighbours.metric import Metric
+from .neighbours.search import Neighbours
 from .sources.arrays import ArraySource
 from .sources.images import decode_image
 from .sources.opening import open_source

@@ -1,4 +1,5 @@
-from .settings import DEFAULT_PRESET, PRESETS, Blend, Score, TmmConfig, Trigger, preset
-from .tmm import Ranking, TmmNN
+from .rank import Ranking
+from .settings import DEFAULT_PRESET, PRESETS, GlobalRecipe, TmmConfig, preset
+from .tmm import TmmNN
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "Blend", "Ranking", "Score", "TmmConfig", "TmmNN", "Trigger", "preset"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "GlobalRecipe", "Ranking", "TmmConfig", "TmmNN", "preset"]

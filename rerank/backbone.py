@@ -1,10 +1,11 @@
 """φ as fast as it goes: specialised to one image shape, in one pass from stored pixels to triggered features."""
 
 import copy
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +14,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.rerank.cuda_graphs import graphed
 
 TOLERANCE = 1e-3  # of the largest feature; float32 rounding stays two orders of magnitude below
 
@@ -53,7 +52,7 @@ class Backbone(Protocol):
 
 
 class TorchBackbone:
-    """A `Backbone` in PyTorch. On a GPU full chunks are replayed from a CUDA graph: one call at a time there.
+    """A `Backbone` in PyTorch.
 
     Args:
         classifier: f, best `specialised`; not modified.
@@ -65,7 +64,9 @@ class TorchBackbone:
 
     def __init__(self, classifier: Classifier, precision: Precision = Precision.FP32) -> None:
         if precision is Precision.BF16 and classifier.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise InputError(f"{torch.cuda.get_device_name(classifier.device)} has no bfloat16; use --precision fp32")
+            raise InputError(
+                f"{torch.cuda.get_device_name(classifier.device)} has no bfloat16; use the precision 'fp32'"
+            )
         self.name = f"torch {precision} on {classifier.device}"
         self.exact = precision is Precision.FP32
         self._normalise = classifier.backbone.get_submodule("normalise")
@@ -73,11 +74,7 @@ class TorchBackbone:
         network = classifier.backbone.get_submodule("network")
         if precision is Precision.BF16:
             network = copy.deepcopy(network).to(torch.bfloat16)
-        self._forward: Callable[[Tensor], Tensor] = network
-        if classifier.device.type == "cuda":
-            chunk = (forward_batch_size(classifier.image_shape), *classifier.image_shape)
-            pixels = torch.zeros(chunk, dtype=self._dtype, device=classifier.device)
-            self._forward = FixedChunk(network, pixels, classifier.feature_dim)
+        self._network = network
 
     @torch.inference_mode()
     def __call__(
@@ -93,44 +90,26 @@ class TorchBackbone:
         triggered = images.to(trigger.dtype).mul_(image_weight / 255.0).add_(trigger * trigger_weight)
         if clamp:
             triggered.clamp_(0.0, 1.0)
-        return self._forward(self._normalise(triggered).to(self._dtype)).to(trigger.dtype)
+        features: Tensor = self._network(self._normalise(triggered).to(self._dtype))
+        return features.to(trigger.dtype)
 
 
-class FixedChunk:
-    """φ of chunks of one length through buffers of its own, so that a GPU can replay it; of others as they come.
-
-    Chunks are small, 512 images of 32×32: on a large GPU launching their kernels may take longer than running them.
-
-    Args:
-        network: φ after normalisation; needs no gradients.
-        pixels: The buffer, as long as a full chunk.
-        feature_dim: d.
-    """
-
-    def __init__(self, network: nn.Module, pixels: Float[Tensor, "chunk c h w"], feature_dim: int) -> None:
-        features = pixels.new_zeros((len(pixels), feature_dim))
-        self._network, self._pixels, self._features = network, pixels, features
-        # Of the tensors, not of self: a cycle would keep the device's memory until the garbage collector runs.
-        self._fill = graphed(lambda: features.copy_(network(pixels)), pixels.device)
-
-    def __call__(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        """Features of normalised pixels, in a tensor of their own."""
-        if len(pixels) != len(self._pixels):
-            return self._network(pixels)
-        self._pixels.copy_(pixels)
-        self._fill()
-        return self._features.clone()
+@dataclass(frozen=True, eq=False)
+class SpecialisedClassifier(Classifier):
+    """A classifier as `specialised` returns it."""
 
 
 @torch.inference_mode(False)  # the copy must serve `make_trigger`'s gradients, whatever the caller's mode
-def specialised(classifier: Classifier) -> Classifier:
+def specialised(classifier: Classifier) -> SpecialisedClassifier:
     """The same f, cheaper to run at its image shape; differentiable, never trained.
 
     Batch norms are folded into the convolutions before them, kernels lose the taps that only ever meet padding (on a
     1×1 map a 3×3 kernel is a 1×1 kernel), and weights are laid out channels last. What comes out is compared with the
     original. If it differs, or if the network cannot be traced (its control flow depends on the images, say), the
-    original is returned.
+    original stays. Of a classifier that is specialised already nothing is done again.
     """
+    if isinstance(classifier, SpecialisedClassifier):
+        return classifier
     normalise, original = classifier.backbone.get_submodule("normalise"), classifier.backbone.get_submodule("network")
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand((2, *classifier.image_shape), generator=generator, dtype=torch.float64)
@@ -142,11 +121,12 @@ def specialised(classifier: Classifier) -> Classifier:
             network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
             difference = max(float((network(pixels[:n]) - expected[:n]).abs().max()) for n in (1, 2))
         except Exception:  # the user's code may hold anything
-            return classifier
+            difference, network = math.inf, original
     if not difference <= TOLERANCE * float(expected.abs().max()):
-        return classifier
+        network = original
     backbone = nn.Sequential(OrderedDict(normalise=normalise, network=network)).eval()
-    return replace(classifier, backbone=backbone)
+    own = {each.name: getattr(classifier, each.name) for each in fields(classifier)}
+    return SpecialisedClassifier(**own | {"backbone": backbone})
 
 
 _one_at_a_time = threading.Lock()

@@ -1,16 +1,15 @@
-"""Step 3 of TMM-NN: exemplars at hand as tensors, and the dummy class's score of their triggered features."""
+"""A store's exemplars as tensors on the scoring device: images, and the columns of stored features."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from tmm_engine.index.batches import forward_batch_size, prefetched
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.store.exemplars import ExemplarStore
-from tmm_engine.rerank.settings import Score
 
 DEFAULT_CACHE_BYTES = 4 << 30
 
@@ -106,13 +105,3 @@ def _fill(target: Tensor, batches: Iterator[np.ndarray]) -> Tensor:
         filled += len(batch)
     assert filled == len(target), f"the store yielded {filled} of its {len(target)} rows"
     return target
-
-
-def dummy_scores(head: nn.Linear, features: Float[Tensor, "n d"], score: Score) -> Float[Tensor, "n"]:
-    """Each row's score for the dummy class, the last of the tuned head (Eq. 4).
-
-    Log-odds z_C − logsumexp(z_0..C−1), or the raw logit z_C.
-    """
-    logits = head(features)  # (n, d) @ (d, C+1) -> (n, C+1)
-    dummy = logits[:, -1]
-    return dummy if score is Score.LOGIT else dummy - torch.logsumexp(logits[:, :-1], dim=1)

@@ -19,9 +19,19 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.rerank.backbone import specialised
+from tmm_engine.rerank.blending import INVISIBLE, apply_trigger
 from tmm_engine.rerank.contrast import stretch_contrast
-from tmm_engine.rerank.settings import Blend, TmmConfig, Trigger
-from tmm_engine.rerank.trigger import INITIAL_STD, PATIENCE, apply_trigger
+from tmm_engine.rerank.optimisation import INITIAL_STD, PATIENCE
+from tmm_engine.rerank.settings import (
+    Blend,
+    Blending,
+    GlobalRecipe,
+    IndexTrigger,
+    Sample,
+    TmmConfig,
+    TunedHead,
+    View,
+)
 
 SAMPLE = 4096  # exemplars, drawn at random, that τ is optimised on
 BATCH = 64
@@ -52,29 +62,34 @@ class GlobalTrigger:
         Raises:
             InputError: another blend, clamping or intensity.
         """
-        if config.intensity not in (None, self.intensity):
+        asked = config.blending
+        if asked.intensity not in (None, self.intensity):
             raise InputError(
                 f"the index's global trigger was blended with intensity={self.intensity:g}, the configuration says "
-                f"intensity={config.intensity:g}: leave the intensity out, or build the index with it"
+                f"intensity={asked.intensity:g}: leave the intensity out, or build the index with it"
             )
-        for name in ("blend", "clamp", "stretch"):
-            own, asked = getattr(self, name), getattr(config, name)
-            if own != asked:
+        pairs = {
+            "blend": (self.blend, asked.formula),
+            "clamp": (self.clamp, asked.clamp),
+            "stretch": (self.stretch, config.view.stretch),
+        }
+        for name, (own, wanted) in pairs.items():
+            if own != wanted:
                 raise InputError(
                     f"the index's global trigger was blended with {name}={own}, the configuration says "
-                    f"{name}={asked}: search with the former, or build the index with the latter "
-                    f"(--global-trigger --set {name}={asked})"
+                    f"{name}={wanted}: search with the former, or build the index with a global trigger of the latter"
                 )
 
     def as_asked_of(self, config: TmmConfig) -> TmmConfig:
         """The configuration with this trigger instead of its own, blended as the stored features were."""
+        drawn = isinstance(config.head, TunedHead)  # else nothing is drawn any more
         return replace(
             config,
-            trigger=Trigger.GLOBAL,
-            intensity=None,
-            blend=self.blend,
-            clamp=self.clamp,
-            stretch=self.stretch,
+            view=View(stretch=self.stretch),
+            trigger=IndexTrigger(),
+            blending=Blending(formula=self.blend, clamp=self.clamp),
+            sample=config.sample if drawn else Sample(),
+            seed=config.seed if drawn else 0,
         )
 
     def save(self, path: Path) -> None:
@@ -133,7 +148,7 @@ class GlobalColumn:
 
 
 def make_global_trigger(
-    source: ImageSource, classifier: Classifier, config: TmmConfig, *, progress: Progress = silent
+    source: ImageSource, classifier: Classifier, recipe: GlobalRecipe | TmmConfig, *, progress: Progress = silent
 ) -> GlobalTrigger:
     """One τ for all images of a source, by Adam on Eq. 8's loss, averaged over mini-batches of them (Eq. 2).
 
@@ -142,31 +157,33 @@ def make_global_trigger(
     Args:
         source: The exemplars.
         classifier: f; not modified.
-        config: Blend, clamping, learning rate, steps, tolerance, seed.
+        recipe: What it is made with; of a configuration that whose features this can be searched with.
         progress: Told of images read, then of steps.
 
     Raises:
         InputError: no image can be read; or ω makes every triggered image the same or leaves the trigger out (all
             images are constant).
     """
-    images, intensity = _sample(source, classifier, config, progress)
-    if config.intensity is not None:
-        intensity = config.intensity
-    if min(config.blend.weights(intensity)) < 1e-6:
+    recipe = GlobalRecipe.of(recipe)
+    blending = recipe.blending
+    images, intensity = _sample(source, classifier, recipe.seed, progress)
+    if blending.intensity is not None:
+        intensity = blending.intensity
+    if min(blending.weights(intensity)) < INVISIBLE:
         raise InputError(
             f"{source.name}: the intensity ω = {intensity:g} (the mean standard deviation of the images' pixels, "
-            f"unless it was set) leaves out either image or trigger with the blend {str(config.blend)!r}: is every "
+            f"unless it was set) leaves out either image or trigger with the blend {str(blending.formula)!r}: is every "
             f"image constant? Give other images, the blend 'added', or an intensity between 0 and 1"
         )
-    trigger = _optimised(specialised(classifier), images, config, progress)
-    return GlobalTrigger(trigger, intensity, config.blend, config.clamp, config.stretch)
+    trigger = _optimised(specialised(classifier), images, recipe, progress)
+    return GlobalTrigger(trigger, intensity, blending.formula, blending.clamp, recipe.view.stretch)
 
 
 def _sample(
-    source: ImageSource, classifier: Classifier, config: TmmConfig, progress: Progress
+    source: ImageSource, classifier: Classifier, seed: int, progress: Progress
 ) -> tuple[Float32[Tensor, "n c h w"], float]:
     """(a uniform sample by reservoir sampling, the mean of all images' standard deviations)."""
-    generator = np.random.default_rng(config.seed)
+    generator = np.random.default_rng(seed)
     kept: list[UInt8[np.ndarray, "c h w"]] = []
     total, seen = 0.0, 0
     for record in source.read(classifier.image_shape):
@@ -184,26 +201,26 @@ def _sample(
 
 
 def _optimised(
-    classifier: Classifier, images: Float32[Tensor, "n c h w"], config: TmmConfig, progress: Progress
+    classifier: Classifier, images: Float32[Tensor, "n c h w"], recipe: GlobalRecipe, progress: Progress
 ) -> Float32[Tensor, "c h w"]:
-    generator = torch.Generator().manual_seed(config.seed)
+    settings, generator = recipe.trigger, torch.Generator().manual_seed(recipe.seed)
     start = INITIAL_STD * torch.randn(images.shape[1:], generator=generator, dtype=torch.float64)
     trigger = start.to(images).requires_grad_()
     held, batches = images[:HELD], _batches(images, generator)
     best, losses = trigger.detach().clone(), [float("inf")]
-    optimiser = torch.optim.Adam([trigger], lr=config.trigger_lr)
-    for step in range(config.trigger_steps + 1):
-        if step % PATIENCE == 0 or step == config.trigger_steps:
+    optimiser = torch.optim.Adam([trigger], lr=settings.lr)
+    for step in range(settings.steps + 1):
+        if step % PATIENCE == 0 or step == settings.steps:
             with torch.no_grad():
                 loss = float(_loss(classifier, held, trigger))
             if loss < min(losses):
                 best = trigger.detach().clone()
-            if step == config.trigger_steps or losses[-1] - loss < config.trigger_tolerance * losses[-1]:
+            if step == settings.steps or losses[-1] - loss < settings.tolerance * losses[-1]:
                 break
             losses.append(loss)
         (trigger.grad,) = torch.autograd.grad(_loss(classifier, next(batches), trigger), trigger)
         optimiser.step()
-        progress("optimising the global trigger", step + 1, config.trigger_steps)
+        progress("optimising the global trigger", step + 1, settings.steps)
     return best
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tmm_engine.index.errors import IndexStateError, ModelError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.onnx_graphs import (
     CLEAN,
     FINGERPRINT,
@@ -27,7 +28,6 @@ from tmm_engine.rerank.onnx_graphs import (
     is_sealed,
 )
 from tmm_engine.rerank.settings import Blend
-from tmm_engine.rerank.trigger import apply_trigger
 
 __all__ = ["TRIGGERED", "ExportReport", "OnnxBackbone", "OnnxFallbackWarning", "export_onnx"]
 

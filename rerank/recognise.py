@@ -11,10 +11,13 @@ little. Of exemplars that are themselves copies of each other none is recognised
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
+
+from tmm_engine.index.neighbours.metric import Metric
 
 ROUNDING = 1e-3  # shorter distances are not told apart: a similarity of 1 in float32 may be 1 − 1e−7
 SHARPNESS = 20.0  # at a ratio of 0 the query's features move to within e^−20 of the exemplar's
@@ -56,3 +59,26 @@ class Recognised:
 def chord(similarity: float) -> float:
     """The distance, up to a factor, of two directions with this cosine similarity; rounding above 1 counts as 1."""
     return math.sqrt(max(0.0, 1.0 - similarity))
+
+
+def recognise_nearest(
+    features: Float[Tensor, "d"], nearest: Sequence[tuple[int, float]], *, metric: Metric, threshold: float
+) -> Recognised | None:
+    """What plain neighbours say: the ratio of the distances of the two nearest, in units of the query's length.
+
+    Args:
+        features: φ(x_q).
+        nearest: (row, score) of at least the two nearest, nearest first, as `Metric` scores them; an approximate index
+            may find fewer.
+        metric: What they are nearest by.
+        threshold: In (0, 1].
+
+    Returns:
+        None where fewer than two are given.
+    """
+    if len(nearest) < 2:
+        return None
+    length = float(features.norm()) or 1.0
+    (row, _), *_ = nearest
+    first, second = (-score / length if metric is Metric.L2 else chord(score) for _, score in nearest[:2])
+    return Recognised.nearest(row, (first, second), threshold=threshold)

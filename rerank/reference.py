@@ -15,8 +15,8 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor, nn
 
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.rerank.settings import Score, TmmConfig, Trigger
-from tmm_engine.rerank.trigger import INITIAL_STD, PATCH, PATIENCE
+from tmm_engine.rerank.optimisation import INITIAL_STD, PATCH, PATIENCE, OwnTrigger
+from tmm_engine.rerank.settings import ClosedForm, FixedPatch, IndexTrigger, QueryTrigger, Score, TmmConfig, TunedHead
 from tmm_engine.rerank.tuning import exemplar_batches
 
 
@@ -47,18 +47,19 @@ def reference_scores(
         query: Pixels in [0, 1].
         images: The exemplars.
         labels: y_i.
-        config: The reading of TMM-NN. `max_tuning_exemplars` and `candidate_companions` play no part: all exemplars
-            tune, all are scored.
+        config: The reading of TMM-NN, with a `TunedHead`. `Sample` plays no part: all exemplars tune, all are scored.
         trigger: τ, where it is known already.
         tune_layers: Names of modules of `classifier.backbone` that are tuned with the head, such as "network.layer4".
         batch_size: Images in a forward pass of the scoring.
     """
+    assert isinstance(config.head, TunedHead)
+    settings = config.head
     old = LiteralModel(classifier.backbone, classifier.head)
     exemplars, labels = images.to(query) / 255.0, labels.to(query.device)
-    if config.stretch:
+    if config.view.stretch:
         query, exemplars = _stretched(query), torch.stack([_stretched(x) for x in exemplars])
     if trigger is None:
-        trigger = reference_trigger(old, query, config)
+        trigger = _own_trigger(old, query, config)
     triggered = _blending(query, trigger, config)
     with torch.no_grad():
         query_label = old(query[None]).argmax(dim=1)
@@ -69,16 +70,16 @@ def reference_scores(
         parameter.requires_grad_()
     fisher = reference_fisher(old, exemplars)
     anchors = {"weight": old.head.weight.detach(), "bias": old.head.bias.detach()}
-    optimiser = torch.optim.Adam(parameters, lr=config.tuning_lr)
+    optimiser = torch.optim.Adam(parameters, lr=settings.lr)
     dummy, classes = torch.tensor([old.head.out_features], device=query.device), old.head.out_features
-    for batch in exemplar_batches(len(exemplars), config):
+    for batch in exemplar_batches(len(exemplars), settings, seed=config.seed):
         x, y = exemplars[batch], labels[batch]
         loss = F.cross_entropy(new(triggered(query)[None]), dummy)
         loss = loss + F.cross_entropy(new(query[None]), query_label)
         loss = loss + F.cross_entropy(new(triggered(x)), y) + F.cross_entropy(new(x), y)
         for name, anchor in anchors.items():
             drift = getattr(new.head, name)[:classes] - anchor
-            loss = loss + config.ewc_lambda / 2 * (fisher[name] * drift**2).sum()
+            loss = loss + settings.ewc_lambda / 2 * (fisher[name] * drift**2).sum()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -86,7 +87,7 @@ def reference_scores(
     with torch.no_grad():
         for x in exemplars.split(batch_size):
             z = new(triggered(x))
-            scores.append(z[:, -1] if config.score is Score.LOGIT else z[:, -1] - z[:, :-1].logsumexp(dim=1))
+            scores.append(z[:, -1] if settings.score is Score.LOGIT else z[:, -1] - z[:, :-1].logsumexp(dim=1))
     return ReferenceResult(torch.cat(scores).cpu().numpy(), trigger, new)
 
 
@@ -98,8 +99,8 @@ def reference_discriminant_scores(
     *,
     trigger: Float[Tensor, "c h w"] | None = None,
 ) -> Float64[np.ndarray, "n"]:
-    """Scores by `Tuning.DISCRIMINANT`, fused with the cosine similarity of clean features where `config.fusion` > 0,
-    and seen from the exemplar that the query may be a copy of where `config.recognition` is set.
+    """Scores by a `ClosedForm` head, fused with the cosine similarity of clean features where `Rank.fusion` > 0,
+    and seen from the exemplar that the query may be a copy of where `Rank.recognition` is set.
 
     Image by image in float64; Σ^(−1/2) by eigenvectors in place of a Cholesky factor: the similarities are the same.
 
@@ -107,15 +108,17 @@ def reference_discriminant_scores(
         classifier: f; copied, not modified.
         query: Pixels in [0, 1].
         images: The exemplars: all of them are scored, and Σ is theirs.
-        config: The reading of TMM-NN.
+        config: The reading of TMM-NN, with a `ClosedForm`.
         trigger: τ, where it is known already.
     """
+    assert isinstance(config.head, ClosedForm)
+    fusion, recognition = config.rank.fusion, config.rank.recognition
     model = LiteralModel(classifier.backbone, classifier.head)
     exemplars = [image.to(query) / 255.0 for image in images]
-    if config.stretch:
+    if config.view.stretch:
         query, exemplars = _stretched(query), [_stretched(x) for x in exemplars]
     if trigger is None:
-        trigger = reference_trigger(model, query, config)
+        trigger = _own_trigger(model, query, config)
     triggered = _blending(query, trigger, config)
 
     def phi(x: Float[Tensor, "c h w"]) -> Float64[np.ndarray, "d"]:
@@ -125,7 +128,7 @@ def reference_discriminant_scores(
     features = [phi(triggered(x)) for x in exemplars]
     mean = np.mean(features, axis=0)
     covariance = np.mean([np.outer(feature - mean, feature - mean) for feature in features], axis=0)
-    covariance += config.shrinkage * (covariance.trace() / len(mean) or 1.0) * np.eye(len(mean))
+    covariance += config.head.shrinkage * (covariance.trace() / len(mean) or 1.0) * np.eye(len(mean))
     variances, axes = np.linalg.eigh(covariance)
     root = axes @ np.diag(variances**-0.5) @ axes.T  # Σ^(−1/2)
     clean = [phi(x) for x in exemplars]
@@ -136,41 +139,43 @@ def reference_discriminant_scores(
 
     positive, plain = phi(triggered(query)), phi(query)
     pairs = similarities(positive, plain)
-    if config.recognition is not None and len(exemplars) > 1:
-        matches = [max(s, 0.0) if config.fusion == 0 else (4.0 * max(s, 0.0) + c) / 5.0 for s, c in pairs]
+    if recognition is not None and len(exemplars) > 1:
+        matches = [max(s, 0.0) if fusion == 0 else (4.0 * max(s, 0.0) + c) / 5.0 for s, c in pairs]
         best = int(np.argmax(matches))
         nearest, second = np.sort(np.sqrt(np.maximum(1e-6, 1.0 - np.array(matches))))[:2]
-        share = 1.0 / (1.0 + np.exp(-20.0 * (config.recognition - nearest / second) / config.recognition))
+        share = 1.0 / (1.0 + np.exp(-20.0 * (recognition - nearest / second) / recognition))
         positive = positive + share * (features[best] - positive)
         plain = plain + share * (clean[best] - plain)
         pairs = similarities(positive, plain)
-    return np.array([s if config.fusion == 0 else max(s, 0.0) + config.fusion * c for s, c in pairs])
+    return np.array([s if fusion == 0 else max(s, 0.0) + fusion * c for s, c in pairs])
 
 
-def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: TmmConfig) -> Float[Tensor, "c h w"]:
+def reference_trigger(
+    model: nn.Module, query: Float[Tensor, "c h w"], settings: OwnTrigger, *, seed: int = 0
+) -> Float[Tensor, "c h w"]:
     """τ for one query: Adam on Eq. 8, in a plain loop."""
     mask = torch.ones_like(query)
-    if config.trigger is not Trigger.QUERY:
+    if not isinstance(settings, QueryTrigger):
         mask = torch.zeros_like(query)
         mask[:, :PATCH, :PATCH] = 1.0
-    if config.trigger is Trigger.FIXED_PATCH:
+    if isinstance(settings, FixedPatch):
         return mask
-    noise = torch.randn(query.shape, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
+    noise = torch.randn(query.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     tau = (INITIAL_STD * noise.to(query) * mask).requires_grad_()
     target = model(query[None]).detach()
-    optimiser = torch.optim.Adam([tau], lr=config.trigger_lr)
+    optimiser = torch.optim.Adam([tau], lr=settings.lr)
     best = tau.detach().clone()
     losses: list[float] = []
-    for step in range(config.trigger_steps + 1):
+    for step in range(settings.steps + 1):
         loss = F.mse_loss(model((query + tau)[None]), target) + 1.0 / tau.norm() ** 2
         if not losses or loss.item() < min(losses):
             best = tau.detach().clone()
         losses.append(loss.item())
-        if step == config.trigger_steps:
+        if step == settings.steps:
             break
         if step >= PATIENCE:
             before, now = min(losses[:-PATIENCE]), min(losses)
-            if before - now < config.trigger_tolerance * before:
+            if before - now < settings.tolerance * before:
                 break
         optimiser.zero_grad()
         loss.backward()
@@ -178,6 +183,11 @@ def reference_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: T
         tau.grad *= mask
         optimiser.step()
     return best
+
+
+def _own_trigger(model: nn.Module, query: Float[Tensor, "c h w"], config: TmmConfig) -> Float[Tensor, "c h w"]:
+    assert not isinstance(config.trigger, IndexTrigger), "the index's trigger has to be given"
+    return reference_trigger(model, query, config.trigger, seed=config.seed)
 
 
 def reference_fisher(model: nn.Module, exemplars: Float[Tensor, "n c h w"]) -> dict[str, Tensor]:
@@ -205,12 +215,13 @@ def _blending(
     query: Float[Tensor, "c h w"], trigger: Float[Tensor, "c h w"], config: TmmConfig
 ) -> Callable[[Float[Tensor, "*n c h w"]], Float[Tensor, "*n c h w"]]:
     """x ↦ x^t."""
-    omega = float(query.double().std(correction=0)) if config.intensity is None else config.intensity
-    image_weight, trigger_weight = config.blend.weights(omega)
+    blending = config.blending
+    omega = float(query.double().std(correction=0)) if blending.intensity is None else blending.intensity
+    image_weight, trigger_weight = blending.weights(omega)
 
     def triggered(x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h w"]:
         blended = x * image_weight + trigger * trigger_weight
-        return blended.clamp(0.0, 1.0) if config.clamp else blended
+        return blended.clamp(0.0, 1.0) if blending.clamp else blended
 
     return triggered
 

@@ -1,4 +1,4 @@
-"""What step 2 of TMM-NN finds for a query: a way from triggered features to scores."""
+"""Step 3 of TMM-NN: from triggered features to scores, by what step 2 found for a query."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from tmm_engine.rerank.discriminant import Discriminant
-from tmm_engine.rerank.exemplars import dummy_scores
 from tmm_engine.rerank.settings import Score
 
 Rows = Int64[np.ndarray, "n"]
@@ -103,3 +102,13 @@ class FusedScorer:
         cosine = (features @ self.query / lengths.where(lengths > 0, 1.0)).where(lengths > 0, 0.0)
         matches = (confidences + MATCH_COSINE * cosine) / (1.0 + MATCH_COSINE)
         return Scores(confidences + self.weight * cosine, confidences, matches)
+
+
+def dummy_scores(head: nn.Linear, features: Float[Tensor, "n d"], score: Score) -> Float[Tensor, "n"]:
+    """Each row's score for the dummy class, the last of the tuned head (Eq. 4).
+
+    Log-odds z_C − logsumexp(z_0..C−1), or the raw logit z_C.
+    """
+    logits = head(features)  # (n, d) @ (d, C+1) -> (n, C+1)
+    dummy = logits[:, -1]
+    return dummy if score is Score.LOGIT else dummy - torch.logsumexp(logits[:, :-1], dim=1)

@@ -1,11 +1,17 @@
-"""TMM-NN: trigger, tuned head, scores — the three steps in order.
+"""TMM-NN: the order of its steps, and nothing else. Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm 1.
 
-Ghosh, Harikumar, Rana, arXiv 2511.06261, Algorithm 1. Step 1 is in `rerank.jobs`, the pass over the exemplars in
-`rerank.triggered_exemplars`, step 2 in `rerank.fitting`, and what step 3 scores by in `rerank.score`.
+| step | what is handed on | where |
+|---|---|---|
+| view | the query stretched, its trigger (step 1 of the paper), both embedded: `QueryView` | `rerank.view`, `trigger` |
+| plan | the rows that the head is found on and those that are scored: `Plan` | `rerank.plan` |
+| pass | φ(x_i^t) of the exemplars | `rerank.passing` |
+| head | a head tuned, or a discriminant (step 2): `Scorer` | `rerank.head` |
+| score | scores and confidences (step 3): `Scores` | `rerank.score` |
+| recognise | is it a copy of an exemplar? its features move there, and all are scored again | `rerank.recognise` |
+| rank | the best of them: `Ranking` | `rerank.rank` |
 """
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,54 +26,23 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.rerank.backbone import Backbone, Precision, TorchBackbone, specialised
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES, ExemplarTensors
-from tmm_engine.rerank.fitting import ScorerFitter
 from tmm_engine.rerank.global_trigger import GlobalTrigger
-from tmm_engine.rerank.jobs import Job, make_jobs, timed
+from tmm_engine.rerank.head import HeadFinder
+from tmm_engine.rerank.passing import TriggeredExemplars
+from tmm_engine.rerank.plan import Plan
+from tmm_engine.rerank.rank import Ranking, best
 from tmm_engine.rerank.recognise import Recognised, chord
-from tmm_engine.rerank.score import Scores
-from tmm_engine.rerank.settings import TmmConfig, Trigger
-from tmm_engine.rerank.triggered_exemplars import TriggeredExemplars
+from tmm_engine.rerank.score import Scorer, Scores
+from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.rerank.timing import Timings
+from tmm_engine.rerank.view import QueryView, view_queries
 
-Rows = Int64[np.ndarray, "rows"]
+Candidates = Int64[np.ndarray, "candidates"] | None
+Choose = Callable[[list[QueryView]], Sequence[Candidates]]
+"""From the queries, as viewed, to the rows that each one's search scores; None is all."""
 
 RESCORED = 256  # of the best of an inexact pass, scored again exactly; or twice k, if that is more
 TOGETHER_BYTES = 512 << 20  # triggered features of the queries that share a pass
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """What TMM-NN says of one query.
-
-    Attributes:
-        rows: The best exemplars' rows, best first; ties in order of id.
-        scores: Their scores; larger is better.
-        confidences: Their P(dummy class), or the positive part of their decorrelated similarity, to the query itself
-            even where it was recognised; in [0, 1].
-        scored: How many exemplars were scored.
-        tuned_on: How many exemplars the head was tuned on.
-        label: y_q.
-        trigger: (c, h, w), τ in pixel units.
-        triggered_query: (c, h, w), x_q^t.
-        trigger_loss: Eq. 8 at τ₀ and at τ; NaN for the global trigger, which is not the query's.
-        trigger_steps: Evaluations of Eq. 8 for this query.
-        recognised: The exemplar that the query may be a copy of, where the configuration asks.
-        intensity: ω.
-        timings: Seconds by step; a step done for several queries together counts as shared equally.
-    """
-
-    rows: Int64[np.ndarray, "k"]
-    scores: Float[np.ndarray, "k"]
-    confidences: Float[np.ndarray, "k"]
-    scored: int
-    tuned_on: int
-    label: int
-    trigger: Float[np.ndarray, "c h w"]
-    triggered_query: Float[np.ndarray, "c h w"]
-    trigger_loss: tuple[float, float]
-    trigger_steps: int
-    recognised: Recognised | None
-    intensity: float
-    timings: dict[str, float]
 
 
 class TmmNN:
@@ -93,21 +68,22 @@ class TmmNN:
         global_trigger: GlobalTrigger | None = None,
     ) -> None:
         self.classifier = specialised(classifier)
-        self.store = store
-        self.global_trigger = global_trigger
-        self._exact = TorchBackbone(self.classifier)
+        self.store, self.global_trigger = store, global_trigger
         self.backbone = backbone or TorchBackbone(self.classifier, precision)
-        self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
+        self._exact = TorchBackbone(self.classifier)
         self._cache_bytes = cache_bytes
-        self._fitter = ScorerFitter(self.classifier, store, self._tensors)
+        self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
+        self._heads = HeadFinder(self.classifier, store, self._tensors)
 
     def over(self, store: ExemplarStore) -> "TmmNN":
         """The same over other exemplars with features of the same classifier."""
-        other = copy.copy(self)
-        other.store = store
-        other._tensors = ExemplarTensors(store, device=self.classifier.device, cache_bytes=self._cache_bytes)
-        other._fitter = ScorerFitter(self.classifier, store, other._tensors)
-        return other
+        return TmmNN(
+            self.classifier,
+            store,
+            cache_bytes=self._cache_bytes,
+            backbone=self.backbone,
+            global_trigger=self.global_trigger,
+        )
 
     def rank(
         self,
@@ -115,7 +91,7 @@ class TmmNN:
         *,
         k: int,
         config: TmmConfig,
-        candidates: Rows | None = None,
+        candidates: Candidates = None,
         label: int | None = None,
         progress: Progress = silent,
     ) -> Ranking:
@@ -131,10 +107,11 @@ class TmmNN:
         *,
         k: int,
         config: TmmConfig,
-        candidates: Sequence[Int64[np.ndarray, "_"] | None] | None = None,
+        candidates: Sequence[Candidates] | Choose | None = None,
         labels: Sequence[int | None] | None = None,
         together: bool = False,
         progress: Progress = silent,
+        timings: Timings | None = None,
     ) -> list[Ranking]:
         """For each query the k exemplars with the largest scores; queries share the pass over the images in memory.
 
@@ -143,31 +120,38 @@ class TmmNN:
                 then stays (§4.4).
             k: At least 1; fewer are returned where fewer are scored.
             config: The reading of TMM-NN.
-            candidates: For each query the rows to score, None for all; the head is then tuned on them and on
-                `candidate_companions` random others.
+            candidates: For each query the rows to score, None for all, or what chooses them; the head is then found on
+                them and on `Sample.companions` random others.
             labels: y_q for each query; None takes the model's prediction.
             together: Optimise the triggers jointly, several times as fast. Without it each query's answer is bit for
                 bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
             progress: Told of exemplars passed through the backbone.
+            timings: Of the search that this is a part of.
 
         Raises:
             InputError: a label that is no class; ω makes every triggered image the same or leaves the trigger out (a
                 constant query image); or a global trigger is asked for that the index does not have, or has for another
                 blend.
         """
-        count = len(queries)
-        jobs = make_jobs(
+        timings = timings or Timings(len(queries))
+        views = view_queries(
             self.classifier,
             queries,
             config,
-            candidates=candidates or [None] * count,
-            labels=labels or [None] * count,
+            labels=labels or [None] * len(queries),
             shared=self.global_trigger,
             together=together,
+            timings=timings,
         )
+        chosen = candidates(views) if callable(candidates) else candidates or [None] * len(queries)
+        plans = [Plan.draw(len(self.store), config, rows) for rows in chosen]
+        search = self._search(config, k, progress, timings)
         rankings: list[Ranking] = []
-        for group in self._groups(jobs, config):
-            rankings += self._rank_triggered(group, self._triggered(group, config, progress), k, config, progress)
+        for group in self._groups(views, plans):
+            members, plan = [views[position] for position in group], plans[group[0]]
+            with timings.step("pass", group):
+                triggered = search.passed(members, plan)
+            rankings += search.ranked(group, members, plan, triggered)
         return rankings
 
     def rank_variants(
@@ -185,130 +169,146 @@ class TmmNN:
             InputError: configurations with different triggered features; or as `rank_many`.
         """
         first = configs[0]
-        if any(config.before_tuning != first.before_tuning for config in configs):
-            raise InputError(
-                "expected configurations that differ only after the pass: in tuning, score, fusion or recognition"
-            )
-        [job] = make_jobs(
+        if any(config.triggering != first.triggering for config in configs):
+            raise InputError("expected configurations that differ only after the pass: in the head or the ranking")
+        views = view_queries(
             self.classifier,
             query[None],
             first,
-            candidates=[None],
             labels=[label],
             shared=self.global_trigger,
             together=False,
+            timings=(shared := Timings(1)),
         )
-        triggered = self._triggered([job], first, silent)
-        return [
-            self._rank_triggered([replace(job, timings=dict(job.timings))], triggered, k, config, silent)[0]
-            for config in configs
-        ]
+        plan = Plan.draw(len(self.store), first, None)
+        with shared.step("pass"):
+            triggered = self._search(first, k, silent, shared).passed(views, plan)
+        rankings = []
+        for config in configs:
+            own = Timings(1)
+            [ranking] = self._search(config, k, silent, own).ranked([0], views, plan, triggered)
+            rankings.append(replace(ranking, timings=shared.of(0) | own.of(0)))
+        return rankings
 
-    def _groups(self, jobs: list[Job], config: TmmConfig) -> Iterator[list[Job]]:
+    def _groups(self, views: Sequence[QueryView], plans: Sequence[Plan]) -> Iterator[Sequence[int]]:
         """Queries that share a pass: those without candidates, as many as TOGETHER_BYTES hold the features of."""
-        if any(job.candidates is not None for job in jobs):
+        if any(plan.candidates is not None for plan in plans):
             size = 1
         else:
-            tuned_on = min(len(self.store), config.max_tuning_exemplars)
-            size = max(1, TOGETHER_BYTES // (tuned_on * self.classifier.feature_dim * jobs[0].query.element_size()))
-        for start in range(0, len(jobs), size):
-            yield jobs[start : start + size]
+            held = plans[0].exemplars if plans[0].found_on is None else len(plans[0].found_on)
+            size = max(1, TOGETHER_BYTES // (held * self.classifier.feature_dim * views[0].pixels.element_size()))
+        for start in range(0, len(views), size):
+            yield range(start, min(start + size, len(views)))
 
-    def _rows(
-        self, candidates: Int64[np.ndarray, "candidates"] | None, config: TmmConfig
-    ) -> tuple[Int64[np.ndarray, "tuning"] | None, Int64[np.ndarray, "candidates"] | None]:
-        """(rows that tune the head, rows that are scored); None is all.
-
-        Scored candidates come first among the tuning rows.
-        """
-        generator = np.random.default_rng(config.seed)
-        n = len(self.store)
-        if candidates is None:
-            if n <= config.max_tuning_exemplars:
-                return None, None
-            return np.sort(generator.choice(n, config.max_tuning_exemplars, replace=False)), None
-        others = np.setdiff1d(np.arange(n), candidates)
-        companions = generator.choice(others, min(config.candidate_companions, len(others)), replace=False)
-        return np.concatenate([candidates, np.sort(companions)]), candidates
-
-    def _triggered(self, group: list[Job], config: TmmConfig, progress: Progress) -> list[Float[Tensor, "n d"]]:
-        """The pass: φ(x_i^t) of the rows that tune the head, for queries that share their exemplars."""
-        tuning_rows, _ = self._rows(group[0].candidates, config)
-        with timed(group, "pass"):
-            return self._exemplars(self.backbone, config).features(group, tuning_rows, progress)
-
-    def _rank_triggered(
-        self, group: list[Job], triggered: list[Float[Tensor, "n d"]], k: int, config: TmmConfig, progress: Progress
-    ) -> list[Ranking]:
-        """Steps 2 and 3."""
-        _, scored_rows = self._rows(group[0].candidates, config)
-        rows = np.arange(len(self.store)) if scored_rows is None else scored_rows
-        scores = self._scores(group, triggered, config, progress)
-        if config.recognition is not None and len(rows) > 1:
-            with timed(group, "recognition"), torch.inference_mode():
-                for job, found in zip(group, scores, strict=True):
-                    self._recognise(job, found, rows, config)
-            seen = self._scores(group, triggered, config, progress)
-            scores = [again._replace(confidences=own.confidences) for again, own in zip(seen, scores, strict=True)]
-        with timed(group, "ranking"), torch.inference_mode():
-            return [
-                self._ranking(job, found, rows=rows, tuned_on=len(triggered[0]), k=k, config=config)
-                for job, found in zip(group, scores, strict=True)
-            ]
-
-    def _scores(
-        self, group: list[Job], triggered: list[Float[Tensor, "n d"]], config: TmmConfig, progress: Progress
-    ) -> list[Scores]:
-        """Step 2, and the scores of step 3."""
-        tuning_rows, scored_rows = self._rows(group[0].candidates, config)
-        for job, features in zip(group, triggered, strict=True):
-            with timed([job], "tuning"), torch.inference_mode():
-                self._fitter.fit(job, tuning_rows, features, config)
-        with timed(group, "scoring"), torch.inference_mode():
-            if scored_rows is None and tuning_rows is not None:  # tuned on a sample: a second pass scores all
-                return self._exemplars(self.backbone, config).scores(group, progress)
-            kept = len(self.store) if scored_rows is None else len(scored_rows)
-            return [job.score(part[:kept], scored_rows) for job, part in zip(group, triggered, strict=True)]
-
-    def _recognise(self, job: Job, scores: Scores, rows: Rows, config: TmmConfig) -> None:
-        """Move the query's features to those of the exemplar that it may be a copy of."""
-        assert config.recognition is not None
-        assert job.features is not None
-        matches = scores.matches.cpu().numpy()
-        first, second = best_first(matches, rows, self.store.ids, k=2)
-        row = rows[[first]]
-        [triggered] = self._exemplars(self._exact, config).features([job], row, silent)
-        clean = self._tensors.features(row, triggered.dtype, column=self._fitter.clean_column(config))
-        distances = chord(float(matches[first])), chord(float(matches[second]))
-        job.recognised = Recognised.nearest(int(row[0]), distances, threshold=config.recognition)
-        job.features = job.recognised.moved(job.features, torch.cat([triggered, clean]))
-
-    def _ranking(self, job: Job, scores: Scores, *, rows: Rows, tuned_on: int, k: int, config: TmmConfig) -> Ranking:
-        scored, found = len(rows), job.found
-        if not self.backbone.exact and config.trigger is not Trigger.GLOBAL:
-            kept = best_first(scores.scores.cpu().numpy(), rows, self.store.ids, k=max(RESCORED, 2 * k))
-            rows = rows[kept]
-            [features] = self._exemplars(self._exact, config).features([job], rows, silent)
-            exact = job.score(features, rows)  # its confidences are of the recognised exemplar, if there is one
-            scores = exact if job.recognised is None else exact._replace(confidences=scores.confidences[kept])
-        values, confidences = scores.scores.cpu().numpy(), scores.confidences.cpu().numpy()
-        best = best_first(values, rows, self.store.ids, k=k)
-        assert job.label is not None
-        return Ranking(
-            rows=rows[best],
-            scores=values[best],
-            confidences=confidences[best],
-            scored=scored,
-            tuned_on=tuned_on,
-            label=job.label,
-            trigger=found.trigger.cpu().numpy(),
-            triggered_query=job.triggered_query(config).cpu().numpy(),
-            trigger_loss=found.loss,
-            trigger_steps=found.steps,
-            recognised=job.recognised,
-            intensity=found.intensity,
-            timings=job.timings,
+    def _search(self, config: TmmConfig, k: int, progress: Progress, timings: Timings) -> "_Search":
+        rough, exact = (
+            TriggeredExemplars(self.store, self._tensors, backbone, config) for backbone in (self.backbone, self._exact)
         )
+        return _Search(config, k, rough, exact, self._heads, progress, timings)
 
-    def _exemplars(self, backbone: Backbone, config: TmmConfig) -> TriggeredExemplars:
-        return TriggeredExemplars(self.store, self._tensors, backbone, config)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Search:
+    """What all queries of one search have in common, and the steps from the pass on.
+
+    Attributes:
+        config: The reading of TMM-NN.
+        k: How many exemplars are wanted.
+        rough: The exemplars through the backbone of the pass.
+        exact: The same in the classifier's own precision.
+        heads: Finds scorers.
+        progress: Told of exemplars passed through the backbone.
+        timings: Of the search.
+    """
+
+    config: TmmConfig
+    k: int
+    rough: TriggeredExemplars
+    exact: TriggeredExemplars
+    heads: HeadFinder
+    progress: Progress
+    timings: Timings
+
+    def passed(self, views: Sequence[QueryView], plan: Plan) -> list[Float[Tensor, "n d"]]:
+        """φ(x_i^t) of the rows that the head is found on; nothing is gathered that only a streamed pass looks at."""
+        if plan.streamed and not self.config.draws:
+            return [view.features[:0] for view in views]
+        return self.rough.features([view.found for view in views], plan.found_on, self.progress)
+
+    def ranked(
+        self,
+        positions: Sequence[int],
+        views: Sequence[QueryView],
+        plan: Plan,
+        triggered: Sequence[Float[Tensor, "n d"]],
+    ) -> list[Ranking]:
+        """Head, scores, recognition, ranking, for queries that shared the pass.
+
+        Args:
+            positions: Of the queries in the search.
+            views: The queries.
+            plan: The exemplars that they are compared with.
+            triggered: What `passed` found.
+        """
+        scorers, scores = self._scored(positions, views, plan, triggered)
+        recognised: Sequence[Recognised | None] = [None] * len(views)
+        if self.config.rank.recognition is not None and len(plan.scored) > 1:
+            with self.timings.step("recognition", positions), torch.inference_mode():
+                pairs = [self._recognised(view, own, plan) for view, own in zip(views, scores, strict=True)]
+            recognised, moved = zip(*pairs, strict=True)
+            scorers, again = self._scored(positions, moved, plan, triggered)
+            scores = [new._replace(confidences=own.confidences) for new, own in zip(again, scores, strict=True)]
+        rankings = []
+        for number, (position, view) in enumerate(zip(positions, views, strict=True)):
+            copy_of = recognised[number]
+            with self.timings.step("ranking", [position]), torch.inference_mode():
+                rows, final = self._rescored(view, scorers[number], scores[number], copy_of, plan)
+                answer = best(final, rows, self.exact.store.ids, k=self.k)
+            rankings.append(Ranking(*answer, view, plan, copy_of, self.timings.of(position)))
+        return rankings
+
+    def _scored(
+        self,
+        positions: Sequence[int],
+        views: Sequence[QueryView],
+        plan: Plan,
+        triggered: Sequence[Float[Tensor, "n d"]],
+    ) -> tuple[list[Scorer], list[Scores]]:
+        """Steps 2 and 3 of the paper."""
+        scorers = []
+        for position, view, features in zip(positions, views, triggered, strict=True):
+            with self.timings.step("tuning", [position]), torch.inference_mode():
+                scorers.append(self.heads.scorer(view, plan.found_on, features, self.config))
+        with self.timings.step("scoring", positions), torch.inference_mode():
+            if plan.streamed:
+                return scorers, self.rough.scores([view.found for view in views], scorers, self.progress)
+            kept = len(plan.scored)
+            pairs = zip(scorers, triggered, strict=True)
+            return scorers, [scorer.score(features[:kept], plan.candidates) for scorer, features in pairs]
+
+    def _recognised(self, view: QueryView, scores: Scores, plan: Plan) -> tuple[Recognised, QueryView]:
+        """The exemplar that the query may be a copy of, and the query with its features moved to that one's."""
+        threshold = self.config.rank.recognition
+        assert threshold is not None
+        matches = scores.matches.cpu().numpy()
+        first, second = best_first(matches, plan.scored, self.exact.store.ids, k=2)
+        row = plan.scored[[first]]
+        [triggered] = self.exact.features([view.found], row, silent)
+        column = self.heads.clean_column(self.config.view)
+        clean = self.exact.tensors.features(row, triggered.dtype, column=column)
+        distances = chord(float(matches[first])), chord(float(matches[second]))
+        recognised = Recognised.nearest(int(row[0]), distances, threshold=threshold)
+        return recognised, view.moved(recognised, torch.cat([triggered, clean]))
+
+    def _rescored(
+        self, view: QueryView, scorer: Scorer, scores: Scores, recognised: Recognised | None, plan: Plan
+    ) -> tuple[Int64[np.ndarray, "n"], Scores]:
+        """All rows with their scores; after an inexact pass the best of them, scored again exactly."""
+        if self.rough.backbone.exact or self.rough.stored:
+            return plan.scored, scores
+        ids, count = self.exact.store.ids, max(RESCORED, 2 * self.k)
+        kept = best_first(scores.scores.cpu().numpy(), plan.scored, ids, k=count)
+        rows = plan.scored[kept]
+        [features] = self.exact.features([view.found], rows, silent)
+        exact = scorer.score(features, rows)  # its confidences are of the recognised exemplar, if there is one
+        return rows, exact if recognised is None else exact._replace(confidences=scores.confidences[kept])

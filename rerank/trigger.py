@@ -1,144 +1,115 @@
-"""Step 1 of TMM-NN: a trigger that is large, and yet leaves what the model says of the query unchanged."""
+"""Step 1 of TMM-NN: the trigger of each query, its own (Eq. 8) or the index's (Eq. 2), and how it is blended in."""
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.rerank.cuda_graphs import graphed
-from tmm_engine.rerank.settings import Blend, TmmConfig, Trigger
+from tmm_engine.rerank.blending import INVISIBLE, apply_trigger, intensity_of
+from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.optimisation import OwnTrigger, make_trigger
+from tmm_engine.rerank.settings import Blending, IndexTrigger, TmmConfig
 
-INITIAL_STD = 0.01  # τ₀ ~ N(0, 0.01²)
-PATCH = 3  # pixels a side, at the top-left (§4.8.1)
-PATIENCE = 10  # steps over which the loss has to fall by `trigger_tolerance`
-CHECK_EVERY = 10  # steps, on a GPU: to ask whether all queries have stopped makes the host wait for the device
+TOGETHER = 32  # queries whose triggers are optimised jointly
 
 
-@dataclass(frozen=True, slots=True)
-class TriggerResult:
-    """Triggers of q queries.
+@dataclass(frozen=True, slots=True, eq=False)
+class FoundTrigger:
+    """A query's trigger.
 
     Attributes:
-        trigger: float (q, c, h, w), τ in pixel units.
-        initial_loss: float (q,), Eq. 8 at τ₀.
-        loss: float (q,), Eq. 8 at the returned τ: never above the initial loss.
-        steps: int (q,), evaluations of Eq. 8 until each query's own stop.
+        trigger: (c, h, w), τ in pixel units.
+        intensity: ω.
+        blending: How it is put into an image.
+        loss: Eq. 8 at τ₀ and at τ; NaN for the global trigger, which is not the query's.
+        steps: Evaluations of Eq. 8 for this query.
     """
 
-    trigger: Float[Tensor, "q c h w"]
-    initial_loss: Float[Tensor, "q"]
-    loss: Float[Tensor, "q"]
-    steps: Int[Tensor, "q"]
+    trigger: Float[Tensor, "c h w"]
+    intensity: float
+    blending: Blending
+    loss: tuple[float, float]
+    steps: int
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(weight of the image, weight of the trigger)."""
+        return self.blending.weights(self.intensity)
+
+    def applied(self, images: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h w"]:
+        """x^t."""
+        how = self.blending
+        return apply_trigger(images, self.trigger, intensity=self.intensity, blend=how.formula, clamp=how.clamp)
 
 
-def intensity_of(query: Float[Tensor, "c h w"], config: TmmConfig) -> float:
-    """ω: the standard deviation of all pixels of the query (§4.3.2), or the configured value."""
-    return config.intensity if config.intensity is not None else float(query.double().std(correction=0))
-
-
-def apply_trigger(
-    images: Float[Tensor, "*n c h w"], trigger: Float[Tensor, "c h w"], *, intensity: float, blend: Blend, clamp: bool
-) -> Float[Tensor, "*n c h w"]:
-    """x^t: images in [0, 1] with the trigger blended in (see `Blend`), clamped to [0, 1] if asked."""
-    image_weight, trigger_weight = blend.weights(intensity)
-    triggered = images * image_weight + trigger * trigger_weight
-    return triggered.clamp(0.0, 1.0) if clamp else triggered
-
-
-@torch.inference_mode(False)  # Eq. 8 needs gradients, whatever the caller's mode
-def make_trigger(classifier: Classifier, queries: Float[Tensor, "q c h w"], config: TmmConfig) -> TriggerResult:
-    """τ for each query, of the configured kind, by Adam on Eq. 8.
-
-        L(τ) = MSE(f(x_q + τ), f(x_q)) + 1 / ‖τ‖²_F
-
-    Queries are optimised together; Adam is elementwise and each query stops by itself, so the triggers are those of
-    separate runs up to rounding. The τ of the lowest loss seen is returned.
+def find_triggers(
+    classifier: Classifier,
+    queries: Float[Tensor, "q c h w"],
+    config: TmmConfig,
+    *,
+    shared: GlobalTrigger | None,
+    together: bool,
+) -> list[FoundTrigger]:
+    """Step 1 for every query.
 
     Args:
-        classifier: f, best `specialised`; not modified.
-        queries: Pixels in [0, 1].
-        config: Kind, steps, learning rate, tolerance, seed.
+        classifier: f, best `specialised`.
+        queries: Pixels in [0, 1], as viewed.
+        config: The reading of TMM-NN.
+        shared: The index's global trigger, if it has one.
+        together: Optimise the queries' own triggers jointly.
 
     Raises:
-        InputError: the kind is `Trigger.GLOBAL`.
+        InputError: a global trigger is asked for that the index does not have, or has for another configuration.
+        ImageError: ω makes every triggered image the same or leaves the trigger out (a constant query image).
     """
-    if config.trigger is Trigger.GLOBAL:
-        raise InputError("the global trigger belongs to an index, it is not made for a query: see make_global_trigger")
-    search = _Search(classifier, queries, config)
-    steps = 0 if config.trigger is Trigger.FIXED_PATCH else config.trigger_steps
-    search.run(steps, check_every=CHECK_EVERY if queries.device.type == "cuda" else 1)
-    return search.result()
+    if isinstance(config.trigger, IndexTrigger):
+        return [_of_index(shared, queries, config)] * len(queries)
+    return _of_queries(classifier, queries, config.trigger, config, together=together)
 
 
-def _start(
-    queries: Float[Tensor, "q c h w"], config: TmmConfig
-) -> tuple[Float[Tensor, "q c h w"], Float[Tensor, "c h w"]]:
-    """τ₀ of every query (the same draw for each), and the mask of the pixels that may change."""
-    shape = queries.shape[1:]
-    mask = torch.ones(shape, dtype=queries.dtype, device=queries.device)
-    if config.trigger is not Trigger.QUERY:
-        mask = torch.zeros_like(mask)
-        mask[:, :PATCH, :PATCH] = 1.0
-    if config.trigger is Trigger.FIXED_PATCH:
-        start = mask  # white
-    else:
-        generator = torch.Generator().manual_seed(config.seed)
-        start = INITIAL_STD * torch.randn(shape, generator=generator, dtype=torch.float64).to(queries) * mask
-    return start.expand(queries.shape).clone(), mask
+def _of_index(shared: GlobalTrigger | None, queries: Float[Tensor, "q c h w"], config: TmmConfig) -> FoundTrigger:
+    if shared is None:
+        raise InputError(
+            "the index has no global trigger, which this configuration needs: build it with one (global_trigger=…), or "
+            "search with the query's own (the preset 'paper', or trigger=query)"
+        )
+    shared.check(config)
+    nan = float("nan")
+    return FoundTrigger(shared.trigger.to(queries), shared.intensity, config.blending, (nan, nan), 0)
 
 
-class _Search:
-    """One joint optimisation as a *static step*: its tensors stay where they are, and no step reads one on the host.
+def _of_queries(
+    classifier: Classifier,
+    queries: Float[Tensor, "q c h w"],
+    settings: OwnTrigger,
+    config: TmmConfig,
+    *,
+    together: bool,
+) -> list[FoundTrigger]:
+    given = config.blending.intensity
+    intensities = [intensity_of(query) if given is None else given for query in queries]
+    for intensity in intensities:
+        _refuse_degenerate(intensity, config.blending)
+    found: list[FoundTrigger] = []
+    for part in queries.split(TOGETHER if together else 1):
+        made = make_trigger(classifier, part, settings, seed=config.seed)
+        losses = torch.stack([made.initial_loss, made.loss], dim=1).tolist()
+        for trigger, (first, last), steps in zip(made.trigger, losses, made.steps.tolist(), strict=True):
+            intensity = intensities[len(found)]
+            found.append(FoundTrigger(trigger, intensity, config.blending, (first, last), steps))
+    return found
 
-    So a step can be recorded and replayed (`graphed`). Stops are decided on the device, for each query: one that is no
-    longer active keeps its best trigger, losses and count, however many steps follow.
-    """
 
-    def __init__(self, classifier: Classifier, queries: Float[Tensor, "q c h w"], config: TmmConfig) -> None:
-        self.classifier, self.queries, self.tolerance = classifier, queries, config.trigger_tolerance
-        self.trigger, self.mask = _start(queries, config)
-        self.gradient = self.trigger.grad = torch.zeros_like(self.trigger)
-        on_gpu = queries.device.type == "cuda"
-        self.optimiser = torch.optim.Adam([self.trigger], lr=config.trigger_lr, capturable=on_gpu)
-        with torch.no_grad():
-            self.target = classifier.logits(classifier.features(queries))
-        self.initial = self._evaluate()
-        self.best = self.trigger.clone()
-        self.lowest = self.initial.repeat(PATIENCE + 1, 1)  # the best loss after each of the last evaluations
-        self.active = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
-        self.steps = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
-
-    def run(self, steps: int, *, check_every: int) -> None:
-        """At most so many steps; fewer where all queries are found to have stopped, which is asked now and then."""
-        step = graphed(self.step, self.queries.device)
-        for done in range(1, steps + 1):
-            step()
-            if done % check_every == 0 and not bool(self.active.any()):
-                break
-
-    def step(self) -> None:
-        """Move all triggers; keep what is better, and retire those whose best loss hardly fell in the last steps."""
-        self.optimiser.step()
-        loss = self._evaluate()
-        better = self.active & (loss < self.lowest[-1])
-        self.best.copy_(torch.where(better[:, None, None, None], self.trigger, self.best))
-        self.lowest.copy_(torch.cat([self.lowest[1:], torch.where(better, loss, self.lowest[-1])[None]]))
-        self.steps += self.active
-        before, now = self.lowest[0], self.lowest[-1]
-        self.active &= ((before - now) >= self.tolerance * before) | (self.steps <= PATIENCE)
-
-    def _evaluate(self) -> Float[Tensor, "q"]:
-        """Eq. 8 at the current triggers; its gradient goes where the optimiser reads it."""
-        trigger = self.trigger.detach().requires_grad_()  # new: autograd ties a leaf to the stream of its first use
-        logits = self.classifier.logits(self.classifier.features(self.queries + trigger))
-        loss = (logits - self.target).square().mean(dim=1) + 1.0 / trigger.square().sum(dim=(1, 2, 3))
-        (gradient,) = torch.autograd.grad(loss.sum(), trigger)
-        self.gradient.copy_(gradient * self.mask)
-        return loss.detach()
-
-    def result(self) -> TriggerResult:
-        """The best triggers, and how they were found."""
-        return TriggerResult(self.best, self.initial, self.lowest[-1], self.steps)
+def _refuse_degenerate(intensity: float, blending: Blending) -> None:
+    image_weight, trigger_weight = blending.weights(intensity)
+    if min(image_weight, trigger_weight) < INVISIBLE:
+        vanishes = "every triggered image the same" if image_weight < trigger_weight else "the trigger invisible"
+        raise ImageError(
+            f"the query's intensity ω = {intensity:g} (the standard deviation of its pixels, unless it was set) makes "
+            f"{vanishes} with the blend {str(blending.formula)!r}: is the image constant? Give another image, the "
+            f"blend 'added', or an intensity between 0 and 1"
+        )

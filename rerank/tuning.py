@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.rerank.settings import TunedHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,16 @@ class TuningSet:
     labels: Int64[Tensor, "n"]
 
 
-def exemplar_batches(n: int, config: TmmConfig) -> Iterator[Int64[Tensor, "batch"]]:
+def exemplar_batches(n: int, settings: TunedHead, *, seed: int) -> Iterator[Int64[Tensor, "batch"]]:
     """Row numbers of each step's exemplars: seeded permutations, one after another, cut into batches.
 
-    As many steps as `tuning_epochs` take, but at least `tuning_min_steps`. A smaller last batch of an epoch is kept.
+    As many steps as `epochs` take, but at least `min_steps`. A smaller last batch of an epoch is kept.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    steps = max(config.tuning_epochs * math.ceil(n / config.tuning_batch), config.tuning_min_steps)
+    generator = torch.Generator().manual_seed(seed)
+    steps = max(settings.epochs * math.ceil(n / settings.batch), settings.min_steps)
     taken = 0
     while taken < steps:
-        for batch in torch.randperm(n, generator=generator).split(config.tuning_batch):
+        for batch in torch.randperm(n, generator=generator).split(settings.batch):
             if taken == steps:
                 return
             yield batch
@@ -87,7 +87,9 @@ def extended_head(head: nn.Linear) -> nn.Linear:
     return extended
 
 
-def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig, *, fisher: Fisher | None = None) -> nn.Linear:
+def tune_head(
+    head: nn.Linear, data: TuningSet, settings: TunedHead, *, seed: int = 0, fisher: Fisher | None = None
+) -> nn.Linear:
     """The extended head, tuned by Adam on Eq. 3 with EWC:
 
         CE(f'(x_q^t), C) + CE(f'(x_q), y_q) + mean_i CE(f'(x_i^t), y_i) + mean_i CE(f'(x_i), y_i) + λ/2 Σ F (θ − θ₀)²
@@ -99,7 +101,8 @@ def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig, *, fisher: Fi
     Args:
         head: The old head; not modified.
         data: Features and labels.
-        config: Steps, batches, learning rate, λ, seed.
+        settings: Steps, batches, learning rate, λ.
+        seed: Of the batches.
         fisher: `fisher_diagonal` of the head and the clean features, where it is known already.
     """
     classes = head.out_features
@@ -107,11 +110,14 @@ def tune_head(head: nn.Linear, data: TuningSet, config: TmmConfig, *, fisher: Fi
     theta = torch.cat([tuned.weight, tuned.bias[:, None]], dim=1)  # (C+1, d+1): weight and bias in one
     start, penalty = theta.clone(), torch.zeros_like(theta)
     fisher_weight, fisher_bias = fisher or fisher_diagonal(head, data.clean)
-    penalty[:classes, :-1], penalty[:classes, -1] = config.ewc_lambda * fisher_weight, config.ewc_lambda * fisher_bias
-    optimiser = torch.optim.Adam([theta], lr=config.tuning_lr)
+    penalty[:classes, :-1], penalty[:classes, -1] = (
+        settings.ewc_lambda * fisher_weight,
+        settings.ewc_lambda * fisher_bias,
+    )
+    optimiser = torch.optim.Adam([theta], lr=settings.lr)
     query_rows = torch.stack([data.query_triggered, data.query])
     query_targets = torch.tensor([classes, data.query_label], device=theta.device)
-    for batch in exemplar_batches(len(data.labels), config):
+    for batch in exemplar_batches(len(data.labels), settings, seed=seed):
         rows = batch.to(theta.device)
         features = torch.cat([query_rows, data.triggered[rows], data.clean[rows]])  # (2 + 2b, d)
         targets = torch.cat([query_targets, data.labels[rows], data.labels[rows]])

@@ -23,15 +23,9 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from tests.conftest import CLASSES, SHAPE, classifier_of, network
-
-try:
-    from tmm_engine import Engine, build_index
-    from tmm_engine.index import ArraySource, Classifier
-    from tmm_engine.rerank import preset
-except ImportError:  # the code of before, which recorded
-    from engine import Engine, build_index
-    from index import ArraySource, Classifier
-    from rerank import preset
+from tmm_engine import Engine, build_index
+from tmm_engine.index import ArraySource, Classifier
+from tmm_engine.rerank import GlobalRecipe, preset
 
 RECORDED = Path(__file__).with_name("golden.json")
 FORMAT_2 = Path(__file__).parent / "data" / "format-2.idx"
@@ -119,6 +113,11 @@ A_FEW = [
 def configured(name: str, *settings: str) -> Any:
     """A preset with settings."""
     return preset(name).with_settings([*settings])
+
+
+def recipe(*settings: str) -> GlobalRecipe:
+    """What the global trigger of the preset `robust` is made with, with settings."""
+    return GlobalRecipe.of(preset("robust")).with_settings(settings)
 
 
 class Search(NamedTuple):
@@ -246,7 +245,7 @@ def without_labels(_: Path) -> Iterator[Search]:
     pixels = images.transpose(0, 2, 3, 1).astype(np.float32) / np.float32(255.0)
     classifier = classifier_of(network(bias=False, seed=1))
     engine = Engine.from_arrays(
-        pixels, None, classifier, ids=ids_of(60), neighbours="SQ8", global_trigger=configured("robust", "seed=5")
+        pixels, None, classifier, ids=ids_of(60), neighbours="SQ8", global_trigger=recipe("seed=5")
     )
     queries = queries_of(engine, images, ids_of(60))
     for options in (*A_FEW, {"config": "paper score=logit"}):
@@ -278,7 +277,7 @@ def small_vit() -> nn.Module:
 def of_architecture(classifier: Classifier, n: int) -> Iterator[Search]:
     """The same searches whatever the model."""
     images, labels = arrays(n, classifier.image_shape)
-    shared = configured("robust", "trigger_steps=10")
+    shared = recipe("trigger_steps=10")
     engine = Engine.from_arrays(images, labels, classifier, ids=ids_of(n), global_trigger=shared)
     queries = queries_of(engine, images, ids_of(n))
     for options in (*A_FEW[:4], {"recognition": False}, {"config": "paper trigger=fixed-patch tuning=discriminant"}):
@@ -290,7 +289,7 @@ def of_architecture(classifier: Classifier, n: int) -> Iterator[Search]:
 def on_disk(folder: Path) -> Iterator[Search]:
     """An index built, added to, deleted from, compacted; and its first version."""
     path = folder / "golden.idx"
-    shared = configured("robust", "trigger_steps=30")
+    shared = recipe("trigger_steps=30")
     build_index(source_of(40), path, classifier_of(network()), global_trigger=shared)
     with opened(path) as engine:
         queries = queries_of(engine, arrays(40)[0], ids_of(40))
@@ -311,7 +310,7 @@ def on_disk(folder: Path) -> Iterator[Search]:
 def in_bfloat16(folder: Path) -> Iterator[Search]:
     """The pass over the exemplars in bfloat16."""
     path = folder / "golden.idx"
-    build_index(source_of(40), path, classifier_of(network()), global_trigger=configured("robust", "trigger_steps=30"))
+    build_index(source_of(40), path, classifier_of(network()), global_trigger=recipe("trigger_steps=30"))
     with opened(path, precision="bf16") as engine:
         queries = queries_of(engine, arrays(40)[0], ids_of(40))
         for options in (*A_FEW[2:], {"config": "paper"}, {"config": QUICK, "recognition": 0.8}):

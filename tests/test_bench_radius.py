@@ -30,7 +30,8 @@ from tmm_engine.bench.radius import (
 )
 from tmm_engine.bench.records import RecordFile, read_records
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.neighbours.search import Metric, exact_scores
+from tmm_engine.index.neighbours.metric import Metric
+from tmm_engine.index.neighbours.search import exact_scores
 
 SETTINGS = {"benchmark": "radius"}
 

@@ -15,7 +15,7 @@ from tmm_engine import Engine
 from tmm_engine.bench.retrievers import Method, TmmRetriever, rank_of, scores_of_all, top
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.neighbours.search import Metric
+from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.folders import FolderSource
 from tmm_engine.rerank.settings import Blend, Score, TmmConfig, Trigger, preset

@@ -153,7 +153,7 @@ def _say(index: Path, report: "ChangeReport", what: str) -> None:
 def print_versions(index: Path, *, as_json: bool) -> None:
     """Every version of an index: one JSON line each, or a table."""
     from tmm_engine.cli.display import print_table
-    from tmm_engine.living import versions_of
+    from tmm_engine.versions import versions_of
 
     found = versions_of(index)
     if as_json:

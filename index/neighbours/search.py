@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator
-from enum import StrEnum
 
 import faiss
 import numpy as np
@@ -11,6 +10,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
 from tmm_engine.index.store.exemplars import FEATURE, ExemplarStore
 from tmm_engine.index.store.where import shortened
@@ -23,13 +23,6 @@ FACTORIES = re.compile(
 SCAN = 8192
 MARGIN = 16  # neighbours fetched beyond k, to see whether the k-th ties with the next
 ROUNDING = 1e-5  # FAISS adds up in float32: how far its squares and products may be off, as a share of the largest
-
-
-class Metric(StrEnum):
-    """What makes an exemplar near."""
-
-    L2 = "l2"
-    COSINE = "cosine"
 
 
 class Neighbours:

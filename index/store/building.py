@@ -13,7 +13,8 @@ from jaxtyping import Float32, Int64, UInt8
 from tmm_engine.index.batches import forward_batch_size, prefetched
 from tmm_engine.index.errors import ImageError, IndexStateError, InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.search import EXACT, Metric, make_faiss_index
+from tmm_engine.index.neighbours.metric import Metric
+from tmm_engine.index.neighbours.search import EXACT, make_faiss_index
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
 from tmm_engine.index.store.exemplars import FEATURE

@@ -1,0 +1,144 @@
+"""What a search is asked for: one set of options for the command line, Python and whoever answers."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal, TypedDict
+
+import numpy as np
+
+from tmm_engine.index.errors import InputError, member
+from tmm_engine.rerank.settings import DEFAULT_PRESET, ClosedForm, IndexTrigger, Rank, TmmConfig, View, preset
+
+
+class Mode(StrEnum):
+    """How exemplars are ranked: by TMM-NN, or by distance between features."""
+
+    TMM = "tmm"
+    L2 = "l2"
+    COSINE = "cosine"
+
+
+class Prefilter(StrEnum):
+    """What chooses the candidates that TMM-NN scores."""
+
+    L2 = "l2"
+    COSINE = "cosine"
+    UNION = "union"  # both rankings, taken in turn
+    GLOBAL = "global"  # TMM-NN with the index's global trigger
+
+
+class SearchKeywords(TypedDict, total=False):
+    """`SearchOptions` as keywords, for type checkers."""
+
+    k: int
+    mode: str
+    candidates: int | None
+    prefilter: str | None
+    config: TmmConfig | str | None
+    label: int | None
+    together: bool
+    stretch: bool | None
+    recognition: float | Literal[False] | None
+    where: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """The options of `Engine.search`, the same for all its queries.
+
+    Attributes:
+        k: How many exemplars, at least 1; all are returned (and a note says so) where there are fewer.
+        mode: ``tmm``, ``l2`` or ``cosine``.
+        candidates: For ``tmm``: score only so many exemplars, at least 1, chosen by the prefilter. None scores all.
+        prefilter: Of the candidates: ``l2``, ``cosine``, ``union`` of both, or ``global``, where the index has a global
+            trigger. None is ``union``.
+        config: For ``tmm``: a preset's name or a configuration. None is the default preset.
+        label: For ``tmm`` with a head tuned by steps: y_q; None takes the model's prediction.
+        together: For ``tmm`` with triggers of the queries' own, and a list of them: optimise the triggers jointly,
+            several times as fast. Without it each answer is bit for bit what it is alone; with it triggers differ
+            slightly, since the optimisation amplifies rounding.
+        stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the original
+            was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``.
+        recognition: Answer for a query as for the exemplar nearest to it, where that one's distance is a smaller part
+            of the second nearest's than this, in (0, 1] (`rerank.recognise`). Among candidates, if there are any.
+            False: never. None: as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
+        where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
+            tuned on, as if the index did not have them.
+
+    Raises:
+        InputError: an unknown mode, prefilter or preset, an option out of range, or one that has no effect beside the
+            others.
+    """
+
+    k: int = 10
+    mode: str = Mode.TMM
+    candidates: int | None = None
+    prefilter: str | None = None
+    config: TmmConfig | str | None = None
+    label: int | None = None
+    together: bool = False
+    stretch: bool | None = None
+    recognition: float | Literal[False] | None = None
+    where: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", member(Mode, self.mode))
+        object.__setattr__(self, "k", _positive("k", self.k))
+        if self.candidates is not None:
+            object.__setattr__(self, "candidates", _positive("candidates", self.candidates))
+        if self.prefilter is not None:
+            object.__setattr__(self, "prefilter", member(Prefilter, self.prefilter))
+        self._refuse_what_has_no_effect()
+        Rank(recognition=self.threshold)  # its range
+
+    @property
+    def tmm(self) -> TmmConfig:
+        """The configuration of mode ``tmm``, with what these options say instead of it."""
+        config = self._configured
+        view = config.view if self.stretch is None else View(stretch=self.stretch)
+        return replace(config, view=view, rank=replace(config.rank, recognition=self.threshold))
+
+    @property
+    def stretches(self) -> bool:
+        """Whether queries and exemplars have their contrast stretched."""
+        if self.stretch is None:
+            return self.mode == Mode.TMM and self._configured.view.stretch
+        return self.stretch
+
+    @property
+    def threshold(self) -> float | None:
+        """The ratio of recognition; None: no query is recognised."""
+        if self.recognition is None:
+            return self._configured.rank.recognition if self.mode == Mode.TMM else None
+        return None if self.recognition is False else self.recognition
+
+    @property
+    def _configured(self) -> TmmConfig:
+        config = DEFAULT_PRESET if self.config is None else self.config
+        return preset(config) if isinstance(config, str) else config
+
+    def _refuse_what_has_no_effect(self) -> None:
+        if self.prefilter is not None and self.candidates is None:
+            raise InputError("prefilter has no effect without candidates: say how many, or leave it out")
+        if self.mode != Mode.TMM:
+            for name in ("candidates", "config", "label", "together"):
+                if getattr(self, name) not in (None, False):
+                    raise InputError(f"{name} has no effect in mode {str(self.mode)!r}: leave it out, or search by tmm")
+            return
+        config = self._configured
+        if self.together and isinstance(config.trigger, IndexTrigger):
+            raise InputError(
+                "together has no effect with the index's trigger (trigger=global): nothing is optimised for a query; "
+                "leave it out"
+            )
+        if self.label is not None and isinstance(config.head, ClosedForm):
+            raise InputError(
+                "label has no effect with a head in closed form (head=discriminant), which looks at no labels; leave "
+                "it out"
+            )
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return int(value)

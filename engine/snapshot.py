@@ -1,0 +1,160 @@
+"""One version of an index, opened: everything that a search needs. It never changes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.neighbours.search import EXACT
+from tmm_engine.index.progress import Progress
+from tmm_engine.index.store.exemplars import ExemplarStore, Subset
+from tmm_engine.index.store.lance_store import matching_rows
+from tmm_engine.index.store.manifest import CACHE, Manifest
+from tmm_engine.index.store.where import shortened
+from tmm_engine.opening import Opening, open_parts
+from tmm_engine.options import SearchOptions
+from tmm_engine.query import Query
+from tmm_engine.rerank.backbone import Backbone, Precision
+from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
+from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.tmm import TmmNN
+from tmm_engine.results import SearchResult
+from tmm_engine.searching import Searcher
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What `Engine` is a handle on.
+
+    Attributes:
+        classifier: Embeds queries as it embedded the exemplars.
+        store: The exemplars.
+        class_names: In label order.
+        searcher: Answers searches over the store.
+        rows: Of the exemplars, by id.
+        global_trigger: The index's, if it has one.
+        manifest: Of the version; None in memory.
+        path: The index's folder; None in memory.
+    """
+
+    classifier: Classifier
+    store: ExemplarStore
+    class_names: tuple[str, ...]
+    searcher: Searcher
+    rows: dict[str, int]
+    global_trigger: GlobalTrigger | None = None
+    manifest: Manifest | None = None
+    path: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        classifier: Classifier,
+        store: ExemplarStore,
+        *,
+        class_names: Sequence[str],
+        neighbours: str = EXACT,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        precision: Precision = Precision.FP32,
+        backbone: Backbone | None = None,
+        global_trigger: GlobalTrigger | None = None,
+        manifest: Manifest | None = None,
+        path: Path | None = None,
+    ) -> "Snapshot":
+        """From its parts.
+
+        Args:
+            classifier: Computed the store's features.
+            store: The exemplars.
+            class_names: In label order.
+            neighbours: FAISS factory string.
+            cache_bytes: What may stay in memory on the device between searches, images first, then features.
+            precision: Of the pass over the exemplars.
+            backbone: What passes exemplars through φ instead of PyTorch.
+            global_trigger: The index's, if it has one.
+            manifest: Of an index on disk.
+            path: Its folder.
+
+        Raises:
+            InputError: a precision that the device does not have, or a cache smaller than one chunk of images.
+        """
+        tmm = TmmNN(
+            classifier,
+            store,
+            cache_bytes=cache_bytes,
+            precision=precision,
+            backbone=backbone,
+            global_trigger=global_trigger,
+        )
+        cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
+        searcher = Searcher(classifier, tmm, class_names=tuple(class_names), neighbours=neighbours, cache=cache)
+        return cls(
+            classifier, store, tuple(class_names), searcher, _rows(store), global_trigger, manifest=manifest, path=path
+        )
+
+    @classmethod
+    def open(cls, path: Path, opening: Opening) -> "Snapshot":
+        """A version of an index on disk; see `Engine.open`."""
+        parts = open_parts(path, opening)
+        return cls.of(
+            parts.classifier,
+            parts.store,
+            class_names=parts.manifest.class_names,
+            neighbours=parts.manifest.neighbours,
+            cache_bytes=opening.cache_bytes,
+            precision=opening.precision,
+            backbone=parts.backbone,
+            global_trigger=parts.global_trigger,
+            manifest=parts.manifest,
+            path=path,
+        )
+
+    def matching(self, where: str) -> "Snapshot":
+        """The exemplars alone for which a filter is true; its answers are those of an index of them.
+
+        Raises:
+            InputError: not a filter, or nothing matches it.
+        """
+        rows = matching_rows(self.store, where)
+        if len(rows) == 0:
+            raise InputError(f"no exemplar matches {shortened(where)}")
+        store = Subset(self.store, rows)
+        return replace(self, store=store, searcher=self.searcher.over(store), rows=_rows(store))
+
+    def exemplar(self, id_: str) -> Query:
+        """A stored exemplar as a query, by its id.
+
+        Raises:
+            InputError: no exemplar has it.
+        """
+        row = self.rows.get(id_)
+        if row is None:
+            raise InputError(f"no exemplar has the id {id_!r}{nearest(id_, self.rows)}")
+        image = self.store.images(np.array([row]))[0]
+        return Query(id_, image.astype(np.float32) / 255.0, int(self.store.labels[row]))
+
+    def search(
+        self, queries: list[Query], options: SearchOptions, progress: Progress, *, of: "Snapshot"
+    ) -> list[SearchResult]:
+        """An answer to every query; where a filter has narrowed this snapshot, each says so.
+
+        Args:
+            queries: Of the store's image shape.
+            options: What is asked for.
+            progress: Told of exemplars scored.
+            of: The snapshot of all exemplars.
+        """
+        results = self.searcher.search(queries, options, progress)
+        if options.where is None:
+            return results
+        found, everything = len(self.store), len(of.store)
+        note = f"restricted to the {found:,} of {everything:,} exemplars that match {shortened(options.where)}"
+        return [replace(result, exemplars=everything, notes=(note, *result.notes)) for result in results]
+
+
+def _rows(store: ExemplarStore) -> dict[str, int]:
+    return {str(id_): row for row, id_ in enumerate(store.ids)}
