@@ -53,7 +53,8 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Of the global trigger: a TMM setting, e.g. blend=added; repeatable.",
+    help="Of the global trigger: blend, clamp, intensity, stretch, trigger.steps, trigger.lr, trigger.tolerance, seed; "
+    "as in blend=added; repeatable.",
 )
 @click.option(
     "--compare-backends",
@@ -81,7 +82,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     from tmm_engine.engine import Engine
     from tmm_engine.index.sources.opening import open_source
     from tmm_engine.index.store.target import check_target
-    from tmm_engine.rerank.settings import DEFAULT_PRESET, preset
+    from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, preset
 
     if options["settings"] and not options["global_trigger"]:
         raise click.UsageError("--set goes with --global-trigger: no other part of a build has TMM settings")
@@ -89,13 +90,13 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     device = choose_device(options["device"])
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = _classifier(images, options).to(device)
-    config = preset(DEFAULT_PRESET).with_settings(list(options["settings"]))
+    recipe = GlobalRecipe.of(preset(DEFAULT_PRESET)).with_settings(options["settings"])
     with progress_bar() as progress:
         report = build(
             images,
             index,
             classifier,
-            global_trigger=config if options["global_trigger"] else None,
+            global_trigger=recipe if options["global_trigger"] else None,
             overwrite=options["overwrite"],
             neighbours=options["neighbours"],
             strict=options["strict"],

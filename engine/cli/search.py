@@ -7,17 +7,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tmm_engine.cli.options import cache_option, device_option, model_option, modes, ratio, source_options
+from tmm_engine.cli.settings import CommandWithSettings
 from tmm_engine.index.errors import InputError
 
 if TYPE_CHECKING:
     from tmm_engine.engine import Engine
     from tmm_engine.index.progress import Progress
+    from tmm_engine.options import SearchOptions
     from tmm_engine.query import Query
     from tmm_engine.rerank.settings import TmmConfig
     from tmm_engine.results import FailedQuery, SearchResult
 
 
-@click.command()
+OF_TMM = ("candidates", "prefilter", "preset", "settings", "seed", "together")
+DEFAULTS = {"precision": "fp32", "backend": "auto"}
+FLAGS = {"settings": "set"}
+
+
+@click.command(cls=CommandWithSettings)
 @click.argument("index", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, metavar="[IMAGE]...", type=click.Path(path_type=Path))
 @click.option("--id", "ids", multiple=True, help="An exemplar of the index as the query; repeatable.")
@@ -37,17 +44,15 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prefilter",
-    default="union",
-    show_default=True,
-    help="l2, cosine, union of both, or global where the index has a global trigger.",
+    help="Of --candidates: l2, cosine, union of both, or global where the index has a global trigger. Default: union.",
 )
-@click.option("--preset", default="robust", show_default=True, help="tmm: paper or robust.")
+@click.option("--preset", help="tmm: paper or robust. Default: robust.")
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="tmm: change a setting, e.g. blend=added; repeatable.",
+    help="tmm: change a setting, e.g. blend=added; repeatable. They are listed below.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="tmm: seed of trigger and tuning. Default: the preset's, 0.")
 @click.option(
@@ -103,7 +108,6 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
     """
     from tmm_engine.cli.display import progress_bar
     from tmm_engine.engine import Engine
-    from tmm_engine.rerank.settings import preset
     from tmm_engine.results import FailedQuery
 
     if not (images or options["ids"] or options["source"]):
@@ -111,8 +115,7 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
     for path in (options["html"], options["png"]):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: its folder does not exist; create it first")
-    seed = [] if options["seed"] is None else [f"seed={options['seed']}"]
-    config = preset(options["preset"]).with_settings([*options["settings"], *seed])
+    asked = _asked(options)
     opened = Engine.open(
         index,
         model=options["model"],
@@ -128,11 +131,42 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
             click.echo(f"tmm on {engine.backend}", err=True)
         queries = _queries(engine, images, options)
         with progress_bar() as progress:
-            results = _answers(engine, queries, options, config=config, progress=progress)
+            results = _answers(engine, queries, asked, progress)
     _show(results, options, index_name=index.name)
     failed = sum(isinstance(result, FailedQuery) for result in results)
     if failed:
         raise InputError(f"{failed} of {len(results)} answers failed; see their places")
+
+
+def _asked(options: dict[str, Any]) -> "list[SearchOptions]":
+    """The options of a search in each mode; those of one mode are refused where only others are asked for."""
+    from tmm_engine.options import SearchOptions
+
+    by_tmm = {name: options[name] for name in OF_TMM if options[name] not in (None, (), False)}
+    for name in ("precision", "backend"):
+        if options[name] != DEFAULTS[name]:
+            by_tmm[name] = options[name]
+    if by_tmm and "tmm" not in options["modes"]:
+        flag = f"--{FLAGS.get(next(iter(by_tmm)), next(iter(by_tmm)))}"
+        raise click.UsageError(f"{flag} has no effect with --mode {','.join(options['modes'])}: it is an option of tmm")
+    shared = {name: options[name] for name in ("k", "stretch", "recognition", "where")}
+    tmm = {name: options[name] for name in ("candidates", "prefilter", "together")} | {"config": _config(options)}
+    return [SearchOptions(mode=mode, **shared, **(tmm if mode == "tmm" else {})) for mode in options["modes"]]
+
+
+def _config(options: dict[str, Any]) -> "TmmConfig":
+    """The preset with --set and --seed; what speeds up a pass is refused where there is none."""
+    from tmm_engine.rerank.settings import DEFAULT_PRESET, IndexTrigger, preset
+
+    seed = [] if options["seed"] is None else [f"seed={options['seed']}"]
+    config = preset(options["preset"] or DEFAULT_PRESET).with_settings([*options["settings"], *seed])
+    for name in ("precision", "backend"):
+        if isinstance(config.trigger, IndexTrigger) and options[name] != DEFAULTS[name]:
+            raise click.UsageError(
+                f"--{name} has no effect with the index's trigger (trigger=global): no exemplar passes the network, "
+                f"its features are stored"
+            )
+    return config
 
 
 def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query | FailedQuery]":
@@ -162,34 +196,14 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
 
 
 def _answers(
-    engine: "Engine",
-    queries: "list[Query | FailedQuery]",
-    options: dict[str, Any],
-    *,
-    config: "TmmConfig",
-    progress: "Progress",
+    engine: "Engine", queries: "list[Query | FailedQuery]", asked: "list[SearchOptions]", progress: "Progress"
 ) -> "list[SearchResult | FailedQuery]":
     """The answer to every query in every mode, query by query; a query that is alone raises its error."""
     from tmm_engine.query import Query
 
-    good = [query for query in queries if isinstance(query, Query)]
+    good: list[Any] = [query for query in queries if isinstance(query, Query)]
     search = engine.search if len(queries) == 1 else engine.search_each
-    by_mode = [
-        search(
-            good,  # type: ignore[arg-type]
-            k=options["k"],
-            mode=mode,
-            candidates=options["candidates"],
-            prefilter=options["prefilter"],
-            config=config,
-            together=options["together"],
-            stretch=options["stretch"],
-            recognition=options["recognition"],
-            where=options["where"],
-            progress=progress,
-        )
-        for mode in options["modes"]
-    ]
+    by_mode = [search(good, options, progress=progress) for options in asked]
     answers = iter(zip(*by_mode, strict=True))
     results: list[SearchResult | FailedQuery] = []
     for query in queries:
