@@ -19,7 +19,7 @@ from tmm_engine.index.neighbours.ranking import in_turn
 from tmm_engine.index.neighbours.search import Neighbours
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
-from tmm_engine.opening import memory_store
+from tmm_engine.rerank.columns import robust_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.settings import preset
 from tmm_engine.rerank.tmm import TmmNN
@@ -93,7 +93,7 @@ def measure_candidates(
     config = preset("paper")
     shared = make_global_trigger(source, classifier, config)
     by_global = shared.as_asked_of(config)
-    store = memory_store(source, classifier, shared)
+    store = MemoryStore.of(source, classifier, columns=robust_columns(shared, classifier))
     tmm = TmmNN(classifier, store, global_trigger=shared)
     nearest = {metric: Neighbours(store, metric) for metric in Metric}
     generator, n = np.random.default_rng(0), len(store)

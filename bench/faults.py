@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from tmm_engine.engine import Engine
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import exact_scores
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, compact, delete_exemplars
-from tmm_engine.index.store.exemplars import FEATURE
 from tmm_engine.rerank.settings import TmmConfig
 
 # It is imported, but not used, before the process forks; its threads begin with its use.
@@ -107,7 +107,7 @@ def carry_out(index: Path, kind: str, now: Content, after: Content, classifier: 
     elif kind == "compact":
         compact(index)
     else:
-        build_index(source_of(after), index, classifier, overwrite=True)
+        write_index(source_of(after), index, classifier, overwrite=True)
 
 
 def change_until_killed(index: Path, seed: int, done: Connection) -> None:
@@ -249,8 +249,8 @@ def where_overhead(folder: Path, rows: int) -> dict[str, float]:
     timings: dict[str, list[float]] = {"filtered": [], "alone": []}
     metadata = {"half": [number % 2 for number in range(2 * rows)]}
     both = ArraySource(images, labels, metadata=metadata)
-    build_index(both, folder / "both", classifier)
-    build_index(ArraySource(images[::2], labels[::2]), folder / "alone", classifier)
+    write_index(both, folder / "both", classifier)
+    write_index(ArraySource(images[::2], labels[::2]), folder / "alone", classifier)
     for turn in range(3):
         for name in ("filtered", "alone"):
             with Engine.open(folder / ("both" if name == "filtered" else "alone"), device="cpu") as engine:

@@ -34,10 +34,10 @@ from tmm_engine.index.neighbours.search import Neighbours
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.records import ImageSource
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.opening import memory_store
 from tmm_engine.rerank.backbone import Precision, TorchBackbone, specialised
+from tmm_engine.rerank.columns import robust_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
 from tmm_engine.rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
@@ -132,7 +132,7 @@ class LatencyBench:
         self.latency = Latency(device=str(classifier.device))
         self.default = preset(DEFAULT_PRESET)
         self.global_trigger = make_global_trigger(source, classifier, self.default)
-        self.store = memory_store(source, classifier, self.global_trigger)
+        self.store = MemoryStore.of(source, classifier, columns=robust_columns(self.global_trigger, classifier))
         self.sizes = sorted({min(size, len(self.store)) for size in SIZES})
         self.size = min(RATIO_SIZE, len(self.store))
         self.queries = self._noisy_exemplars(max(TOGETHER, AGREEMENT_QUERIES))
@@ -317,10 +317,10 @@ class LatencyBench:
             source = ArraySource(self.store.images(np.arange(n)), self.store.labels[:n])
             images = torch.from_numpy(self.store.images(np.arange(n)))
             for _ in range(self.repeats):
-                time_("build", n, lambda: build_index(source, Path(folder) / "a.idx", self.classifier, overwrite=True))
+                time_("build", n, lambda: write_index(source, Path(folder) / "a.idx", self.classifier, overwrite=True))
                 time_("forward beside build", n, lambda: _forward(self.classifier.backbone, images, self.classifier))
             largest = ArraySource(self.store.images(np.arange(len(self.store))), self.store.labels)
-            build_index(largest, Path(folder) / "b.idx", self.classifier)
+            write_index(largest, Path(folder) / "b.idx", self.classifier)
             self.latency.figures["peak_mib"] = peak_of_search(Path(folder) / "b.idx")
         small, large = (peak_of_build(size) for size in BUILD_SIZES)
         self.latency.figures |= {

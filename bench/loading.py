@@ -12,9 +12,9 @@ from tmm_engine.bench.triggers import folder_beside
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress
-from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.types import ImageShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,5 +89,5 @@ def _query_source(source: str, options: dict[str, Any]) -> ImageSource:
         raise InputError(f"no held-out queries: {error}; or name other images with --query-source") from None
 
 
-def _readable(source: ImageSource, shape: Shape) -> list[ImageRecord]:
+def _readable(source: ImageSource, shape: ImageShape) -> list[ImageRecord]:
     return [record for record in source.read(shape) if isinstance(record, ImageRecord)]

@@ -31,27 +31,28 @@ from tmm_engine.bench.retrievers import Retriever, rank_of
 from tmm_engine.bench.self_retrieval import scores_under
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.columns import FEATURE, embed
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
-from tmm_engine.index.store.building import embed, predict
-from tmm_engine.index.store.exemplars import FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.index.types import ImageShape
+from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.contrast import embed_stretched
 
 KEY = ("query", "level", "method", "foreign")
 NOISE = "noise"  # the name of foreign exemplars of uniform noise
 
 
-def noise_images(count: int, shape: Shape, *, seed: int) -> UInt8[np.ndarray, "m c h w"]:
+def noise_images(count: int, shape: ImageShape, *, seed: int) -> UInt8[np.ndarray, "m c h w"]:
     """Images of independent uniform pixels."""
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
 
 
 def foreign_images(
-    source: ImageSource, count: int, shape: Shape, *, seed: int, progress: Progress = silent
+    source: ImageSource, count: int, shape: ImageShape, *, seed: int, progress: Progress = silent
 ) -> UInt8[np.ndarray, "m c h w"]:
     """A seeded random subset of a source's readable images, brought to a shape; all where there are fewer.
 

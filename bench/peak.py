@@ -12,12 +12,12 @@ import numpy as np
 from tmm_engine.bench.machine import memory_mib, peak_memory_mib, reset_peak_memory
 from tmm_engine.engine import Engine
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.records import ImageRecord
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
+from tmm_engine.index.types import ImageShape
 
-SHAPE: Shape = (1, 28, 28)
+SHAPE: ImageShape = (1, 28, 28)
 
 
 def peak_of_search(index: Path) -> float:
@@ -44,11 +44,11 @@ class RandomImages:
     def __len__(self) -> int:
         return self.count
 
-    def natural_shape(self) -> Shape:
+    def natural_shape(self) -> ImageShape:
         """As MNIST's."""
         return SHAPE
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord]:
         """All images, the same in every run."""
         generator = np.random.default_rng(0)
         for number in range(self.count):
@@ -75,7 +75,7 @@ def _build(exemplars: int) -> float:
     classifier = Classifier.from_architecture("resnet18", image_shape=SHAPE, seed=0, num_classes=10)
     with tempfile.TemporaryDirectory() as folder:
         before = _idle()
-        build_index(RandomImages(exemplars), Path(folder) / "random.idx", classifier)
+        write_index(RandomImages(exemplars), Path(folder) / "random.idx", classifier)
         return peak_memory_mib() - before
 
 

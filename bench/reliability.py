@@ -22,11 +22,12 @@ from tmm_engine.bench.faults import Content, Plan
 from tmm_engine.bench.reliability_surroundings import Attempts, Skipped, clocks, full_disks, permissions, read_only
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
 from tmm_engine.index.store.manifest import MANIFEST, Manifest, older_versions
 from tmm_engine.index.store.target import recover
-from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.verify import verify_index
 
 PATIENCE = 60.0  # seconds for anything that runs in a process of its own
@@ -147,7 +148,7 @@ class ReliabilityBench:
         """Kill a writer in the middle of a plan; the index must be after the last change reported, or the next one."""
         plan = Plan(seed)
         history = [plan.first()]
-        build_index(faults.source_of(history[0]), index, faults.small_classifier())
+        write_index(faults.source_of(history[0]), index, faults.small_classifier())
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(target=faults.change_until_killed, args=(index, seed, sender))
         process.start()
@@ -244,10 +245,10 @@ class ReliabilityBench:
         """An index with everything that one can have: versions, deletions, a global trigger, a FAISS cache."""
         classifier, content = faults.small_classifier(), Plan(1).first()
         source = faults.source_of(content)
-        column = GlobalColumn(make_global_trigger(source, classifier, faults.QUICK), classifier)
-        build_index(source, index, classifier, global_column=column, neighbours="HNSW8")
+        columns = robust_columns(make_global_trigger(source, classifier, faults.QUICK), classifier)
+        write_index(source, index, classifier, columns=columns, neighbours="HNSW8")
         more = {f"more {n}": 100 + n for n in range(8)}
-        add_exemplars(index, faults.source_of(more), classifier, global_column=column)
+        add_exemplars(index, faults.source_of(more), classifier)
         delete_exemplars(index, ids=["id 3", "more 5"])
         content = {id_: number for id_, number in (content | more).items() if id_ not in ("id 3", "more 5")}
         with faults.open_small(index) as engine:

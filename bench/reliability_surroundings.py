@@ -18,7 +18,7 @@ from tmm_engine.bench import faults
 from tmm_engine.bench.faults import Content, Plan
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.store import building, commit
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import EXEMPLARS, MANIFEST, Manifest
 from tmm_engine.versions import versions_of
 
@@ -67,7 +67,7 @@ def full_disks(folder: Path) -> Attempts:
     for limit in LIMITS:
         index, now = folder / str(limit) / "idx", Plan(limit).first()
         index.parent.mkdir(parents=True)
-        build_index(faults.source_of(now), index, faults.small_classifier())
+        write_index(faults.source_of(now), index, faults.small_classifier())
         _, after = Plan(limit).next(now)
         allowed: dict[str, Content | None] = {"error": now, "done": after}
         yield Attempt(f"no file beyond {limit} bytes", index, faults.fill_disk, (index, limit, limit), allowed)
@@ -76,7 +76,7 @@ def full_disks(folder: Path) -> Attempts:
             yield Skipped(f"small disk: {NOT_MOUNTED}")
             return
         index = disk / "idx"
-        build_index(faults.source_of(CONTENT), index, faults.small_classifier())
+        write_index(faults.source_of(CONTENT), index, faults.small_classifier())
         yield Attempt("small disk", index, faults.change_on_small_disk, (index, 0), {"error": None})
 
 
@@ -276,7 +276,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 def _built(index: Path) -> Path:
     """An index that wants to write a FAISS cache when it is searched."""
     index.parent.mkdir(parents=True, exist_ok=True)
-    build_index(faults.source_of(CONTENT), index, faults.small_classifier(), neighbours="HNSW8")
+    write_index(faults.source_of(CONTENT), index, faults.small_classifier(), neighbours="HNSW8")
     return index
 
 

@@ -16,17 +16,18 @@ from torch.nn.functional import normalize
 
 from tmm_engine.bench.triggers import global_trigger, optimisation
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
 from tmm_engine.index.neighbours.search import exact_scores
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, GlobalColumn
 from tmm_engine.rerank.contrast import stretch_contrast
 from tmm_engine.rerank.discriminant import Discriminant
-from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
+from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.recognise import Recognised, chord
 from tmm_engine.rerank.settings import PRESETS, TmmConfig, Trigger, Tuning, preset
 from tmm_engine.rerank.tmm import Ranking, TmmNN
@@ -300,12 +301,12 @@ def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, 
     shared = replace(optimised, blend=config.blend, clamp=config.clamp, stretch=config.stretch, intensity=intensity)
     step = forward_batch_size(store.image_shape)
     column = GlobalColumn(shared, classifier)
-    parts = [column.columns(images[start : start + step]) for start in range(0, len(images), step)]
+    parts = [column.compute(images[start : start + step]) for start in range(0, len(images), step)]
     triggered = MemoryStore(
         images,
         {
             FEATURE: store.features(rows),
-            GLOBAL_FEATURE: np.concatenate([part[GLOBAL_FEATURE] for part in parts]),
+            GLOBAL_FEATURE: np.concatenate(parts),
             STRETCHED_FEATURE: store.features(rows, column=STRETCHED_FEATURE),
         },
         store.labels,

@@ -11,13 +11,13 @@ from jaxtyping import Int64
 from tmm_engine.bench.records import RecordFile, describe_run, read_records
 from tmm_engine.bench.retrievers import Method, Retriever, make_retrievers
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.columns import FEATURE, embed
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
-from tmm_engine.index.store.building import embed
-from tmm_engine.index.store.exemplars import FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.contrast import embed_stretched
 from tmm_engine.rerank.settings import TmmConfig
 

@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
 
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
 from tmm_engine.index.neighbours.search import Neighbours
-from tmm_engine.index.store.exemplars import FEATURE, STRETCHED_FEATURE, ExemplarStore
+from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.options import Prefilter
+from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.recognise import Recognised, recognise_nearest
 from tmm_engine.rerank.timing import Timings
 

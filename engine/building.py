@@ -1,14 +1,17 @@
 """Build an index that the default search works with: exemplars, features, and a global trigger with its features."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from tmm_engine.index.columns import FeatureColumn
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
-from tmm_engine.index.store.building import BuildReport, check_build
-from tmm_engine.index.store.building import build_index as build_plain
-from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.index.store.building import check_build, write_index
+from tmm_engine.index.store.embedding import BuildReport
+from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig, preset
 
 
@@ -23,7 +26,7 @@ def build_index(
     strict: bool = False,
     progress: Progress = silent,
 ) -> BuildReport:
-    """As `index.build_index`, with a global trigger beside the exemplars.
+    """Build an index of a source's images. It appears at `index` whole, or not at all.
 
     Args:
         source: The exemplars.
@@ -37,18 +40,21 @@ def build_index(
         progress: Told of images read and embedded, and of the trigger's optimisation.
 
     Raises:
-        InputError: what `index.build_index` and `make_global_trigger` refuse.
+        IndexStateError: the target is in the way, not writable, full, or being built by another process.
+        InputError: source and classifier do not fit, no image can be read, an id is there twice, a label is out of
+            range, the images are such that `make_global_trigger` refuses them, or, with `strict`, one is unreadable.
     """
     check_build(source, index, classifier, overwrite=overwrite, neighbours=neighbours)
-    column = None
+    columns: Sequence[FeatureColumn] = ()
     if global_trigger is not None:
         config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
-        column = GlobalColumn(make_global_trigger(source, classifier, config, progress=progress), classifier)
-    return build_plain(
+        trigger = make_global_trigger(source, classifier, config, progress=progress)
+        columns = robust_columns(trigger, classifier)
+    return write_index(
         source,
         index,
         classifier,
-        global_column=column,
+        columns=columns,
         overwrite=overwrite,
         neighbours=neighbours,
         strict=strict,

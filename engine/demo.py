@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from tmm_engine.building import build_index
 from tmm_engine.engine import Engine
+from tmm_engine.index.columns import embed
 from tmm_engine.index.models.architectures import ModelSpec, build_model
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.store.building import embed, predict
+from tmm_engine.index.store.embedding import predict
 from tmm_engine.options import Mode
 from tmm_engine.query import Query
 from tmm_engine.rerank.settings import DEFAULT_PRESET
@@ -113,7 +113,7 @@ def run_demo(out: Path, *, queries: int, progress: Progress) -> DemoOutcome:
     accuracy = _accuracy(classifier, images[EXEMPLARS:], labels[EXEMPLARS:])
     index = out / "digits.idx"
     source = ArraySource(images[:EXEMPLARS], labels[:EXEMPLARS], class_names=[str(digit) for digit in range(10)])
-    build_index(source, index, classifier, overwrite=True, progress=progress)
+    write_index(source, index, classifier, overwrite=True, progress=progress)
     with Engine.open(index, device="cpu") as engine:
         chosen = np.random.default_rng(SEED).choice(EXEMPLARS, queries, replace=False)
         results = _search(engine, [str(engine.store.ids[row]) for row in chosen], progress)

@@ -20,12 +20,12 @@ from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact,
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.index.store.target import locked
+from tmm_engine.index.types import ImageLike
 from tmm_engine.opening import Opening, index_in_memory
 from tmm_engine.options import SearchKeywords, SearchOptions
-from tmm_engine.query import ImageLike, Query, as_query
+from tmm_engine.query import Query, as_query
 from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
-from tmm_engine.rerank.global_trigger import GlobalColumn
 from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig, preset
 from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.snapshot import Snapshot
@@ -300,8 +300,6 @@ class Engine:
             id_prefix: Put before the source's ids.
             progress: Told of images done.
         """
-        trigger = self._snapshot.global_trigger
-        column = None if trigger is None else GlobalColumn(trigger, self.classifier)
         report = add_exemplars(
             self._changeable(),
             source,
@@ -309,7 +307,6 @@ class Engine:
             replace_same=replace,
             strict=strict,
             id_prefix=id_prefix,
-            global_column=column,
             progress=progress,
         )
         self.refresh()

@@ -28,13 +28,13 @@ def describe_index(path: Path, *, version: int | None = None) -> dict[str, Any]:
         "skipped": manifest.skipped,
         "image_shape": list(manifest.image_shape),
         "feature_dim": manifest.feature_dim,
+        "columns": manifest.columns,
         "classes": list(manifest.class_names),
         "labels": "predicted by the model, all or some" if manifest.labels_predicted else "given",
         "model": manifest.model.architecture,
         "fingerprint": manifest.fingerprint,
         "neighbours": manifest.neighbours,
         "backend": _backend(manifest.backend_speeds),
-        "global_trigger": manifest.global_trigger,
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }
 

@@ -3,24 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from tmm_engine.backends import Backend, choose_backbone, choose_device
-from tmm_engine.index.errors import IndexStateError, ModelError
+from tmm_engine.index.columns import FeatureColumn
+from tmm_engine.index.errors import ModelError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.sources.records import ImageSource
-from tmm_engine.index.store.building import BuildReport, check_fit, embedded
-from tmm_engine.index.store.exemplars import FEATURE
+from tmm_engine.index.store.embedding import check_fit
 from tmm_engine.index.store.lance_store import LanceStore
-from tmm_engine.index.store.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
+from tmm_engine.index.store.manifest import EXEMPLARS, MODEL, Manifest
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.index.store.target import recover
 from tmm_engine.rerank.backbone import Backbone, Precision
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, robust_columns, trigger_of
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
-from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 
 
@@ -78,19 +77,8 @@ def open_parts(path: Path, opening: Opening) -> Parts:
     )
     manifest.check_exemplars(path, len(store), store.files)
     backbone = choose_backbone(path, manifest, classifier, backend=opening.backend, precision=opening.precision)
-    return Parts(manifest, classifier, store, backbone, _global_trigger(path, manifest))
-
-
-def _global_trigger(path: Path, manifest: Manifest) -> GlobalTrigger | None:
-    if not manifest.global_trigger:
-        return None
-    found = GlobalTrigger.load(path / GLOBAL_TRIGGER)
-    if tuple(found.trigger.shape) != manifest.image_shape:
-        raise IndexStateError(
-            f"{path / GLOBAL_TRIGGER}: expected a trigger of shape {manifest.image_shape}, got "
-            f"{tuple(found.trigger.shape)}; build the index again"
-        )
-    return found
+    trigger = trigger_of(path, manifest.image_shape) if GLOBAL_FEATURE in manifest.columns else None
+    return Parts(manifest, classifier, store, backbone, trigger)
 
 
 def index_in_memory(
@@ -108,38 +96,8 @@ def index_in_memory(
         InputError: a source that does not fit the classifier; or as `make_global_trigger`.
     """
     check_fit(source, classifier)
-    shared = None
+    shared, columns = None, tuple[FeatureColumn, ...]()
     if global_trigger is not None:
         shared = make_global_trigger(source, classifier, global_trigger, progress=progress)
-    return memory_store(source, classifier, shared, progress=progress), shared
-
-
-def memory_store(
-    source: ImageSource, classifier: Classifier, shared: GlobalTrigger | None, *, progress: Progress = silent
-) -> MemoryStore:
-    """A source's images, their features, and those under a global trigger if there is one, as arrays.
-
-    Args:
-        source: The exemplars.
-        classifier: Computes the features.
-        shared: The global trigger.
-        progress: Told of images done.
-    """
-    report, batches = BuildReport(), []
-    for batch in embedded(source, classifier, report):
-        batches.append(batch)
-        progress("embedding", report.exemplars, len(source))
-    records = [record for batch in batches for record in batch.records]
-    features = {FEATURE: np.concatenate([batch.features for batch in batches])}
-    if shared is not None:
-        column = GlobalColumn(shared, classifier)
-        parts = [column.columns(batch.images) for batch in batches]
-        features |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return MemoryStore(
-        np.concatenate([batch.images for batch in batches]),
-        features,
-        np.concatenate([batch.labels for batch in batches]),
-        ids=[record.id for record in records],
-        label_is_predicted=np.full(len(records), not source.labelled),
-        metadata=[record.metadata for record in records],
-    )
+        columns = robust_columns(shared, classifier)
+    return MemoryStore.of(source, classifier, columns=columns, progress=progress), shared

@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float32
-from PIL import Image
 
 from tmm_engine.index.errors import ImageError
-from tmm_engine.index.sources.images import Shape, channels_first, decode_image, to_numpy
+from tmm_engine.index.sources.images import channels_first, decode_image, to_numpy
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.types import ImageLike, ImageShape
 from tmm_engine.results import FailedQuery
-
-ImageLike = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +29,7 @@ class Query:
     label: int | None = None
 
 
-def as_query(image: ImageLike | Query, *, shape: Shape, name: str) -> Query:
+def as_query(image: ImageLike | Query, *, shape: ImageShape, name: str) -> Query:
     """A query from anything that is an image.
 
     Files, bytes and PIL images are brought to `shape`; arrays must have it. Floating-point arrays keep their precision.
@@ -56,7 +54,7 @@ def as_query(image: ImageLike | Query, *, shape: Shape, name: str) -> Query:
     return Query(name, pixels, None)
 
 
-def queries_from(source: ImageSource, shape: Shape, *, prefix: str = "") -> list[Query | FailedQuery]:
+def queries_from(source: ImageSource, shape: ImageShape, *, prefix: str = "") -> list[Query | FailedQuery]:
     """All images of a source as queries, with their labels where it has them; for one that cannot be read, why.
 
     Args:

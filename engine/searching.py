@@ -13,7 +13,7 @@ from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress
-from tmm_engine.index.store.building import predict
+from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.options import Mode, Prefilter, SearchOptions
 from tmm_engine.query import Query

@@ -11,20 +11,18 @@ from torch import nn
 
 from tmm_engine.backends import damaged_graphs
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.columns import is_registered, load_columns
 from tmm_engine.index.errors import IndexStateError, InputError, ModelError, TmmEngineError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.store.building import embed
 from tmm_engine.index.store.changes import rebuild_features
 from tmm_engine.index.store.commit import leftovers, remove_leftovers
-from tmm_engine.index.store.exemplars import FEATURE
 from tmm_engine.index.store.lance_store import LanceStore, lance_errors
 from tmm_engine.index.store.manifest import (
     CACHE,
     DATA,
     EXEMPLARS,
-    GLOBAL_TRIGGER,
     MODEL,
     VERSIONS,
     Manifest,
@@ -32,7 +30,6 @@ from tmm_engine.index.store.manifest import (
     wrong_content,
 )
 from tmm_engine.index.store.target import locked, recover
-from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
 
 SAMPLE = 256  # exemplars whose features are computed again
 TOLERANCE = 1e-3  # of the largest feature; other batches and devices stay two orders of magnitude below
@@ -153,10 +150,7 @@ def repair_index(index: Path, *, model: nn.Module | str | None = None, progress:
             path.unlink(missing_ok=True)
             done.append(f"removed {path}; the next search that needs it builds it anew")
     if not found.sound:
-        classifier, column = _classifier(index, manifest, model), None
-        if manifest.global_trigger:
-            column = GlobalColumn(GlobalTrigger.load(index / GLOBAL_TRIGGER), classifier)
-        report = rebuild_features(index, classifier, global_column=column, progress=progress)
+        report = rebuild_features(index, _classifier(index, manifest, model), progress=progress)
         done.append(
             f"computed the features of {report.exemplars:,} exemplars from their images: version {report.version}"
         )
@@ -232,20 +226,25 @@ def _check_features(
 ) -> None:
     """The features of a random sample against those computed from its images now."""
     try:
-        classifier = _classifier(index, manifest, model)
+        columns = load_columns(index, filter(is_registered, manifest.columns), _classifier(index, manifest, model))
+    except IndexStateError as error:
+        done.found(str(error), RESTORE)
+        return
     except ModelError as error:
         if manifest.model.is_user_code and model is None:
             done.notes.append(f"features were not computed again: {error}")
         else:
             done.found(str(error), RESTORE)
         return
+    if len(columns) < len(manifest.columns):
+        unknown = ", ".join(name for name in manifest.columns if not is_registered(name))
+        done.notes.append(f"not computed again, because this program does not know how: {unknown}")
     rows = np.sort(np.random.default_rng(0).choice(len(store), min(sample, len(store)), replace=False))
-    more = GlobalColumn(GlobalTrigger.load(index / GLOBAL_TRIGGER), classifier) if manifest.global_trigger else None
     for part in _parts(rows, forward_batch_size(manifest.image_shape)):
         images = store.images(part).copy()
-        for column, now in ({FEATURE: embed(images, classifier)} | (more.columns(images) if more else {})).items():
-            for row in np.flatnonzero(_differ(store.features(part, column=column), now)):
-                what = f"the column {column!r} of exemplar {store.ids[part[row]]!r} is not what its image gives"
+        for column in columns:
+            for row in np.flatnonzero(_differ(store.features(part, column=column.name), column.compute(images))):
+                what = f"the column {column.name!r} of exemplar {store.ids[part[row]]!r} is not what its image gives"
                 done.found(what, REPAIR)
     done.recomputed = len(rows)
 

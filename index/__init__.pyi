@@ -6,7 +6,7 @@ from .sources.arrays import ArraySource
 from .sources.images import decode_image
 from .sources.opening import open_source
 from .sources.records import ImageRecord, ImageSource, UnreadableImage
-from .store.building import BuildReport, build_index
+from .store.embedding import BuildReport
 from .store.exemplars import ExemplarStore
 from .store.memory import MemoryStore
 
@@ -26,7 +26,6 @@ __all__ = [
     "Neighbours",
     "TmmEngineError",
     "UnreadableImage",
-    "build_index",
     "decode_image",
     "open_source",
 ]

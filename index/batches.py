@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeVar
 
-from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.types import ImageShape
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ MAX_IMAGES = 512
 PIXELS = 1 << 19  # a batch's pixels per channel: 512 images of 32×32, 10 of 224×224
 
 
-def forward_batch_size(shape: Shape) -> int:
+def forward_batch_size(shape: ImageShape) -> int:
     """Images in one forward pass, so that activations stay small whatever the image size."""
     _, height, width = shape
     return max(1, min(MAX_IMAGES, PIXELS // (height * width)))

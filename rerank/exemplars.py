@@ -78,7 +78,7 @@ class ExemplarTensors:
 
     def feature_chunks(self, dtype: torch.dtype, *, column: str) -> Iterator[Float[Tensor, "chunk d"]]:
         """All features of a column, in order, `chunk` at a time; kept where the budget allows."""
-        if column in self._features or self._budget >= 4 * len(self._store) * self._store.feature_dim:
+        if column in self._features or self._budget >= 4 * len(self._store) * self._store.feature_columns[column]:
             yield from self.features(None, dtype, column=column).split(self.chunk)
             return
         for batch in prefetched(self._store.scan_features(self.chunk, column=column)):
@@ -89,7 +89,7 @@ class ExemplarTensors:
         return _fill(images, self._store.scan_images(self.chunk))
 
     def _load_features(self, column: str) -> Float[Tensor, "n d"]:
-        features = torch.empty((len(self._store), self._store.feature_dim), device=self._device)
+        features = torch.empty((len(self._store), self._store.feature_columns[column]), device=self._device)
         return _fill(features, self._store.scan_features(self.chunk, column=column))
 
 

@@ -12,15 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.rerank.backbone import specialised
-from tmm_engine.rerank.blending import INVISIBLE, apply_trigger
-from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.rerank.blending import INVISIBLE
 from tmm_engine.rerank.optimisation import INITIAL_STD, PATIENCE
 from tmm_engine.rerank.settings import (
     Blend,
@@ -114,37 +111,6 @@ class GlobalTrigger:
             return cls(trigger, float(about["intensity"]), Blend(about["blend"]), *flags)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise IndexStateError(f"{path}: damaged global trigger ({error}); build the index again") from error
-
-
-class GlobalColumn:
-    """Computes the other feature columns of an index, φ(x^τ) and φ of stretched images, from its images."""
-
-    def __init__(self, global_trigger: GlobalTrigger, classifier: Classifier) -> None:
-        self.global_trigger = global_trigger
-        self._classifier = specialised(classifier)
-        self._trigger = global_trigger.trigger.to(classifier.device)
-
-    def columns(self, images: UInt8[np.ndarray, "n c h w"]) -> dict[str, Float32[np.ndarray, "n d"]]:
-        """By name of the column."""
-        pixels = torch.from_numpy(images).to(self._trigger.device).float() / 255.0
-        stretched, settings = stretch_contrast(pixels), self.global_trigger
-        triggered = apply_trigger(
-            stretched if settings.stretch else pixels,
-            self._trigger,
-            intensity=settings.intensity,
-            blend=settings.blend,
-            clamp=settings.clamp,
-        )
-        return {GLOBAL_FEATURE: self._features(triggered), STRETCHED_FEATURE: self._features(stretched)}
-
-    def _features(self, pixels: Float32[Tensor, "n c h w"]) -> Float32[np.ndarray, "n d"]:
-        parts = pixels.split(forward_batch_size(self._classifier.image_shape))
-        with torch.inference_mode():
-            return torch.cat([self._classifier.features(part) for part in parts]).cpu().numpy()
-
-    def save(self, path: Path) -> None:
-        """Write the trigger beside the features."""
-        self.global_trigger.save(path)
 
 
 def make_global_trigger(

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore
+from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.exemplars import ExemplarTensors
 from tmm_engine.rerank.score import DiscriminantScorer, FusedScorer, HeadScorer, Scorer

@@ -9,11 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from tmm_engine.index.types import Rows
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.settings import Score
-
-Rows = Int64[np.ndarray, "n"]
-
 
 MATCH_COSINE = 0.25  # weight of the cosine similarity beside the confidence, in deciding whether two images are one
 

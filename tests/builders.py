@@ -18,12 +18,13 @@ from tmm_engine.index import batches
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.records import ImageRecord
 from tmm_engine.index.store import lance_store
-from tmm_engine.index.store.building import BuildReport, build_index
+from tmm_engine.index.store.building import write_index
+from tmm_engine.index.store.embedding import BuildReport
 from tmm_engine.index.store.lance_store import LanceStore
 from tmm_engine.index.store.manifest import EXEMPLARS, Manifest, digest_files
+from tmm_engine.index.types import ImageShape
 
 ROOT = Path(__file__).parents[1]
 COUNT = 96
@@ -44,7 +45,7 @@ def tiny_build(target: Path, seed: int = 0, **options: Any) -> BuildReport:
     """Build an index that tells its seed."""
     images, labels = tiny_arrays(seed)
     source = ArraySource(images, labels, name=f"seed {seed}", metadata={"seed": [seed] * len(images)})
-    return build_index(source, target, tiny_classifier(seed), **options)
+    return write_index(source, target, tiny_classifier(seed), **options)
 
 
 def reference_features(classifier: Classifier, images: np.ndarray) -> np.ndarray:
@@ -177,11 +178,11 @@ class EndlessSource:
     def __len__(self) -> int:
         return self._n
 
-    def natural_shape(self) -> Shape:
+    def natural_shape(self) -> ImageShape:
         """(3, 32, 32)."""
         return (3, 32, 32)
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord]:
         """Images of one colour each."""
         for number in range(self._n):
             yield ImageRecord(f"{number:08d}", np.full(shape, number % 251, np.uint8), None, {"number": number})

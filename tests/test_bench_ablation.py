@@ -27,7 +27,7 @@ from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
+from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.settings import PRESETS
 
 QUICK = "paper,trigger_steps=2,tuning_min_steps=3,tuning_batch=8"

@@ -16,11 +16,12 @@ from tmm_engine.bench.ood import KEY, foreign_images, measure_foreign, mixed, no
 from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.retrievers import Method, make_retrievers
 from tmm_engine.bench.suite import Suite
+from tmm_engine.index.columns import embed
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.folders import FolderSource
-from tmm_engine.index.store.building import embed, predict
-from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
+from tmm_engine.index.store.embedding import predict
+from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.contrast import embed_stretched
 
 N, M = 20, 6

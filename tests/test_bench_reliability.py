@@ -14,7 +14,7 @@ from tmm_engine.bench.faults import Plan
 from tmm_engine.bench.reliability import Reliability, ReliabilityBench, print_reliability
 from tmm_engine.bench.reliability_surroundings import CONTENT, KINDS, NOT_MOUNTED, Attempt, Skipped, outcome_of
 from tmm_engine.index.errors import IndexStateError, TmmEngineError
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
 
 
@@ -66,7 +66,7 @@ def say(outcome: str) -> str:
 
 def test_outcomes_that_are_not_allowed_and_contents_that_are_not_left_are_counted(tmp_path: Path):
     bench, index = ReliabilityBench(trials=0), tmp_path / "idx"
-    build_index(faults.source_of(CONTENT), index, faults.small_classifier())
+    write_index(faults.source_of(CONTENT), index, faults.small_classifier())
     attempts = [
         Attempt("as it should be", index, say, ("error",), {"error": CONTENT}),
         Attempt("done where it cannot be", index, say, ("done",), {"error": CONTENT}),
@@ -94,7 +94,7 @@ def test_a_file_that_lacks_only_its_end_is_an_error_and_not_done(tmp_path: Path)
     kind, after = Plan(seed).next(now)
     assert kind == "build"
     for name in ("whole", "cut"):
-        build_index(faults.source_of(now), tmp_path / name, faults.small_classifier())
+        write_index(faults.source_of(now), tmp_path / name, faults.small_classifier())
     assert bench._alone(faults.fill_disk, tmp_path / "whole", 10**6, seed) == "done"
     assert bench._any_right(tmp_path / "whole", [after], "whole")
     [data] = (tmp_path / "whole" / "exemplars.lance" / "data").iterdir()
@@ -104,7 +104,7 @@ def test_a_file_that_lacks_only_its_end_is_an_error_and_not_done(tmp_path: Path)
 
 def test_an_index_at_another_content_counts_as_lost_and_a_wrong_answer_as_wrong(tmp_path: Path, monkeypatch):
     bench, content = ReliabilityBench(trials=0), Plan(0).first()
-    build_index(faults.source_of(content), tmp_path / "idx", faults.small_classifier())
+    write_index(faults.source_of(content), tmp_path / "idx", faults.small_classifier())
     assert bench._any_right(tmp_path / "idx", [content], "as built")
     assert not bench._any_right(tmp_path / "idx", [content | {"id 0": 9}], "another")
     assert (bench.result.lost, bench.result.wrong_silent) == (1, 0)

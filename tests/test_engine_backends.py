@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from tests.digits import IMAGES, LABELS, SHORT, make_classifier, write_photos
 from tmm_engine import Engine, SearchResult
 from tmm_engine.cli.main import main
-from tmm_engine.index import ArraySource, IndexStateError, InputError, build_index
+from tmm_engine.index import ArraySource, IndexStateError, InputError
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.rerank.backbone import Backbone
 from tmm_engine.rerank.settings import Blend, preset
@@ -25,7 +26,7 @@ from tmm_engine.verify import repair_index, verify_index
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("backends") / "digits.idx"
-    build_index(ArraySource(IMAGES[:120], LABELS[:120]), path, make_classifier())
+    write_index(ArraySource(IMAGES[:120], LABELS[:120]), path, make_classifier())
     return path
 
 

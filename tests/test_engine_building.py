@@ -9,8 +9,9 @@ import pytest
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
 from tmm_engine import Engine, SearchResult, build_index
 from tmm_engine.index import ArraySource, Classifier, IndexStateError, InputError
-from tmm_engine.index.store.manifest import GLOBAL_TRIGGER, Manifest
+from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.rerank import Blend, TmmConfig, preset
+from tmm_engine.rerank.columns import GLOBAL_TRIGGER
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 
 N = 100

@@ -9,7 +9,8 @@ import torch
 
 from tests.conftest import SHAPE, classifier_of, network
 from tmm_engine import Engine, Query, write_html
-from tmm_engine.index import ArraySource, ImageError, build_index
+from tmm_engine.index import ArraySource, ImageError
+from tmm_engine.index.store.building import write_index
 from tmm_engine.rerank import TmmConfig
 from tmm_engine.rerank.backbone import specialised
 
@@ -77,7 +78,7 @@ def test_a_model_in_float16_is_searched_with_in_float32():
 def test_ids_and_metadata_of_any_text_are_kept_and_escaped(tmp_path: Path, text: str):
     ids = [f"{text}{n}" for n in range(3)]
     source = ArraySource(IMAGES[:3], [0, 1, 2], ids=ids, metadata={"note": [text] * 3})
-    build_index(source, tmp_path / "idx", CLASSIFIER)
+    write_index(source, tmp_path / "idx", CLASSIFIER)
     with Engine.open(tmp_path / "idx", model=network(), device="cpu", verify=True) as engine:
         result = engine.search(IMAGES[1], k=3, mode="l2")
         assert result.hits[0].id == ids[1]

@@ -15,7 +15,8 @@ import tmm_engine.index as index_package
 import tmm_engine.rerank as rerank_package
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
 from tmm_engine import Engine, Query
-from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError, build_index
+from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import MANIFEST, Manifest, digest_of
 from tmm_engine.rerank import PRESETS, TmmConfig
 
@@ -39,7 +40,7 @@ def memory(classifier: Classifier) -> Engine:
 def index(tmp_path_factory: pytest.TempPathFactory, classifier: Classifier) -> Path:
     path = tmp_path_factory.mktemp("engine") / "digits.idx"
     source = ArraySource(IMAGES[:N], LABELS[:N], metadata={"page": list(range(N))})
-    build_index(source, path, classifier)
+    write_index(source, path, classifier)
     return path
 
 
@@ -210,7 +211,7 @@ def test_another_model_is_refused(index: Path, tmp_path: Path):
 def test_an_own_module_has_to_be_given_again_and_must_be_the_same(tmp_path: Path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-    build_index(
+    write_index(
         ArraySource(IMAGES[:20], LABELS[:20]),
         tmp_path / "own.idx",
         Classifier.from_module(model, image_shape=(1, 8, 8)),

@@ -14,8 +14,9 @@ from tmm_engine import Engine
 from tmm_engine.cli.main import main
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.store.manifest import GLOBAL_TRIGGER, Manifest, digest_of
+from tmm_engine.index.store.manifest import Manifest, digest_of
 from tmm_engine.rerank import Blend, TmmConfig, Trigger, preset
+from tmm_engine.rerank.columns import GLOBAL_TRIGGER
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 
 MEAN = ("--set", "intensity=none", "--set", "stretch=false")  # as the paper has it: ω is the exemplars' mean

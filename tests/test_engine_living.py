@@ -12,10 +12,12 @@ import pytest
 from tests.conftest import CLASSES, SHAPE, classifier_of, network
 from tests.digits import DIGITS, IMAGES
 from tmm_engine import Engine, FailedQuery, Query, SearchResult
-from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError, build_index
+from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import EXEMPLARS, Manifest
 from tmm_engine.rerank import PRESETS, TmmConfig
-from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.global_trigger import make_global_trigger
 
 QUICK = TmmConfig(trigger_steps=10, tuning_min_steps=20, tuning_epochs=1)
 MODES = ("tmm", "l2", "cosine")
@@ -40,7 +42,7 @@ def digits(start: int, stop: int, **options) -> ArraySource:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, classifier: Classifier) -> Path:
     path = tmp_path_factory.mktemp("living") / "digits.idx"
-    build_index(digits(0, N), path, classifier)
+    write_index(digits(0, N), path, classifier)
     return path
 
 
@@ -86,7 +88,7 @@ def test_after_changes_answers_are_those_of_an_index_built_of_the_same_exemplars
         engine.delete(where="page < 30 OR page = 77")
         kept = [number for number in range(30, N + 20) if number != 77]
         source = ArraySource(PIXELS[kept], LABELS[kept], ids=[f"{n:04d}" for n in kept], metadata={"page": kept})
-        build_index(source, tmp_path / "fresh.idx", classifier)
+        write_index(source, tmp_path / "fresh.idx", classifier)
         with opened(tmp_path / "fresh.idx") as fresh:
             expected = answers(fresh, mode=mode)
         found = answers(engine, mode=mode)
@@ -134,7 +136,7 @@ def test_a_reader_keeps_its_version_until_it_refreshes(index: Path):
 
 def test_approximate_indexes_are_never_those_of_another_version(index: Path, tmp_path: Path, classifier: Classifier):
     path = tmp_path / "hnsw.idx"
-    build_index(digits(0, N), path, classifier, neighbours="HNSW8")
+    write_index(digits(0, N), path, classifier, neighbours="HNSW8")
     with opened(path) as engine:
         first = answers(engine, mode="l2", k=N)
         engine.delete(where="page < 60")
@@ -149,7 +151,7 @@ def test_the_global_triggers_features_are_those_of_the_version(tmp_path: Path, c
     config = PRESETS["paper"].with_settings(["trigger_steps=10", "tuning_min_steps=20"])
     shared = make_global_trigger(digits(0, N), classifier, config)
     for name, stop in (("grown", 80), ("whole", N)):
-        build_index(digits(0, stop), tmp_path / name, classifier, global_column=GlobalColumn(shared, classifier))
+        write_index(digits(0, stop), tmp_path / name, classifier, columns=robust_columns(shared, classifier))
     options = {"config": config.with_settings(["trigger=global"]), "mode": "tmm"}
     with opened(tmp_path / "grown") as grown, opened(tmp_path / "whole") as whole:
         grown.add(digits(80, N))
@@ -161,7 +163,7 @@ def test_an_index_replaced_by_another_build_is_an_error_for_old_readers_and_not_
     index: Path, classifier: Classifier
 ):
     reader = opened(index, cache_bytes=0)
-    build_index(digits(500, 500 + N), index, classifier, overwrite=True)
+    write_index(digits(500, 500 + N), index, classifier, overwrite=True)
     with pytest.raises(IndexStateError, match="open the index again"):
         answers(reader)
     assert reader.refresh()
@@ -170,7 +172,7 @@ def test_an_index_replaced_by_another_build_is_an_error_for_old_readers_and_not_
 
 def test_exemplars_that_are_not_the_manifests_are_refused(index: Path, tmp_path: Path, classifier: Classifier):
     """As when an index is replaced between reading its manifest and opening its exemplars."""
-    build_index(digits(500, 500 + N), tmp_path / "other", classifier)
+    write_index(digits(500, 500 + N), tmp_path / "other", classifier)
     manifest = Manifest.read(index)
     with opened(tmp_path / "other") as other:
         own = {name.removeprefix(f"{EXEMPLARS}/") for name in manifest.files if "/data/" in name}
@@ -224,7 +226,7 @@ def test_a_filters_answers_are_bit_for_bit_those_of_an_index_of_the_rest(
 
 def in_memory_of(classifier: Classifier, numbers: list[int], features: np.ndarray) -> Engine:
     """With these very features: in other batches they would be rounded otherwise."""
-    from tmm_engine.index.store.exemplars import FEATURE
+    from tmm_engine.index.columns import FEATURE
     from tmm_engine.index.store.memory import MemoryStore
 
     store = MemoryStore(

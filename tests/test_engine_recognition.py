@@ -16,7 +16,8 @@ from torch import nn
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
 from tmm_engine import Engine
 from tmm_engine.cli.main import main
-from tmm_engine.index import ArraySource, Classifier, InputError, build_index
+from tmm_engine.index import ArraySource, Classifier, InputError
+from tmm_engine.index.store.building import write_index
 from tmm_engine.rerank import preset
 
 N = 60
@@ -279,7 +280,7 @@ def run(*arguments: object) -> Result:
 def work(tmp_path_factory: pytest.TempPathFactory, classifier: Classifier) -> Path:
     """A folder with digits.idx and copy.png, noise upon exemplar 12."""
     folder = tmp_path_factory.mktemp("recognition")
-    build_index(ArraySource(IMAGES[:N], LABELS[:N]), folder / "digits.idx", classifier)
+    write_index(ArraySource(IMAGES[:N], LABELS[:N]), folder / "digits.idx", classifier)
     Image.fromarray(np.rint(255 * noisy(12)).astype(np.uint8)).save(folder / "copy.png")
     return folder
 

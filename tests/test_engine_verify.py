@@ -12,14 +12,15 @@ from tests.builders import opened, tiny_arrays
 from tests.conftest import classifier_of, network
 from tests.test_engine_cli import run
 from tmm_engine import Engine
-from tmm_engine.index import ArraySource, IndexStateError, build_index
-from tmm_engine.index.sources.images import Shape
+from tmm_engine.index import ArraySource, IndexStateError
 from tmm_engine.index.sources.records import ImageRecord
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
-from tmm_engine.index.store.exemplars import FEATURES, GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.manifest import CACHE, EXEMPLARS, MANIFEST, MODEL, VERSIONS, Manifest, data_files, digest_of
+from tmm_engine.index.types import ImageShape
 from tmm_engine.rerank import TmmConfig
-from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, robust_columns
+from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.verify import REPAIR, repair_index, verify_index
 
 CLASSIFIER = classifier_of(network())
@@ -33,10 +34,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("verify") / "idx"
     source = ArraySource(IMAGES[:30], LABELS[:30], ids=[f"id {n}" for n in range(30)], metadata={"n": list(range(30))})
     config = TmmConfig(trigger_steps=5)
-    column = GlobalColumn(make_global_trigger(source, CLASSIFIER, config), CLASSIFIER)
-    build_index(source, path, CLASSIFIER, global_column=column, neighbours="HNSW8")
+    columns = robust_columns(make_global_trigger(source, CLASSIFIER, config), CLASSIFIER)
+    write_index(source, path, CLASSIFIER, columns=columns, neighbours="HNSW8")
     more = ArraySource(IMAGES[30:], LABELS[30:], ids=[f"id {n}" for n in range(30, N)])
-    add_exemplars(path, more, CLASSIFIER, global_column=column)
+    add_exemplars(path, more, CLASSIFIER)
     delete_exemplars(path, ids=["id 4"])
     with Engine.open(path, model=network(), device="cpu") as engine:
         engine.search(IMAGES[0], mode="l2")
@@ -123,15 +124,14 @@ def test_a_feature_that_was_damaged_is_computed_again(index, column):
 
 
 @pytest.mark.parametrize("column", [GLOBAL_FEATURE, STRETCHED_FEATURE])
-def test_a_column_that_is_not_of_its_images_is_found_though_every_digest_fits(tmp_path, column):
-    class Wrong(GlobalColumn):
-        def columns(self, images: Any) -> Any:
-            right = super().columns(images)
-            return right | {column: right[column] + 0.5}
-
+def test_a_column_that_is_not_of_its_images_is_found_though_every_digest_fits(tmp_path, column, monkeypatch):
     source = ArraySource(IMAGES[:20], LABELS[:20])
     trigger = make_global_trigger(source, CLASSIFIER, TmmConfig(trigger_steps=5))
-    build_index(source, tmp_path / "idx", CLASSIFIER, global_column=Wrong(trigger, CLASSIFIER))
+    columns = robust_columns(trigger, CLASSIFIER)
+    wrong = next(each for each in columns if each.name == column)
+    right = wrong.compute
+    monkeypatch.setattr(wrong, "compute", lambda images: right(images) + np.float32(0.5))
+    write_index(source, tmp_path / "idx", CLASSIFIER, columns=columns)
     done = verify_index(tmp_path / "idx", model=network())
     assert len(done.findings) == 20
     assert all(f"the column '{column}'" in finding.what for finding in done.findings)
@@ -161,7 +161,7 @@ def test_features_of_another_model_are_found_though_every_digest_fits(tmp_path, 
         patch.setattr(
             "tmm_engine.index.store.building.embed", lambda images, classifier: np.ones((len(images), 12), np.float32)
         )
-        build_index(source, tmp_path / "idx", CLASSIFIER)
+        write_index(source, tmp_path / "idx", CLASSIFIER)
     done = verify_index(tmp_path / "idx", model=network())
     assert not done.sound
     assert "is not what its image gives" in done.findings[0].what
@@ -172,7 +172,7 @@ def test_features_of_another_model_are_found_though_every_digest_fits(tmp_path, 
 class Twice(ArraySource):
     """Ids that repeat: a source of somebody else's may."""
 
-    def read(self, shape: Shape) -> Any:
+    def read(self, shape: ImageShape) -> Any:
         for record in super().read(shape):
             yield ImageRecord(record.id[:-1], record.image, record.label, record.metadata)
 
@@ -181,7 +181,7 @@ def test_ids_that_are_there_twice_are_found(tmp_path, monkeypatch):
     """As in an index of another program, for `build_index` refuses them."""
     with monkeypatch.context() as patched:
         patched.setattr("tmm_engine.index.store.building._check_new", lambda record, seen: None)
-        build_index(Twice(IMAGES[:4], LABELS[:4], ids=["aa", "ab", "ba", "ca"]), tmp_path / "idx", CLASSIFIER)
+        write_index(Twice(IMAGES[:4], LABELS[:4], ids=["aa", "ab", "ba", "ca"]), tmp_path / "idx", CLASSIFIER)
     [finding] = verify_index(tmp_path / "idx", model=network()).findings
     assert "1 ids are there more than once" in finding.what
 

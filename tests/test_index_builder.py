@@ -28,16 +28,17 @@ from tests.builders import (
 )
 from tests.conftest import CLASSES, SHAPE, network
 from tmm_engine.index import batches
+from tmm_engine.index.columns import FeatureColumn, embed
 from tmm_engine.index.errors import ImageError, IndexStateError, InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
 from tmm_engine.index.store import lance_store
-from tmm_engine.index.store.building import MAX_REPORTED, build_index, embed, predict
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
-from tmm_engine.index.store.manifest import GLOBAL_TRIGGER, MANIFEST, MODEL, digest_files
+from tmm_engine.index.store.building import write_index
+from tmm_engine.index.store.embedding import MAX_REPORTED, predict
+from tmm_engine.index.store.manifest import MANIFEST, MODEL, digest_files
+from tmm_engine.index.types import ImageShape
 
 NAMES = ("apple", "bear", "cat", "dog")
 
@@ -58,7 +59,7 @@ def target(tmp_path: Path) -> Path:
 class Unread(ArraySource):
     """A source that a build must not even begin to read."""
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord]:
         raise AssertionError("read before all was checked")
 
 
@@ -72,10 +73,10 @@ class GivenRecords:
     def __len__(self) -> int:
         return len(self._records)
 
-    def natural_shape(self) -> Shape:
+    def natural_shape(self) -> ImageShape:
         return SHAPE
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
         yield from self._records
 
 
@@ -131,7 +132,7 @@ def test_the_index_holds_what_the_source_holds(tmp_path, target, monkeypatch, ki
     monkeypatch.setattr(batches, "MAX_IMAGES", batch)
     source = sources(tmp_path)[kind]
     classifier = tiny_classifier()
-    report = build_index(source, target, classifier)
+    report = write_index(source, target, classifier)
     records = list(source.read(SHAPE))
     images = np.stack([record.image for record in records])
     assert (report.exemplars, report.skipped_count, report.skipped) == (COUNT, 0, [])
@@ -182,33 +183,45 @@ def test_metadata_of_all_kinds_comes_back(target):
         "flag": [True, None, False, True],
         "empty": [None] * 4,
     }
-    build_index(ArraySource(images, labels, metadata=metadata), target, tiny_classifier())
+    write_index(ArraySource(images, labels, metadata=metadata), target, tiny_classifier())
     rows = np.array([3, 1, 0, 2, 1])
     assert opened(target)[1].metadata(rows) == [
         {name: column[row] for name, column in metadata.items()} for row in rows
     ]
 
 
-class Negative:
-    """The features of the negative and of the halved image, as more columns."""
+class Negative(FeatureColumn):
+    """The features of the negative."""
 
-    def columns(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        classifier = tiny_classifier()
-        return {GLOBAL_FEATURE: embed(255 - images, classifier), STRETCHED_FEATURE: embed(images // 2, classifier)}
+    name = "negative_feature"
 
-    def save(self, path: Path) -> None:
-        path.write_bytes(b"negative")
+    def compute(self, images: np.ndarray) -> np.ndarray:
+        return embed(255 - images, self.classifier)
+
+    def save(self, index: Path) -> None:
+        (index / "negative.txt").write_bytes(b"negative")
 
 
-def test_more_columns_of_features_are_stored_beside_what_made_it(target):
-    tiny_build(target, global_column=Negative())
+class Halved(FeatureColumn):
+    """The first 5 features of the halved image."""
+
+    name = "halved_feature"
+    dimension = 5
+
+    def compute(self, images: np.ndarray) -> np.ndarray:
+        return embed(images // 2, self.classifier)[:, :5]
+
+
+def test_more_columns_of_features_are_stored_beside_what_made_them(target):
+    tiny_build(target, columns=[Negative(tiny_classifier()), Halved(tiny_classifier())])
     manifest, store = opened(target)
-    assert manifest.global_trigger
-    assert (target / GLOBAL_TRIGGER).read_bytes() == b"negative"
+    assert manifest.columns == {"feature": 12, "negative_feature": 12, "halved_feature": 5}
+    assert (target / "negative.txt").read_bytes() == b"negative"
+    assert "negative.txt" in manifest.files
     assert manifest.files == digest_files(target)
     images = tiny_arrays(0)[0]
-    for column, changed in ((GLOBAL_FEATURE, 255 - images), (STRETCHED_FEATURE, images // 2)):
-        expected = reference_features(tiny_classifier(), changed)
+    for column, changed in (("negative_feature", 255 - images), ("halved_feature", images // 2)):
+        expected = reference_features(tiny_classifier(), changed)[:, : manifest.columns[column]]
         found = store.features(np.arange(COUNT), column=column)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert seed_of(target) == 0
@@ -234,7 +247,7 @@ def test_an_id_twice_is_refused_and_the_old_index_stays(target, again):
     records = [ImageRecord(f"id {n}", images[n], int(labels[n]), {}) for n in range(again)]
     source = GivenRecords([*records, ImageRecord("id 1", images[50], 0, {})])
     with pytest.raises(InputError, match="got 'id 1' twice; make the source's ids unique"):
-        build_index(source, target, tiny_classifier(), overwrite=True)
+        write_index(source, target, tiny_classifier(), overwrite=True)
     assert snapshot(target) == before
     assert beside(target) == set()
 
@@ -254,7 +267,7 @@ def spoiled(folder: Path) -> Path:
 def test_unreadable_images_are_skipped_counted_and_explained(tmp_path, target):
     folder = spoiled(tmp_path / "photos")
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))]
-    report = build_index(open_source(folder), target, tiny_classifier())
+    report = write_index(open_source(folder), target, tiny_classifier())
     assert (report.exemplars, report.skipped_count) == (COUNT - 3, 3)
     assert [image.id for image in report.skipped] == [files[0], files[40], files[-1]]
     assert all(image.reason for image in report.skipped)
@@ -267,8 +280,8 @@ def test_unreadable_images_are_skipped_counted_and_explained(tmp_path, target):
 def test_strict_fails_at_the_first_of_them_and_leaves_nothing(tmp_path, target):
     folder = spoiled(tmp_path / "photos")
     first = min(folder.rglob("*.png")).relative_to(folder).as_posix()
-    with pytest.raises(ImageError, match=rf"{first}: .*without --strict it would be skipped"):
-        build_index(open_source(folder), target, tiny_classifier(), strict=True)
+    with pytest.raises(ImageError, match=rf"{first}: .*without `strict=True` it would be skipped"):
+        write_index(open_source(folder), target, tiny_classifier(), strict=True)
     assert not target.exists()
     assert beside(target) == set()
 
@@ -276,7 +289,7 @@ def test_strict_fails_at_the_first_of_them_and_leaves_nothing(tmp_path, target):
 def test_only_some_of_many_unreadable_images_are_listed(target):
     image = ImageRecord("good", tiny_arrays(0)[0][0], 1, {})
     bad: list[ImageRecord | UnreadableImage] = [UnreadableImage(str(number), "torn") for number in range(50)]
-    report = build_index(GivenRecords([*bad, image]), target, tiny_classifier())
+    report = write_index(GivenRecords([*bad, image]), target, tiny_classifier())
     assert (report.exemplars, report.skipped_count) == (1, 50)
     assert [image.id for image in report.skipped] == [str(number) for number in range(MAX_REPORTED)]
 
@@ -284,7 +297,7 @@ def test_only_some_of_many_unreadable_images_are_listed(target):
 @pytest.mark.parametrize("records", [[], [UnreadableImage("a.png", "torn"), UnreadableImage("b.png", "empty")]])
 def test_nothing_readable_is_an_error_with_reasons(target, records):
     with pytest.raises(InputError, match="no image could be read") as raised:
-        build_index(GivenRecords(records), target, tiny_classifier())
+        write_index(GivenRecords(records), target, tiny_classifier())
     assert all(f"{image.id}: {image.reason}" in str(raised.value) for image in records)
     assert not target.exists()
     assert beside(target) == set()
@@ -296,7 +309,7 @@ def test_nothing_readable_is_an_error_with_reasons(target, records):
 def test_another_number_of_classes_is_refused_before_reading(target):
     source = Unread(*tiny_arrays(0), class_names=[*NAMES, "eel"])
     with pytest.raises(InputError, match="has 5 classes, the model's head has 4"):
-        build_index(source, target, tiny_classifier())
+        write_index(source, target, tiny_classifier())
     assert not target.exists()
 
 
@@ -305,7 +318,7 @@ def test_a_label_out_of_range_names_its_image(target, wrong):
     image = tiny_arrays(0)[0][0]
     records = [ImageRecord(f"image {number}", image, wrong if number == 33 else 0, {}) for number in range(40)]
     with pytest.raises(InputError, match=f"image 33: label {wrong}, but the model's head has 4 classes"):
-        build_index(GivenRecords(records), target, tiny_classifier())
+        write_index(GivenRecords(records), target, tiny_classifier())
     assert not target.exists()
     assert beside(target) == set()
 
@@ -323,20 +336,20 @@ def test_features_that_are_not_finite_name_their_image(target):
     images = np.full((COUNT, *SHAPE), 9, np.uint8)
     images[37, 1, 2, 3] = 0
     with pytest.raises(InputError, match=r"00000037: the model's features are not finite.*check the weights"):
-        build_index(ArraySource(images), target, classifier)
+        write_index(ArraySource(images), target, classifier)
     assert not target.exists()
     assert beside(target) == set()
 
 
 def test_a_bad_factory_string_is_refused_before_reading(target):
     with pytest.raises(InputError, match=r"expected a FAISS factory string .* got 'Flatt'"):
-        build_index(Unread(*tiny_arrays(0)), target, tiny_classifier(), neighbours="Flatt")
+        write_index(Unread(*tiny_arrays(0)), target, tiny_classifier(), neighbours="Flatt")
     assert list(target.parent.iterdir()) == []
 
 
 def test_arrays_of_another_shape_than_the_models(target):
     with pytest.raises(InputError, match="resize"):
-        build_index(ArraySource(np.zeros((3, 9, 9), np.uint8)), target, tiny_classifier())
+        write_index(ArraySource(np.zeros((3, 9, 9), np.uint8)), target, tiny_classifier())
     assert not target.exists()
 
 
@@ -344,7 +357,7 @@ def test_a_number_too_large_for_its_column(target):
     image = tiny_arrays(0)[0][0]
     source = GivenRecords([ImageRecord("a", image, 0, {"hash": 2**63})], hash=int)
     with pytest.raises(InputError, match="expected int64 in column 'hash'"):
-        build_index(source, target, tiny_classifier())
+        write_index(source, target, tiny_classifier())
     assert not target.exists()
     assert beside(target) == set()
 
@@ -355,8 +368,8 @@ def test_a_number_too_large_for_its_column(target):
 def test_an_existing_index_is_left_untouched_without_overwrite(target):
     tiny_build(target)
     before = snapshot(target)
-    with pytest.raises(IndexStateError, match="is an index already; pass --overwrite"):
-        build_index(Unread(*tiny_arrays(1)), target, tiny_classifier())
+    with pytest.raises(IndexStateError, match="is an index already; `overwrite=True`"):
+        write_index(Unread(*tiny_arrays(1)), target, tiny_classifier())
     assert snapshot(target) == before
 
 
@@ -379,7 +392,7 @@ def test_a_folder_that_is_not_an_index_is_never_touched(target, overwrite):
     (target / "thesis.tex").write_text("years of work")
     before = snapshot(target.parent)
     with pytest.raises(IndexStateError, match="is not an index: it is left alone"):
-        build_index(Unread(*tiny_arrays(0)), target, tiny_classifier(), overwrite=overwrite)
+        write_index(Unread(*tiny_arrays(0)), target, tiny_classifier(), overwrite=overwrite)
     assert snapshot(target.parent) == before
 
 
@@ -396,7 +409,7 @@ def test_a_failing_overwrite_leaves_the_old_index(target, failure):
             raise RuntimeError("the display is gone")
 
     with pytest.raises((InputError, RuntimeError)):
-        build_index(GivenRecords([*good, last]), target, tiny_classifier(), overwrite=True, strict=True, progress=stop)
+        write_index(GivenRecords([*good, last]), target, tiny_classifier(), overwrite=True, strict=True, progress=stop)
     assert snapshot(target) == before
     assert beside(target) == set()
 

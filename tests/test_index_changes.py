@@ -14,21 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.builders import opened, reference_features, snapshot, tiny_arrays, tiny_build, tiny_classifier
 from tests.conftest import CLASSES
+from tmm_engine.index.columns import load_columns
 from tmm_engine.index.errors import IndexStateError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.records import ImageRecord
 from tmm_engine.index.store import target as target_module
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, compact, delete_exemplars
 from tmm_engine.index.store.commit import changing
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.lance_store import LanceStore
 from tmm_engine.index.store.manifest import EXEMPLARS, MANIFEST, VERSIONS, Manifest, data_files, digest_files
 from tmm_engine.index.store.target import locked
-from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
-from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.index.types import ImageShape
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, robust_columns
+from tmm_engine.rerank.global_trigger import make_global_trigger
+from tmm_engine.rerank.settings import GlobalRecipe, QueryTrigger
 
 CLASSIFIER = tiny_classifier()
 POOL, LABELS = tiny_arrays(77, 400)
@@ -73,7 +74,7 @@ def at(index: Path, version: int) -> LanceStore:
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
     path = tmp_path / "idx"
-    build_index(source(list(range(20))), path, CLASSIFIER)
+    write_index(source(list(range(20))), path, CLASSIFIER)
     return path
 
 
@@ -88,7 +89,7 @@ class Life(RuleBasedStateMachine):
 
     @initialize(n=st.integers(1, 12))
     def build(self, n: int) -> None:
-        build_index(source(list(range(n))), self.index, CLASSIFIER)
+        write_index(source(list(range(n))), self.index, CLASSIFIER)
         self.history[1] = {f"id {number}": number for number in range(n)}
 
     @property
@@ -156,7 +157,7 @@ TestLife = Life.TestCase
 
 def test_ids_that_are_there_are_refused_or_replaced_or_prefixed(index):
     before = snapshot(index)
-    with pytest.raises(InputError, match=r"'id 18', 'id 19'; nothing was changed.*--replace"):
+    with pytest.raises(InputError, match=r"'id 18', 'id 19'; nothing was changed.*`replace=True`"):
         add_exemplars(index, source(list(range(18, 30))), CLASSIFIER)
     assert snapshot(index) == before
     report = add_exemplars(index, source(list(range(18, 30))), CLASSIFIER, id_prefix="new/")
@@ -171,7 +172,7 @@ def test_ids_that_are_there_are_refused_or_replaced_or_prefixed(index):
 class Twice(ArraySource):
     """Ids that repeat: a source of somebody else's may."""
 
-    def read(self, shape: Shape) -> Any:
+    def read(self, shape: ImageShape) -> Any:
         for record in super().read(shape):
             yield ImageRecord("same", record.image, record.label, record.metadata)
 
@@ -214,7 +215,7 @@ def test_deletions_that_are_refused_change_nothing(index, options, message):
 
 def test_ids_of_any_text_are_deleted_exactly(tmp_path):
     ids = ["'", '"', "a'b", "--", "\n", "%", "id = id", "é", "x" * 5000, "_rowaddr", "keep"]
-    build_index(source(list(range(len(ids))), ids), tmp_path / "idx", CLASSIFIER)
+    write_index(source(list(range(len(ids))), ids), tmp_path / "idx", CLASSIFIER)
     for gone in range(len(ids) - 1):
         delete_exemplars(tmp_path / "idx", ids=[ids[gone]])
         assert content(opened(tmp_path / "idx")[1]) == {ids[n]: n for n in range(gone + 1, len(ids))}
@@ -231,7 +232,7 @@ def named(names: tuple[str, ...], numbers: list[int], labels: list[int], **metad
 
 def test_classes_are_matched_by_name(tmp_path):
     names = ("ant", "bee", "cat", "dog")
-    build_index(named(names, [0, 1, 2, 3], [0, 1, 2, 3]), tmp_path / "idx", CLASSIFIER)
+    write_index(named(names, [0, 1, 2, 3], [0, 1, 2, 3]), tmp_path / "idx", CLASSIFIER)
     add_exemplars(tmp_path / "idx", named(("bee", "dog"), [4, 5, 6], [0, 1, 0]), CLASSIFIER)
     store = opened(tmp_path / "idx")[1]
     assert dict(zip(store.ids, store.labels, strict=True)) == dict(
@@ -251,7 +252,7 @@ def test_without_labels_the_models_predictions_stand_in(index):
 
 def test_columns_of_the_index_decide(tmp_path):
     types = {"note": ["x"], "size": [1.5], "page": [3]}
-    build_index(named(("a", "b", "c", "d"), [0], [0], **types), tmp_path / "idx", CLASSIFIER)
+    write_index(named(("a", "b", "c", "d"), [0], [0], **types), tmp_path / "idx", CLASSIFIER)
     add_exemplars(tmp_path / "idx", named(("a", "b"), [1], [1], size=[2]), CLASSIFIER)
     [row] = opened(tmp_path / "idx")[1].metadata(np.array([1]))
     assert row == {"note": None, "size": 2.0, "page": None}
@@ -412,10 +413,10 @@ def test_the_classifier_read_from_the_index_adds_too(tmp_path):
 
 def test_every_column_of_features_goes_through_every_change(tmp_path):
     """Added, replaced, deleted, compacted: in every version each column is that of the images."""
-    config, index = TmmConfig(trigger_steps=5), tmp_path / "idx"
-    column = GlobalColumn(make_global_trigger(source(list(range(20))), CLASSIFIER, config), CLASSIFIER)
-    build_index(source(list(range(20))), index, CLASSIFIER, global_column=column)
-    add_exemplars(index, source([60, 61], ["id 4", "new"]), CLASSIFIER, replace_same=True, global_column=column)
+    config, index = GlobalRecipe(trigger=QueryTrigger(steps=5)), tmp_path / "idx"
+    columns = robust_columns(make_global_trigger(source(list(range(20))), CLASSIFIER, config), CLASSIFIER)
+    write_index(source(list(range(20))), index, CLASSIFIER, columns=columns)
+    add_exemplars(index, source([60, 61], ["id 4", "new"]), CLASSIFIER, replace_same=True)
     delete_exemplars(index, ids=["id 9"])
     compact(index)
     for version in range(1, 5):
@@ -427,8 +428,8 @@ def test_every_column_of_features_goes_through_every_change(tmp_path):
             version=manifest.lance_version,
         )
         rows = np.arange(len(store))
-        expected = column.columns(store.images(rows).copy())
-        assert expected.keys() == {GLOBAL_FEATURE, STRETCHED_FEATURE}
-        for name, features in expected.items():
-            np.testing.assert_allclose(store.features(rows, column=name), features, rtol=1e-4, atol=1e-5)
+        assert [*manifest.columns] == ["feature", GLOBAL_FEATURE, STRETCHED_FEATURE]
+        for column in load_columns(index, manifest.columns, CLASSIFIER):
+            features = column.compute(store.images(rows).copy())
+            np.testing.assert_allclose(store.features(rows, column=column.name), features, rtol=1e-4, atol=1e-5)
     assert sorted(store.ids) == sorted({*(f"id {n}" for n in range(20)), "new"} - {"id 9"})

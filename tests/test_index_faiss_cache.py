@@ -9,14 +9,15 @@ import pytest
 from tests.builders import opened
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine import Engine
-from tmm_engine.index import ArraySource, Metric, Neighbours, build_index
+from tmm_engine.index import ArraySource, Metric, Neighbours
 from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.store.building import write_index
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("faiss") / "digits.idx"
-    build_index(ArraySource(IMAGES[:200], LABELS[:200]), path, make_classifier(), neighbours="HNSW16")
+    write_index(ArraySource(IMAGES[:200], LABELS[:200]), path, make_classifier(), neighbours="HNSW16")
     return path
 
 

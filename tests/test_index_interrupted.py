@@ -127,11 +127,11 @@ def test_a_build_killed_before_each_operation_on_the_file_system(tmp_path, event
 
 
 MEASURE = """
-from tmm_engine.index.store.building import build_index
+from tmm_engine.index.store.building import write_index
 batches.MAX_IMAGES, lance_store.FRAGMENT_BYTES = 1024, 16 << 20
 model = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 16), torch.nn.Linear(16, 4))
 classifier = Classifier.from_module(model, image_shape=(3, 32, 32))
-build_index(EndlessSource(int(sys.argv[2])), Path(sys.argv[1]), classifier)
+write_index(EndlessSource(int(sys.argv[2])), Path(sys.argv[1]), classifier)
 say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -21,7 +21,6 @@ from tmm_engine.index.store.manifest import (
     CACHE,
     EXEMPLARS,
     FORMAT_VERSION,
-    GLOBAL_TRIGGER,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MODEL,
@@ -41,13 +40,12 @@ GOOD = Manifest(
     exemplars=7,
     skipped=0,
     image_shape=(1, 8, 9),
-    feature_dim=4,
+    columns={"feature": 4},
     class_names=("zero", "", "zwölf"),
     labels_predicted=False,
     model=MODEL_SPEC,
     fingerprint="f" * 64,
     neighbours="Flat",
-    global_trigger=False,
     backend_speeds={},
     lance_version=1,
     files={"model.safetensors": FileDigest(3, "a" * 64), "exemplars.lance/data/x.lance": FileDigest(0, "b" * 64)},
@@ -71,6 +69,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
     parts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/"), min_size=1, max_size=6)
     paths = st.lists(parts.filter(lambda part: part != ".."), min_size=1, max_size=3).map("/".join)
     digests = st.tuples(st.integers(0, 2**63), st.text("0123456789abcdef", max_size=64))
+    names = st.text().map(lambda text: f"{text}_feature")
     per_channel = st.tuples(*[st.floats(0.001, 1.0)] * channels)
     return {
         "version": draw(counts),
@@ -80,7 +79,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         "exemplars": draw(counts),
         "skipped": draw(st.integers(0, 2**63)),
         "image_shape": (channels, size[0], size[1]),
-        "feature_dim": draw(counts),
+        "columns": {"feature": draw(counts)} | draw(st.dictionaries(names, counts, max_size=3)),
         "class_names": tuple(draw(st.lists(text, min_size=classes, max_size=classes))),
         "labels_predicted": draw(st.booleans()),
         "model": (
@@ -94,7 +93,6 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         ),
         "fingerprint": draw(text),
         "neighbours": draw(text),
-        "global_trigger": draw(st.booleans()),
         "backend_speeds": draw(st.dictionaries(st.text(), st.floats(0, 1e9), max_size=2)),
         "lance_version": draw(counts),
         "files": draw(st.dictionaries(paths, digests, max_size=4)),
@@ -319,19 +317,20 @@ def index_of(folder: Path) -> dict[str, bytes]:
         f"{EXEMPLARS}/data/a.lance": b"data",
         f"{EXEMPLARS}/_versions/1.manifest": bytes(range(256)) * 4096,
     }
-    others = {MANIFEST: b"{}", ".index-tmp": b"x", f"{CACHE}/flat.faiss": b"cache", "note.txt": b"mine"}
+    others = {MANIFEST: b"{}", f"{TEMPORARY}0": b"x", f"{CACHE}/flat.faiss": b"cache", f"{VERSIONS}/1.json": b"{}"}
     for name, content in (files | others).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return files
 
 
-@pytest.mark.parametrize("trigger", [True, False])
-def test_digests_are_hashlibs(tmp_path, trigger):
+@pytest.mark.parametrize("needed", [True, False])
+def test_digests_are_hashlibs(tmp_path, needed):
+    """Also of what a column of features needs."""
     files = index_of(tmp_path)
-    if trigger:
-        (tmp_path / GLOBAL_TRIGGER).write_bytes(b"tau")
-        files[GLOBAL_TRIGGER] = b"tau"
+    if needed:
+        (tmp_path / "tau.safetensors").write_bytes(b"tau")
+        files["tau.safetensors"] = b"tau"
     expected = {name: FileDigest(len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in files.items()}
     assert digest_files(tmp_path) == expected
 

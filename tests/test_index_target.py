@@ -119,7 +119,7 @@ def test_names_of_any_kind(tmp_path, name):
 def test_an_index_is_replaced_only_when_told_to(target):
     before = snapshot(index_at(target))
     for attempt in (lambda: check_target(target, overwrite=False), lambda: replace(target, overwrite=False)):
-        with pytest.raises(IndexStateError, match=r"is an index already; pass --overwrite"):
+        with pytest.raises(IndexStateError, match=r"is an index already; `overwrite=True`"):
             attempt()
     assert snapshot(target) == before
     assert beside(target) == set()

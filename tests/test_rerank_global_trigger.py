@@ -16,19 +16,19 @@ from safetensors.torch import save
 from tests.builders import beside, opened
 from tests.conftest import SHAPE
 from tests.digits import IMAGES, write_photos
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.opening import open_source
-from tmm_engine.index.store.building import build_index
-from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
-from tmm_engine.index.store.manifest import GLOBAL_TRIGGER
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank import Blend, Score, TmmConfig, TmmNN, Trigger
 from tmm_engine.rerank import global_trigger as made
 from tmm_engine.rerank.backbone import Precision
-from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, GLOBAL_TRIGGER, STRETCHED_FEATURE, GlobalColumn, robust_columns
+from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.reference import reference_scores
 from tmm_engine.rerank.trigger import apply_trigger
 
@@ -56,7 +56,10 @@ def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier
     every = np.arange(len(store))
     return MemoryStore(
         store.images(every),
-        {FEATURE: store.features(every)} | GlobalColumn(shared, classifier).columns(store.images(every).copy()),
+        {
+            FEATURE: store.features(every),
+            GLOBAL_FEATURE: GlobalColumn(shared, classifier).compute(store.images(every).copy()),
+        },
         store.labels,
         ids=store.ids.tolist(),
     )
@@ -233,9 +236,9 @@ def test_the_stored_columns_are_what_the_trigger_and_stretching_make_of_the_imag
     images = make_images(50)
     settings = replace(QUICK, blend=blend, clamp=clamp, stretch=stretch)
     shared = make_global_trigger(source_of(images), classifier, settings)
-    build_index(source_of(images), tmp_path / "a.idx", classifier, global_column=GlobalColumn(shared, classifier))
+    write_index(source_of(images), tmp_path / "a.idx", classifier, columns=robust_columns(shared, classifier))
     manifest, store = opened(tmp_path / "a.idx")
-    assert manifest.global_trigger
+    assert GLOBAL_FEATURE in manifest.columns
     assert GLOBAL_TRIGGER in manifest.files
     kept = GlobalTrigger.load(tmp_path / "a.idx" / GLOBAL_TRIGGER)
     x = torch.tensor(images).float() / 255.0
@@ -255,8 +258,8 @@ def test_the_stored_columns_are_what_the_trigger_and_stretching_make_of_the_imag
 def test_triggered_features_that_are_not_finite_are_refused(tmp_path, classifier, make_images):
     broken = GlobalTrigger(torch.full(SHAPE, torch.inf), 0.5, Blend.ADDED, clamp=False, stretch=False)
     with pytest.raises(InputError, match=r"0: the model's features are not finite numbers"):
-        build_index(
-            source_of(make_images(20)), tmp_path / "a.idx", classifier, global_column=GlobalColumn(broken, classifier)
+        write_index(
+            source_of(make_images(20)), tmp_path / "a.idx", classifier, columns=robust_columns(broken, classifier)
         )
     assert not (tmp_path / "a.idx").exists()
     assert not beside(tmp_path / "a.idx")

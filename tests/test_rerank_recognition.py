@@ -13,10 +13,10 @@ from hypothesis.extra import numpy as hnp
 
 from tests.robust import OWN, ROBUST, N, by_row, store_with
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank import TmmNN, Trigger
 from tmm_engine.rerank.backbone import Precision
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.rerank.contrast import stretch_contrast
 from tmm_engine.rerank.exemplars import dummy_scores
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger

@@ -9,10 +9,11 @@ import torch
 from tests.robust import OWN, ROBUST, N, by_row, store_with
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.store.exemplars import STRETCHED_FEATURE, Subset
+from tmm_engine.index.store.exemplars import Subset
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank import Score, TmmConfig, TmmNN, Trigger
 from tmm_engine.rerank.backbone import Precision
+from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.reference import reference_discriminant_scores, reference_scores
 from tmm_engine.rerank.settings import Tuning

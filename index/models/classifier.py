@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tmm_engine.index.errors import InputError, ModelError, nearest
+from tmm_engine.index.files import replacing
 from tmm_engine.index.models.architectures import READY_MODULE, ModelSpec, Normalise, build_model, fit_spec, own_copy
 from tmm_engine.index.models.checkpoints import apply_state_dict, load_state_dict, read_metadata
+from tmm_engine.index.types import ImageShape
 
 METADATA_KEY = "tmm_engine"
 LISTED = 10
 DRAFT_CLASSES = 1000  # torchvision's own default, until the weights tell
 TOLERANCE = 1e-4  # of the largest logit; the two ways to compute it normally agree bit for bit
-
-ImageShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,13 +150,8 @@ class Classifier:
         tensors = {name: tensor.detach().clone().cpu() for name, tensor in self._tensors().items()}
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         saved = json.dumps({"spec": self.spec.to_json(), "class_names": self.class_names})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            # Not save_file, whose files only their owner can read.
-            temporary.write_bytes(safetensors.torch.save(tensors, metadata={METADATA_KEY: saved}))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as written:  # not save_file, whose files only their owner can read
+            written.write_bytes(safetensors.torch.save(tensors, metadata={METADATA_KEY: saved}))
 
     @classmethod
     def load(cls, path: Path, *, model: nn.Module | str | None = None) -> "Classifier":
@@ -338,7 +332,7 @@ def _find_head(
     listed = "; ".join(refusals[:LISTED]) + ("; …" if len(refusals) > LISTED else "")
     raise ModelError(
         f"expected a model whose logits are a Linear layer of its (n, d) features, got {listed or 'no Linear layer'} "
-        "(name the layer with head=... or --head, or wrap the model to return the logits of its last Linear layer)"
+        "(name the layer with `head=…`, or wrap the model to return the logits of its last Linear layer)"
     )
 
 

@@ -7,12 +7,13 @@ import contextlib
 import hashlib
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
 import numpy as np
+
+from tmm_engine.index.files import replacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,9 @@ class FaissCache:
         path = self._path(name)
         with contextlib.suppress(OSError, RuntimeError):
             self.folder.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".faiss-") as temporary:
-                written = Path(temporary) / path.name
+            with replacing(_about(path)) as about, replacing(path) as written:
                 faiss.write_index(index, str(written))
-                _about(written).write_text(json.dumps(self._describe(name, written.read_bytes())), encoding="utf-8")
-                written.replace(path)
-                _about(written).replace(_about(path))
+                about.write_text(json.dumps(self._describe(name, written.read_bytes())), encoding="utf-8")
 
     def _path(self, name: str) -> Path:
         return self.folder / (re.sub(r"\W+", "-", name) + ".faiss")

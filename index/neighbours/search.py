@@ -8,11 +8,12 @@ import faiss
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
-from tmm_engine.index.store.exemplars import FEATURE, ExemplarStore
+from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.where import shortened
 
 EXACT = "Flat"
@@ -112,7 +113,7 @@ class Neighbours:
         return self._store.features(rows, column=self._column)
 
     def _built(self, factory: str) -> faiss.Index:
-        index = make_faiss_index(self._store.feature_dim, self.metric, factory)
+        index = make_faiss_index(self._store.feature_columns[self._column], self.metric, factory)
         try:
             if not index.is_trained:
                 index.train(np.concatenate(list(self._scan())))

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
-from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage
+from tmm_engine.index.types import ImageShape
 
 
 class AdaptedSource:
@@ -55,11 +55,11 @@ class AdaptedSource:
     def __len__(self) -> int:
         return len(self._source)
 
-    def natural_shape(self) -> Shape:
+    def natural_shape(self) -> ImageShape:
         """The source's."""
         return self._source.natural_shape()
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order."""
         for record in self._source.read(shape):
             if isinstance(record, ImageRecord):

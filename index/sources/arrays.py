@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Shaped
 
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.sources.images import Shape, channels_first, to_numpy, to_uint8
+from tmm_engine.index.sources.images import channels_first, to_numpy, to_uint8
 from tmm_engine.index.sources.records import ImageRecord, free_name, python_type
+from tmm_engine.index.types import ImageShape
 
 _BATCH = 1024  # array rows converted at a time
 
@@ -59,12 +60,12 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self._images)
 
-    def natural_shape(self) -> Shape:
+    def natural_shape(self) -> ImageShape:
         """The arrays' shape."""
         channels, height, width = self._images.shape[1:]
         return channels, height, width
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord]:
         """All images in order; raises InputError for another shape than the arrays' own."""
         if shape != self.natural_shape():
             raise InputError(f"expected arrays of shape {shape}, got {self.natural_shape()}; resize them first")

@@ -14,11 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.limits import MAX_PIXELS
-
-Shape = tuple[int, int, int]
-"""Channels (1 or 3), height, width."""
-
-ImageInput = Path | str | bytes | Image.Image | np.ndarray | torch.Tensor
+from tmm_engine.index.types import ImageLike, ImageShape
 
 # These and no others: Pillow's EPS plugin, for one, would start Ghostscript on whatever it is given.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -32,7 +28,7 @@ _COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV")
 _warning_filters = threading.Lock()
 
 
-def decode_image(source: ImageInput, *, shape: Shape | None = None) -> UInt8[np.ndarray, "c h w"]:
+def decode_image(source: ImageLike, *, shape: ImageShape | None = None) -> UInt8[np.ndarray, "c h w"]:
     """One image as the index stores it.
 
     Files, bytes and PIL images are turned upright (EXIF), converted to 8 bits (the table in `_to_8_bits`) and, where a
@@ -67,7 +63,7 @@ def decode_image(source: ImageInput, *, shape: Shape | None = None) -> UInt8[np.
         return np.array(interleaved.transpose(2, 0, 1), order="C")
 
 
-def natural_shape(source: ImageInput) -> Shape:
+def natural_shape(source: ImageLike) -> ImageShape:
     """The shape `decode_image` gives without being told one, from the file's header where the format allows it.
 
     Raises:
@@ -95,7 +91,7 @@ def to_numpy(images: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def channels_first(
-    images: Shaped[np.ndarray, "n *dims"], *, shape: Shape | None = None
+    images: Shaped[np.ndarray, "n *dims"], *, shape: ImageShape | None = None
 ) -> Shaped[np.ndarray, "n c h w"]:
     """A view of images in any layout, (n, h, w), (n, c, h, w) or (n, h, w, c), as (n, c, h, w).
 
@@ -141,7 +137,7 @@ def to_uint8(images: Shaped[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n c h 
     return scaled.astype(np.uint8, order="C")
 
 
-def _check_shape(shape: Shape | None) -> None:
+def _check_shape(shape: ImageShape | None) -> None:
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1):
         raise InputError(f"expected a shape (channels, height, width) with 1 or 3 channels, got {shape}")
 
@@ -155,7 +151,7 @@ def _pillow_silenced() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: ImageInput) -> Iterator[Image.Image]:
+def _opened(source: ImageLike) -> Iterator[Image.Image]:
     """The image, its header read and its size checked. Whatever Pillow raises inside becomes an ImageError."""
     name, stream = _described(source)
     try:
@@ -178,7 +174,7 @@ def _opened(source: ImageInput) -> Iterator[Image.Image]:
         raise ImageError(f"{name}: expected a readable image, got {error or type(error).__name__}") from error
 
 
-def _described(source: ImageInput) -> tuple[str, Path | io.BytesIO | Image.Image]:
+def _described(source: ImageLike) -> tuple[str, Path | io.BytesIO | Image.Image]:
     """A name for messages, and what Pillow can open."""
     if isinstance(source, Image.Image):
         return "PIL image", source
@@ -255,7 +251,7 @@ def _narrowed(pixels: Num[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     return narrowed
 
 
-def _fit(image: Image.Image, shape: Shape) -> Image.Image:
+def _fit(image: Image.Image, shape: ImageShape) -> Image.Image:
     """An L or RGB image with the shape's channels and size.
 
     Grey becomes three equal channels, colour becomes its luma (ITU-R 601). Only where the size differs: the largest

@@ -16,21 +16,26 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from tmm_engine.index.columns import is_column_name
 from tmm_engine.index.errors import ImageError, InputError
-from tmm_engine.index.sources.images import Shape, decode_image, natural_shape
+from tmm_engine.index.sources.images import decode_image, natural_shape
+from tmm_engine.index.types import ImageShape
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Metadata = dict[str, str | int | float | bool | None]
 
-RESERVED_COLUMNS = frozenset(
-    ("id", "label", "image", "feature", "global_feature", "stretched_feature", "label_is_predicted", "row_digest")
-)
+RESERVED_COLUMNS = frozenset(("id", "label", "image", "label_is_predicted", "row_digest"))
 MAX_NATURAL_SIDE = 224
 
 _CHUNK = 32  # images that one thread decodes at a time
 _THREADS = min(8, os.cpu_count() or 1)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether no column of metadata can have this name: the store's own, those of features, and Lance's."""
+    return name in RESERVED_COLUMNS or is_column_name(name) or name.startswith("_row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class ImageSource(Protocol):
         name: What an index records as its origin, as in ``cifar10 (train)``.
         class_names: In label order; None where unknown.
         labelled: Whether every record has a label.
-        metadata_types: Column -> str, int, float or bool. No column has a name in RESERVED_COLUMNS.
+        metadata_types: Column -> str, int, float or bool. No column has a reserved name (`is_reserved`).
     """
 
     name: str
@@ -77,14 +82,14 @@ class ImageSource(Protocol):
     def __len__(self) -> int:
         """How many records and unreadable images `read` yields."""
 
-    def natural_shape(self) -> Shape:
+    def natural_shape(self) -> ImageShape:
         """The shape of the first readable image; (c, 224, 224) where a side is longer than that, except for arrays.
 
         Raises:
             InputError: No image is readable.
         """
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order, each of the given shape; see `index.sources.images.decode_image` for how they get it."""
 
 
@@ -110,7 +115,7 @@ class EncodedSource(ABC):
     def _encoded(self) -> Iterator[Encoded]:
         """All images in order, not decoded."""
 
-    def natural_shape(self) -> Shape:
+    def natural_shape(self) -> ImageShape:
         """The shape of the first readable image; (c, 224, 224) where a side is longer than that."""
         for item in self._encoded():
             with contextlib.suppress(ImageError):
@@ -119,7 +124,7 @@ class EncodedSource(ABC):
                     return _capped(channels, height, width)
         raise InputError(f"{self.name}: expected at least one readable image, got none; check the files")
 
-    def read(self, shape: Shape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order, decoded by a few threads that run a bounded number of images ahead."""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as pool:
             pending: deque[Future[list[ImageRecord | UnreadableImage]]] = deque()
@@ -131,7 +136,7 @@ class EncodedSource(ABC):
                 yield from pending.popleft().result()
 
 
-def _capped(channels: int, height: int, width: int) -> Shape:
+def _capped(channels: int, height: int, width: int) -> ImageShape:
     if max(height, width) > MAX_NATURAL_SIDE:
         return channels, MAX_NATURAL_SIDE, MAX_NATURAL_SIDE
     return channels, height, width
@@ -143,7 +148,7 @@ def _chunks(items: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
         yield chunk
 
 
-def _decode(chunk: Sequence[Encoded], shape: Shape) -> list[ImageRecord | UnreadableImage]:
+def _decode(chunk: Sequence[Encoded], shape: ImageShape) -> list[ImageRecord | UnreadableImage]:
     records: list[ImageRecord | UnreadableImage] = []
     for item in chunk:
         try:
@@ -182,6 +187,6 @@ def free_name(name: str, taken: Iterable[str]) -> str:
     Lance takes no dots, no empty names, and keeps names like ``_rowid`` for itself.
     """
     name = re.sub(r"\W", "_", name) or "unnamed"
-    while name in RESERVED_COLUMNS.union(taken) or name.startswith("_row"):
+    while name in taken or is_reserved(name):
         name = f"source_{name}"
     return name

@@ -9,15 +9,22 @@ import numpy as np
 import pyarrow as pa
 
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.columns import load_columns
 from tmm_engine.index.errors import IndexStateError, InputError, ModelError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageSource, UnreadableImage
-from tmm_engine.index.store.building import BuildReport, GlobalColumn, embed, embedded, global_columns
 from tmm_engine.index.store.commit import Change, changing, remove_leftovers
-from tmm_engine.index.store.exemplars import FEATURE
-from tmm_engine.index.store.lance_store import ROW_DIGEST, LanceWriter, fixed_size_column, flat, row_digests
+from tmm_engine.index.store.embedding import BuildReport, embedded
+from tmm_engine.index.store.lance_store import (
+    ROW_DIGEST,
+    LanceWriter,
+    fixed_size_column,
+    flat,
+    row_digests,
+    stored_columns,
+)
 from tmm_engine.index.store.manifest import EXEMPLARS, VERSIONS, older_versions
 from tmm_engine.index.store.where import matching_positions
 
@@ -55,7 +62,6 @@ def add_exemplars(
     replace_same: bool = False,
     strict: bool = False,
     id_prefix: str = "",
-    global_column: GlobalColumn | None = None,
     progress: Progress = silent,
 ) -> ChangeReport:
     """Add a source's images to an index.
@@ -70,11 +76,11 @@ def add_exemplars(
         replace_same: Let images whose id is there take the old one's place, instead of refusing them.
         strict: Fail at the first image that cannot be read instead of skipping it.
         id_prefix: Put before the source's ids.
-        global_column: Computes the second column of features where the index has one.
         progress: Told of images done.
 
     Raises:
-        IndexStateError: no index there, damaged, not writable, full, or being written by another process.
+        IndexStateError: no index there, damaged, not writable, full, being written by another process, or with a column
+            of features that this program cannot compute.
         InputError: ids that are there already or twice in the source, classes or columns that the index does not have,
             or, with `strict`, an unreadable image.
         ModelError: another classifier.
@@ -94,13 +100,14 @@ def add_exemplars(
         )
         report = BuildReport(labels_predicted=not source.labelled)
         present, new = change.ids(), set[str]()
+        columns = load_columns(index, change.manifest.columns, classifier)
         writer = LanceWriter(index / EXEMPLARS, change.schema)
-        for batch in embedded(adapted, classifier, report, strict=strict):
+        for batch in embedded(adapted, classifier, columns, report, strict=strict):
             ids = [record.id for record in batch.records]
             if not replace_same:
                 _check_free(ids, present, source.name)
             new.update(ids)
-            writer.write(batch.columns(adapted) | global_columns(batch, global_column))
+            writer.write(stored_columns(batch, adapted))
             progress("adding", report.exemplars + report.skipped_count, len(source))
         addresses = np.array([present[id_] for id_ in new & present.keys()], dtype=np.uint64)
         operation = change.deletion(addresses)
@@ -180,9 +187,7 @@ def compact(index: Path, *, discard_versions: bool = False) -> ChangeReport:
     return ChangeReport(manifest.version, manifest.exemplars)
 
 
-def rebuild_features(
-    index: Path, classifier: Classifier, *, global_column: GlobalColumn | None = None, progress: Progress = silent
-) -> ChangeReport:
+def rebuild_features(index: Path, classifier: Classifier, *, progress: Progress = silent) -> ChangeReport:
     """Write the exemplars anew with features computed from their images, where everything but features is intact.
 
     Raises:
@@ -191,15 +196,13 @@ def rebuild_features(
     """
     with changing(index) as change:
         shape, done = change.manifest.image_shape, 0
+        columns = load_columns(index, change.manifest.columns, classifier)
         writer = LanceWriter(index / EXEMPLARS, change.schema)
         for table in _whole_rows(change, min(change.rows_in_memory, forward_batch_size(shape))):
-            columns: dict[str, object] = {name: table[name].combine_chunks() for name in table.column_names}
+            rows: dict[str, object] = {name: table[name].combine_chunks() for name in table.column_names}
             images = flat(table["image"].combine_chunks()).reshape(-1, *shape).copy()  # Arrow's own memory is read-only
-            columns[FEATURE] = fixed_size_column(embed(images, classifier))
-            if global_column is not None:
-                more = global_column.columns(images)
-                columns |= {name: fixed_size_column(features) for name, features in more.items()}
-            writer.write(columns)
+            rows |= {column.name: fixed_size_column(column.compute(images)) for column in columns}
+            writer.write(rows)
             done += len(table)
             progress("computing features", done, change.manifest.exemplars)
         operation = lance.LanceOperation.Overwrite(change.schema, writer.finish())
@@ -227,5 +230,5 @@ def _check_free(ids: Sequence[str], present: Mapping[str, int], source: str) -> 
         listed = ", ".join(map(repr, taken[:NAMED])) + (", …" if len(taken) > NAMED else "")
         raise InputError(
             f"{source}: the index has exemplars of these ids: {listed}; nothing was changed. Replace them "
-            f"(--replace), or give the new ones other ids (--id-prefix)"
+            f"(`replace=True`), or give the new ones other ids (`id_prefix=…`)"
         )

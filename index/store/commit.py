@@ -18,18 +18,17 @@ from jaxtyping import UInt64
 from lance.fragment import FragmentMetadata
 
 from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.files import TEMPORARY, sync_folder
 from tmm_engine.index.store.lance_store import ARROW_TYPES, committed, exemplar_schema, files_of, lance_errors
 from tmm_engine.index.store.manifest import (
     EXEMPLARS,
     LATEST_HINT,
-    TEMPORARY,
     VERSIONS,
     VERSIONS_OF_LANCE,
     Manifest,
     data_files,
     digest_of,
     older_versions,
-    sync_folder,
 )
 from tmm_engine.index.store.target import locked, recover
 
@@ -103,7 +102,7 @@ class Change:
             found, needed = dataset.count_rows(), {f"{EXEMPLARS}/{name}" for name in files_of(dataset)}
         if found != exemplars:
             raise IndexStateError(f"{self.index}: expected {exemplars:,} exemplars, got {found:,}; nothing was changed")
-        written = [name for name in data_files(self.index) if name not in self._kept]
+        written = [name for name in data_files(self.index) if not _shared(name) and name not in self._kept]
         new = replace(
             old,
             version=old.version + 1,

@@ -1,7 +1,4 @@
-"""What a store of exemplars offers, and some rows of one as a store of their own.
-
-A *row* is an exemplar's position, 0 to n−1, in one opened version of a store.
-"""
+"""What a store of exemplars offers, and some rows of one as a store of their own."""
 
 from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
@@ -9,21 +6,16 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
 
-from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.sources.records import Metadata
-
-Rows = Int64[np.ndarray, "rows"]
-
-FEATURE = "feature"  # φ(x)
-GLOBAL_FEATURE = "global_feature"  # φ(x^τ) with the index's global trigger τ, where it has one
-STRETCHED_FEATURE = "stretched_feature"  # φ of x with its contrast stretched, where there is a global trigger
+from tmm_engine.index.types import ImageShape, Rows
 
 
 @runtime_checkable
 class ExemplarStore(Protocol):
     """Exemplars by row: id, label, image, feature, metadata."""
 
-    image_shape: Shape
+    image_shape: ImageShape
     feature_dim: int
     feature_columns: Mapping[str, int]  # name -> dimension
     ids: Shaped[np.ndarray, "n"]

@@ -14,12 +14,14 @@ import pyarrow as pa
 from jaxtyping import Float32, UInt8
 from lance.fragment import FragmentMetadata, write_fragments
 
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import IndexStateError, InputError
-from tmm_engine.index.sources.images import Shape
-from tmm_engine.index.sources.records import Metadata
-from tmm_engine.index.store.exemplars import FEATURE, ExemplarStore, Rows
+from tmm_engine.index.sources.records import ImageSource, Metadata
+from tmm_engine.index.store.embedding import EmbeddedBatch
+from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import LATEST_HINT, VERSIONS_OF_LANCE
 from tmm_engine.index.store.where import matching_positions
+from tmm_engine.index.types import ImageShape, Rows
 
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 ROW_DIGEST = "row_digest"
@@ -28,7 +30,9 @@ ROWS_PER_FRAGMENT = 1 << 16
 FRAGMENT_BYTES = 64 << 20  # what a build holds in memory before it is written
 
 
-def exemplar_schema(image_shape: Shape, columns: Mapping[str, int], metadata_types: Mapping[str, type]) -> pa.Schema:
+def exemplar_schema(
+    image_shape: ImageShape, columns: Mapping[str, int], metadata_types: Mapping[str, type]
+) -> pa.Schema:
     """The columns of an exemplar store. Images are stored raw: decompression would dominate a scan.
 
     Args:
@@ -73,6 +77,18 @@ def row_digests(table: pa.Table) -> list[bytes]:
         hashlib.blake2b(json.dumps(row, sort_keys=True).encode() + image.tobytes(), digest_size=DIGEST_BYTES).digest()
         for row, image in zip(rows, images, strict=True)
     ]
+
+
+def stored_columns(batch: EmbeddedBatch, source: ImageSource) -> dict[str, object]:
+    """A batch of exemplars as the columns of `exemplar_schema`, for `LanceWriter.write`."""
+    return {
+        "id": [record.id for record in batch.records],
+        "label": batch.labels,
+        "label_is_predicted": [not source.labelled] * len(batch.records),
+        "image": fixed_size_column(batch.images),
+        **{name: fixed_size_column(features) for name, features in batch.features.items()},
+        **{name: [record.metadata.get(name) for record in batch.records] for name in source.metadata_types},
+    }
 
 
 def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:
@@ -156,7 +172,7 @@ class LanceStore:
         IndexStateError: the dataset is missing, damaged, or not of this form.
     """
 
-    def __init__(self, path: Path, *, image_shape: Shape, columns: Mapping[str, int], version: int) -> None:
+    def __init__(self, path: Path, *, image_shape: ImageShape, columns: Mapping[str, int], version: int) -> None:
         self.image_shape = image_shape
         self.feature_dim = columns[FEATURE]
         self.feature_columns = columns

@@ -7,7 +7,6 @@ Both hold a SHA-256 of their own content.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -15,22 +14,22 @@ from typing import Any
 
 from beartype.door import is_bearable
 
+from tmm_engine.index.columns import FEATURE, is_column_name
 from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.files import TEMPORARY, replacing
 from tmm_engine.index.limits import MAX_MANIFEST_BYTES
 from tmm_engine.index.models.architectures import ModelSpec
-from tmm_engine.index.sources.images import Shape
-from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.format_2 import FORMAT_2, from_format_2
+from tmm_engine.index.types import ImageShape
 
 FORMAT = "tmm-engine index"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "index.json"
 MODEL = "model.safetensors"
 EXEMPLARS = "exemplars.lance"
-GLOBAL_TRIGGER = "global_trigger.safetensors"
 VERSIONS = "versions"  # what `index.json` was before: `1.json`, `2.json`, …
 CACHE = "cache"  # deletable at any time, so not in the digests
 SEAL = ("format", "format_version", "sha256")
-TEMPORARY = ".writing-"
 DATA = f"{EXEMPLARS}/data/"
 VERSIONS_OF_LANCE = "_versions"
 LATEST_HINT = "latest_version_hint.json"  # Lance rewrites it with every commit; no version needs it
@@ -56,13 +55,12 @@ class Manifest:
         exemplars: How many there are.
         skipped: How many images could not be read, in all.
         image_shape: (c, h, w) of every stored image.
-        feature_dim: d.
+        columns: The dimension of every column of features, by name.
         class_names: In label order.
         labels_predicted: True if a source had no labels, and the model's predictions stand in.
         model: How to rebuild the classifier's architecture.
         fingerprint: SHA-256 of the classifier: weights, architecture, preprocessing, head.
         neighbours: FAISS factory string.
-        global_trigger: Whether there are a global trigger and its column of features.
         backend_speeds: Images a second of each backend, where they were compared when the index was built.
         lance_version: The version of the exemplars that counts, as Lance numbers them.
         files: Digest of every file that this version needs but this one, by path relative to the index.
@@ -74,23 +72,21 @@ class Manifest:
     source: str
     exemplars: int
     skipped: int
-    image_shape: Shape
-    feature_dim: int
+    image_shape: ImageShape
+    columns: dict[str, int]
     class_names: tuple[str, ...]
     labels_predicted: bool
     model: ModelSpec
     fingerprint: str
     neighbours: str
-    global_trigger: bool
     backend_speeds: dict[str, float]
     lance_version: int
     files: dict[str, FileDigest]
 
     @property
-    def columns(self) -> dict[str, int]:
-        """The dimension of every column of features, by name."""
-        names = (FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE) if self.global_trigger else (FEATURE,)
-        return dict.fromkeys(names, self.feature_dim)
+    def feature_dim(self) -> int:
+        """d of φ(x)."""
+        return self.columns[FEATURE]
 
     @property
     def content(self) -> str:
@@ -100,12 +96,16 @@ class Manifest:
 
     def write(self, index: Path) -> None:
         """Replace `index.json` atomically; for good when this returns."""
-        write_atomically(index / MANIFEST, self.text().encode())
+        self._write(index / MANIFEST)
 
     def keep(self, index: Path) -> None:
         """Put a copy among the older versions, so that `index.json` can be replaced."""
         (index / VERSIONS).mkdir(exist_ok=True)
-        write_atomically(index / VERSIONS / f"{self.version}.json", self.text().encode())
+        self._write(index / VERSIONS / f"{self.version}.json")
+
+    def _write(self, path: Path) -> None:
+        with replacing(path, durable=True) as written:
+            written.write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:
         """JSON, with the SHA-256 of its content."""
@@ -131,12 +131,11 @@ class Manifest:
         if not older.is_file() or not 0 < version < newest.version:
             first = min(older_versions(index), default=newest.version)
             raise IndexStateError(
-                f"{index} has the versions {first} to {newest.version}, not {version}; see "
-                f"`engine info {index} --versions`"
+                f"{index} has the versions {first} to {newest.version}, not {version}; open one of these"
             )
         manifest = cls._read(older)
         if manifest.version != version:
-            raise IndexStateError(f"{older}: damaged: it says version {manifest.version}; run `engine repair {index}`")
+            raise IndexStateError(f"{older}: damaged: it says version {manifest.version}; `repair_index` forgets it")
         return manifest
 
     @classmethod
@@ -150,7 +149,7 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             what = "is not an index: it has no index.json" if index.exists() else "does not exist"
-            raise IndexStateError(f"{index} {what}; make one with `engine build-index SOURCE {index}`") from None
+            raise IndexStateError(f"{index} {what}; make one with `build_index`") from None
         except OSError as error:
             raise IndexStateError(
                 f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
@@ -159,13 +158,13 @@ class Manifest:
             raise IndexStateError(f"{path}: damaged: not JSON ({error}); restore it or build the index again") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise IndexStateError(f"{path}: not an index of this program (expected 'format': {FORMAT!r})")
-        if content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version")
+        if version not in (FORMAT_2, FORMAT_VERSION):
             raise IndexStateError(
-                f"{index}: index format version {content.get('format_version')!r}, this program reads "
-                f"{FORMAT_VERSION}; "
+                f"{index}: index format version {version!r}, this program reads {FORMAT_2} and {FORMAT_VERSION}; "
                 f"build the index again with this version of tmm-engine"
             )
-        if content != sealed(content):
+        if content != sealed(content, version=version):
             raise IndexStateError(
                 f"{path}: damaged: its content is not what its 'sha256' says; restore it or build the index again"
             )
@@ -175,6 +174,8 @@ class Manifest:
     def _parse(cls, content: dict[str, Any], path: Path) -> "Manifest":
         given = {key: value for key, value in content.items() if key not in SEAL}
         try:
+            if content["format_version"] == FORMAT_2:
+                given = from_format_2(given)
             channels, height, width = (int(side) for side in given["image_shape"])
             manifest = cls(
                 **given
@@ -193,12 +194,14 @@ class Manifest:
             counts = (
                 manifest.version,
                 manifest.exemplars,
-                manifest.feature_dim,
                 manifest.lance_version,
+                *manifest.columns.values(),
                 channels,
                 height,
                 width,
             )
+            if FEATURE not in manifest.columns or not all(map(is_column_name, manifest.columns)):
+                raise ValueError(f"expected columns of features, {FEATURE!r} among them, got {[*manifest.columns]}")
             if not all(isinstance(count, int) and count > 0 for count in counts):
                 raise ValueError("counts must be positive whole numbers")
             if min([manifest.skipped, *(digest.bytes for digest in manifest.files.values())]) < 0:
@@ -236,7 +239,7 @@ class Manifest:
         """
         for name, digest in self.files.items():
             if (exemplars or not name.startswith(DATA)) and (found := wrong_content(index / name, digest)):
-                raise IndexStateError(f"{found}: the index is damaged; `engine verify {index}` says more")
+                raise IndexStateError(f"{found}: the index is damaged; `verify_index` says more")
 
     def check_exemplars(self, index: Path, exemplars: int, files: Set[str]) -> None:
         """Compare the exemplars that were opened with what is said of them here: they may have been replaced between.
@@ -284,36 +287,11 @@ def wrong_content(path: Path, expected: FileDigest) -> str | None:
     return None if same else f"{path} is not what was written: its SHA-256 is another"
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
+def sealed(content: dict[str, Any], *, version: int = FORMAT_VERSION) -> dict[str, Any]:
     """The content as it stands in a file: with what identifies the format, and the SHA-256 of all the rest."""
     content = {key: value for key, value in content.items() if key not in SEAL}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    return dict(zip(SEAL, (FORMAT, FORMAT_VERSION, hashlib.sha256(canonical).hexdigest()), strict=True)) | content
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by one that is on the disk as a whole; a failure leaves nothing of it."""
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=TEMPORARY, delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """See to it that what was renamed in a folder stays so."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return dict(zip(SEAL, (FORMAT, version, hashlib.sha256(canonical).hexdigest()), strict=True)) | content
 
 
 def digest_files(index: Path) -> dict[str, FileDigest]:
@@ -323,9 +301,10 @@ def digest_files(index: Path) -> dict[str, FileDigest]:
 
 def data_files(index: Path) -> list[str]:
     """The files that `digest_files` digests, as paths relative to the index."""
-    exemplars = (path for path in (index / EXEMPLARS).rglob("*") if path.is_file() and path.name != LATEST_HINT)
-    whole = (path for path in (index / MODEL, index / GLOBAL_TRIGGER) if path.is_file())
-    return [path.relative_to(index).as_posix() for path in (*whole, *sorted(exemplars))]
+    whole = (path for path in index.glob("*") if path.name != MANIFEST and not path.name.startswith(TEMPORARY))
+    exemplars = (path for path in (index / EXEMPLARS).rglob("*") if path.name != LATEST_HINT)
+    files = (path for path in (*sorted(whole), *sorted(exemplars)) if path.is_file())
+    return [path.relative_to(index).as_posix() for path in files]
 
 
 def digest_of(path: Path) -> FileDigest:

@@ -1,13 +1,18 @@
 """A store of exemplars that are held as arrays. (The one on disk is `index.store.lance_store`.)"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
+from tmm_engine.index.columns import FEATURE, FeatureColumn, PlainColumn
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.sources.records import Metadata
-from tmm_engine.index.store.exemplars import FEATURE, Rows
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.records import ImageSource, Metadata
+from tmm_engine.index.store.embedding import BuildReport, check_fit, embedded
+from tmm_engine.index.types import Rows
 
 
 class MemoryStore:
@@ -36,16 +41,17 @@ class MemoryStore:
         metadata: Sequence[Mapping[str, str | int | float | bool | None]] | None = None,
     ) -> None:
         n = len(images)
-        for name, column in (*features.items(), ("labels", labels), ("ids", ids), ("metadata", metadata)):
-            if column is not None and len(column) != n:
-                raise InputError(f"expected {n} {name}, one per image, got {len(column)}")
+        lengths = {name: len(column) for name, column in features.items()} | {"labels": len(labels), "ids": len(ids)}
+        for name, length in (lengths | ({} if metadata is None else {"metadata": len(metadata)})).items():
+            if length != n:
+                raise InputError(f"expected {n} {name}, one per image, got {length}")
         if FEATURE not in features:
             raise InputError(f"expected a column {FEATURE!r} among the features, got {', '.join(features) or 'none'}")
         if len(set(ids)) != n:
             raise InputError("ids must be unique")
         self._images = images
         self._features = dict(features)
-        self.feature_columns = {name: column.shape[1] for name, column in features.items()}
+        self.feature_columns: Mapping[str, int] = {name: column.shape[1] for name, column in features.items()}
         self._metadata = [dict(row) for row in metadata] if metadata is not None else [{} for _ in range(n)]
         _, channels, height, width = images.shape
         self.image_shape = (channels, height, width)
@@ -53,6 +59,41 @@ class MemoryStore:
         self.ids = np.array(ids, dtype=object)
         self.labels = labels
         self.label_is_predicted = label_is_predicted if label_is_predicted is not None else np.zeros(n, dtype=bool)
+
+    @classmethod
+    def of(
+        cls,
+        source: ImageSource,
+        classifier: Classifier,
+        *,
+        columns: Sequence[FeatureColumn] = (),
+        progress: Progress = silent,
+    ) -> Self:
+        """A source's readable images and their features, as an index of them would have them.
+
+        Args:
+            source: The images; decoded to `classifier.image_shape`.
+            classifier: Computes φ(x), and predicts labels where there are none.
+            columns: Of features beside φ(x).
+            progress: Told of images done.
+
+        Raises:
+            InputError: a source that does not fit the classifier, or of which no image can be read.
+        """
+        check_fit(source, classifier)
+        columns, report, batches = (PlainColumn(classifier), *columns), BuildReport(), []
+        for batch in embedded(source, classifier, columns, report):
+            batches.append(batch)
+            progress("embedding", report.exemplars, len(source))
+        records = [record for batch in batches for record in batch.records]
+        return cls(
+            np.concatenate([batch.images for batch in batches]),
+            {column.name: np.concatenate([batch.features[column.name] for batch in batches]) for column in columns},
+            np.concatenate([batch.labels for batch in batches]),
+            ids=[record.id for record in records],
+            label_is_predicted=np.full(len(records), not source.labelled),
+            metadata=[record.metadata for record in records],
+        )
 
     def __len__(self) -> int:
         return len(self._images)

@@ -9,7 +9,8 @@ from pathlib import Path
 import filelock
 
 from tmm_engine.index.errors import IndexStateError
-from tmm_engine.index.store.manifest import MANIFEST, sync_folder
+from tmm_engine.index.files import sync_folder
+from tmm_engine.index.store.manifest import MANIFEST
 
 RECOVERY_SECONDS = 10.0
 WRITER_SECONDS = 10.0  # that a writer waits for another
@@ -25,7 +26,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     if _exists(target) and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
         raise IndexStateError(f"{target} exists and is not an index: it is left alone; choose another path")
     if (target / MANIFEST).is_file() and not overwrite:
-        raise IndexStateError(f"{target} is an index already; pass --overwrite (overwrite=True) to replace it")
+        raise IndexStateError(f"{target} is an index already; `overwrite=True` replaces it")
     folder = target.parent
     if not folder.is_dir():
         raise IndexStateError(f"{folder} is not a folder; create it first")

@@ -1,0 +1,60 @@
+"""Replacing a file or a folder as a whole: a reader sees the old one or the new one, never half of one."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".writing-"
+"""What the names of things that are being written begin with; they lie beside what they are to replace."""
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Where to write a file or a folder that takes the place of `path` if the block ends without an exception.
+
+    Else nothing of it stays. A link keeps pointing where it does. Permissions are those of any new file.
+
+    Args:
+        path: What is replaced, or does not exist yet; its folder must exist.
+        durable: The new file is on the disk, under its name, when this returns.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = path.resolve()
+    written, replaced = _beside(target), _beside(target)
+    try:
+        yield written
+        if durable:
+            _sync(written)
+        if target.is_dir():  # a folder that is not empty is in the way of a rename
+            target.rename(replaced)
+        written.replace(target)
+        if durable:
+            sync_folder(target.parent)
+    finally:
+        for left in (written, replaced):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """See to it that what was renamed in a folder stays so."""
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")

@@ -1,0 +1,17 @@
+"""Types that several rooms name."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from PIL import Image
+
+ImageShape = tuple[int, int, int]
+"""Channels (1 or 3), height, width."""
+
+ImageLike = Path | str | bytes | Image.Image | np.ndarray | torch.Tensor
+"""Whatever can be decoded as one image: a file, its content, pixels."""
+
+Rows = Int64[np.ndarray, "rows"]
+"""Exemplars by their positions, 0 to n−1, in one opened version of a store."""
