@@ -320,11 +320,13 @@ def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, 
     parts = [column.columns(images[start : start + step]) for start in range(0, len(images), step)]
     triggered = MemoryStore(
         images,
-        store.features(rows),
+        {
+            FEATURE: store.features(rows),
+            GLOBAL_FEATURE: np.concatenate([part[GLOBAL_FEATURE] for part in parts]),
+            STRETCHED_FEATURE: store.features(rows, column=STRETCHED_FEATURE),
+        },
         store.labels,
         ids=[str(id_) for id_ in store.ids],
-        global_features=np.concatenate([part[GLOBAL_FEATURE] for part in parts]),
-        stretched_features=store.features(rows, column=STRETCHED_FEATURE),
     )
     return TmmNN(classifier, triggered, global_trigger=shared)
 

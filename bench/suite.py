@@ -16,6 +16,7 @@ from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 from tmm_engine.index.store.building import embed
+from tmm_engine.index.store.exemplars import FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.contrast import embed_stretched
 from tmm_engine.rerank.settings import TmmConfig, canonical
@@ -94,10 +95,9 @@ class Suite:
         stretched = [embed_stretched(images[start : start + step], classifier) for start in starts]
         store = MemoryStore(
             images,
-            np.concatenate(features),
+            {FEATURE: np.concatenate(features), STRETCHED_FEATURE: np.concatenate(stretched)},
             labels,
             ids=[record.id for record in kept],
-            stretched_features=np.concatenate(stretched),
         )
         return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed, triggers)
 

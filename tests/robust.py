@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.configs import changed
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.exemplars import FEATURE
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank import GlobalRecipe, Ranking, TmmConfig, preset
 from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
@@ -31,11 +31,9 @@ def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier
     columns = GlobalColumn(shared, classifier).columns(store.images(every).copy())
     return MemoryStore(
         store.images(every),
-        store.features(every),
+        {FEATURE: store.features(every)} | columns,
         store.labels,
         ids=store.ids.tolist(),
-        global_features=columns[GLOBAL_FEATURE],
-        stretched_features=columns[STRETCHED_FEATURE],
     )
 
 

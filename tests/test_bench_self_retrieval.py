@@ -39,7 +39,7 @@ class ByBrightness(NotAttacked):
 def greys() -> MemoryStore:
     images = np.array(GREYS, np.uint8)[:, None, None, None] * np.ones((1, 3, 8, 8), np.uint8)
     ids = [f"grey {grey}" for grey in GREYS]
-    return MemoryStore(images, np.zeros((5, 2), np.float32), np.array(LABELS), ids=ids)
+    return MemoryStore(images, {"feature": np.zeros((5, 2), np.float32)}, np.array(LABELS), ids=ids)
 
 
 def measure(

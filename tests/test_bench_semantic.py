@@ -27,7 +27,7 @@ QUERY_LABELS = LABELS[N : N + Q]
 def make_exemplars(*, labels: np.ndarray = LABELS[:N]) -> MemoryStore:
     images = IMAGES[: len(labels), None]
     features = images.reshape(len(images), -1).astype(np.float32)
-    return MemoryStore(images, features, labels, ids=[f"digit {row:03}" for row in range(len(images))])
+    return MemoryStore(images, {"feature": features}, labels, ids=[f"digit {row:03}" for row in range(len(images))])
 
 
 class ByPixels(NotAttacked):

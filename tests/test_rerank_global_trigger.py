@@ -22,7 +22,7 @@ from tmm_engine.index.progress import silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.store.building import build_index
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.manifest import GLOBAL_TRIGGER
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank import GlobalRecipe, TmmConfig, TmmNN
@@ -61,10 +61,9 @@ def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier
     every = np.arange(len(store))
     return MemoryStore(
         store.images(every),
-        store.features(every),
+        {FEATURE: store.features(every)} | GlobalColumn(shared, classifier).columns(store.images(every).copy()),
         store.labels,
         ids=store.ids.tolist(),
-        global_features=GlobalColumn(shared, classifier).columns(store.images(every).copy())[GLOBAL_FEATURE],
     )
 
 
