@@ -24,7 +24,7 @@ from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.reference import reference_scores
-from tmm_engine.rerank.settings import Blend, Score, TmmConfig, Trigger, Tuning
+from tmm_engine.rerank.settings import Blend, IndexTrigger, Score, TmmConfig, Trigger, TunedHead, Tuning, canonical
 
 EXEMPLARS = "exemplars"
 VALUES: dict[str, tuple[str, ...]] = {
@@ -44,11 +44,6 @@ VALUES: dict[str, tuple[str, ...]] = {
     EXEMPLARS: ("250", "500", "1000"),  # and all of them, which is the base
 }
 """The values that each setting takes, as `TmmConfig.with_settings` reads them."""
-
-FELT_BY = dict.fromkeys(("score", "tuning_epochs", "tuning_lr", "ewc_lambda"), Tuning.ADAM) | {
-    "shrinkage": Tuning.DISCRIMINANT
-}
-"""Settings that only one way of tuning looks at."""
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
@@ -84,7 +79,7 @@ class ReferenceRetriever:
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """As `Retriever`."""
         pixels = torch.from_numpy(query).to(self._images.device)
-        config = replace(self._config, seed=seed)
+        config = self._config.with_seed(self._config.seed + seed)
         return reference_scores(
             self._classifier, pixels, self._images, self._labels, config, tune_layers=self._layers
         ).scores
@@ -110,16 +105,12 @@ def variants_of(base: Method, settings: Sequence[str] | None, *, exemplars: int)
     """
     config = _config_of(base)
     if settings is None:
-        settings = [name for name in VALUES if FELT_BY.get(name, config.tuning) is config.tuning]
+        felt = config.to_json()
+        settings = [name for name in VALUES if name == EXEMPLARS or canonical(name) in felt]
     variants = [Variant("base", base.name, base)]
     for setting in dict.fromkeys(settings):
         if setting not in VALUES:
             raise InputError(f"unknown setting {setting!r}{nearest(setting, VALUES)}; known: {', '.join(VALUES)}")
-        if FELT_BY.get(setting, config.tuning) is not config.tuning:
-            raise InputError(
-                f"{setting} changes nothing with tuning={config.tuning}: leave it out, or add --set "
-                f"tuning={FELT_BY[setting]}"
-            )
         if setting == EXEMPLARS:
             counts = [int(value) for value in VALUES[EXEMPLARS] if int(value) < exemplars]
             variants += [
@@ -130,7 +121,7 @@ def variants_of(base: Method, settings: Sequence[str] | None, *, exemplars: int)
         for value in VALUES[setting]:
             method = Method.parse(f"{base.name},{setting}={value}{_steps(config, setting, value)}")
             if method.config != config:
-                chosen = _config_of(method).to_json()[setting]
+                chosen = _config_of(method).to_json()[canonical(setting)]
                 variants.append(Variant(setting, "none" if chosen is None else chosen, method))
     return variants
 
@@ -142,7 +133,7 @@ def layer_variants(base: Method, classifier: Classifier) -> list[Variant]:
         InputError: the model has no such layers, or the reference cannot do what the base asks for.
     """
     config = _config_of(base)
-    if config.trigger is Trigger.GLOBAL or config.tuning is not Tuning.ADAM or config.fusion:
+    if isinstance(config.trigger, IndexTrigger) or not isinstance(config.head, TunedHead) or config.rank.fusion:
         raise InputError(
             f"layers: expected a base without global trigger, fusion and closed form, such as paper, got "
             f"{base.name}: the slow reference, which alone tunes layers, has none of these"
@@ -245,4 +236,5 @@ def _steps(config: TmmConfig, setting: str, value: str) -> str:
     """The setting that a number of epochs brings with it."""
     if setting != "tuning_epochs":
         return ""
-    return f",tuning_min_steps={config.tuning_min_steps * int(value) // max(config.tuning_epochs, 1)}"
+    assert isinstance(config.head, TunedHead)  # else the setting was refused
+    return f",tuning_min_steps={config.head.min_steps * int(value) // max(config.head.epochs, 1)}"

@@ -19,6 +19,7 @@ from tmm_engine.index.neighbours.ranking import in_turn
 from tmm_engine.index.neighbours.search import Neighbours
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.columns import robust_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.settings import preset

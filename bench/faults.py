@@ -7,6 +7,7 @@ import resource
 import shutil
 import time
 import warnings
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from tmm_engine.index.neighbours.search import exact_scores
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, compact, delete_exemplars
-from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.options import SearchOptions
+from tmm_engine.rerank.settings import QueryTrigger, TmmConfig, TunedHead
 
 # It is imported, but not used, before the process forks; its threads begin with its use.
 warnings.filterwarnings("ignore", message="lance is not fork-safe")
@@ -33,7 +35,8 @@ SHAPE = (3, 8, 8)
 CLASSES = 4
 POOL = 512  # images that exemplars are drawn from
 START = 24  # exemplars of a new index
-QUICK = TmmConfig(trigger_steps=5, tuning_min_steps=10)
+QUICK = TmmConfig(trigger=QueryTrigger(steps=5), head=TunedHead(min_steps=10))
+EVERY_MODE = (SearchOptions(config=QUICK), SearchOptions(mode="l2"), SearchOptions(mode="cosine"))
 
 Content = dict[str, int]
 """Id of an exemplar -> its image's number in the pool."""
@@ -172,9 +175,7 @@ def outcome_of(index: Path, content: Content, expected: list[list[str]], *, veri
 def ranked(engine: Engine) -> list[list[str]]:
     """Ids of the best in every mode, and with the index's approximate neighbours."""
     query = pool()[0][POOL - 1]
-    return [
-        [hit.id for hit in engine.search(query, k=8, mode=mode, config=QUICK).hits] for mode in ("tmm", "l2", "cosine")
-    ]
+    return [[hit.id for hit in engine.search(query, replace(each, k=8)).hits] for each in EVERY_MODE]
 
 
 def fill_disk(index: Path, limit: int, seed: int) -> str:
@@ -212,9 +213,8 @@ def endure(index: Path, searches: int) -> dict[str, float]:
     with open_small(index) as engine:
 
         def search(number: int) -> None:
-            mode = ("tmm", "l2", "cosine")[number % 3]
             where = "number >= 8" if number % 5 == 0 else None
-            engine.search(images[number % POOL], mode=mode, config=QUICK, where=where)
+            engine.search(images[number % POOL], replace(EVERY_MODE[number % 3], where=where))
 
         for number in range(60):
             search(number)

@@ -227,7 +227,7 @@ def _good_manifest() -> str:
     from tmm_engine.index.store.manifest import FileDigest
 
     return Manifest(
-        version=1, change="", created="", source="s", exemplars=1, skipped=0, image_shape=SHAPE, feature_dim=4,
+        version=1, change="", created="", source="s", exemplars=1, skipped=0, image_shape=SHAPE, columns={"feature": 4},
         class_names=("a", "b"), labels_predicted=False,
         model=ModelSpec("resnet18", 2, 3, False, (8, 8), (0.0,) * 3, (1.0,) * 3, "fc"), fingerprint="f",
         neighbours="Flat", global_trigger=False, backend_speeds={}, lance_version=1,

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -40,10 +40,11 @@ from tmm_engine.rerank.backbone import Precision, TorchBackbone, specialised
 from tmm_engine.rerank.columns import robust_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
+from tmm_engine.rerank.optimisation import make_trigger
+from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
-from tmm_engine.rerank.settings import DEFAULT_PRESET, preset
-from tmm_engine.rerank.tmm import Ranking, TmmNN
-from tmm_engine.rerank.trigger import make_trigger
+from tmm_engine.rerank.settings import DEFAULT_PRESET, QueryTrigger, preset
+from tmm_engine.rerank.tmm import TmmNN
 
 SIZES = (2_000, 5_000, 10_000, 20_000, 60_000)
 RATIO_SIZE = 10_000  # exemplars behind the ratios to a forward pass
@@ -224,7 +225,7 @@ class LatencyBench:
         """
         images, labels = torch.from_numpy(self.store.images(np.arange(self.size))), self.store.labels[: self.size]
         device, n = self.classifier.device, self.size
-        trigger = make_trigger(self.classifier, self.queries[:1], self.config).trigger[0]
+        trigger = make_trigger(self.classifier, self.queries[:1], QueryTrigger()).trigger[0]
         model = LiteralModel(self.classifier.backbone, self.classifier.head)
         exemplars = images.to(device) / 255.0
         self.latency.time("reference, Fisher alone", n, lambda: reference_fisher(model, exemplars))
@@ -240,7 +241,7 @@ class LatencyBench:
 
     def triggers(self) -> None:
         """100 iterations of Eq. 8: a plain loop, ours, and several queries together."""
-        full = replace(self.config, trigger_steps=EAGER_STEPS, trigger_tolerance=0.0)
+        full = QueryTrigger(steps=EAGER_STEPS, tolerance=0.0)
         tmm = self._tmm(self.sizes[0])
         model = torch.nn.Sequential(self.classifier.backbone, self.classifier.head)
         several, time_ = self.queries[:TOGETHER], self.latency.time

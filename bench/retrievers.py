@@ -24,14 +24,15 @@ from tmm_engine.index.neighbours.ranking import best_first
 from tmm_engine.index.neighbours.search import exact_scores
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, GlobalColumn
 from tmm_engine.rerank.contrast import stretch_contrast
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.recognise import Recognised, chord
-from tmm_engine.rerank.settings import PRESETS, TmmConfig, Trigger, Tuning, preset
-from tmm_engine.rerank.tmm import Ranking, TmmNN
-from tmm_engine.rerank.trigger import apply_trigger
+from tmm_engine.rerank.settings import PRESETS, ClosedForm, GlobalRecipe, IndexTrigger, TmmConfig, canonical, preset
+from tmm_engine.rerank.tmm import TmmNN
 
 Image = Float32[np.ndarray, "c h w"]
 
@@ -72,6 +73,7 @@ class Method:
         recognition: Below which ratio of distances a baseline takes the query for a copy of an exemplar
             (`rerank.recognise`); None never.
         config: Of TMM-NN; None for a baseline.
+        recipe: What its global trigger is made with, where it has one: ``robust,trigger.steps=50`` says it.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Method:
     stretch: bool
     recognition: float | None
     config: TmmConfig | None
+    recipe: GlobalRecipe | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Method":
@@ -94,17 +97,28 @@ class Method:
                     f"{text}: a baseline takes {' and '.join(BASELINE_SETTINGS)}, got {', '.join(unknown)}"
                 )
             config = TmmConfig().with_settings(settings)
-            return cls(text, Metric(kind), config.stretch, config.recognition, None)
+            return cls(text, Metric(kind), config.view.stretch, config.rank.recognition, None)
         if kind not in PRESETS:
             known = [*map(str, Metric), *PRESETS]
             raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
-        return cls(text, None, False, None, preset(kind).with_settings(settings))
+        return cls(text, None, False, None, *_with_recipe(preset(kind), settings))
 
     def settings(self) -> dict[str, Any]:
         """For the records."""
         if self.config is not None:
-            return self.config.to_json()
+            return self.config.to_json() | (self.recipe.to_json() if self.recipe else {})
         return {"stretch": self.stretch} | ({} if self.recognition is None else {"recognition": self.recognition})
+
+
+def _with_recipe(config: TmmConfig, settings: Sequence[str]) -> tuple[TmmConfig, GlobalRecipe | None]:
+    """The configuration with its settings, and the recipe with those that only the making of a trigger looks at."""
+    names = {setting: canonical(setting.partition("=")[0]) for setting in settings}
+    of_making = [setting for setting, name in names.items() if name == "seed" or name.startswith("trigger.")]
+    searched = config.with_settings(setting for setting in settings if setting not in of_making)
+    if not isinstance(searched.trigger, IndexTrigger):
+        return config.with_settings(settings), None
+    recipe = GlobalRecipe.of(searched).with_settings(of_making)
+    return searched.with_seed(recipe.seed), recipe
 
 
 class MetricRetriever:
@@ -163,7 +177,7 @@ class TmmRetriever:
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """The scores of the configuration; ``seed`` is added to its own."""
-        config = replace(self.config, seed=self.config.seed + seed)
+        config = self.config.with_seed(self.config.seed + seed)
         return _by_row(self.tmm.rank(self._pixels(query), k=len(self.tmm.store), config=config))
 
     def scores_beside(
@@ -176,7 +190,7 @@ class TmmRetriever:
 
     def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
         """The exemplar nearest to the query, where the configuration recognises copies."""
-        if self.config.recognition is None:
+        if self.config.rank.recognition is None:
             return None
         return self.tmm.rank(self._pixels(query), k=1, config=self.config).recognised
 
@@ -189,22 +203,23 @@ class TmmRetriever:
         """
         phi, shared = self.tmm.classifier.features, self.tmm.global_trigger
         pixels = pixels.to(self.tmm.classifier.head.weight)
-        clean = stretch_contrast(pixels) if self.config.stretch else pixels
+        clean = stretch_contrast(pixels) if self.config.view.stretch else pixels
         if shared is None:
             return phi(clean)
         trigger = shared.trigger.to(clean)
         blended = apply_trigger(clean, trigger, intensity=shared.intensity, blend=shared.blend, clamp=shared.clamp)
         triggered = phi(blended)
-        if self.config.tuning is Tuning.DISCRIMINANT:
+        if isinstance(self.config.head, ClosedForm):
             triggered = self._discriminant.decorrelated(triggered)
-        return torch.cat([normalize(triggered), math.sqrt(self.config.fusion) * normalize(phi(clean))], dim=1)
+        return torch.cat([normalize(triggered), math.sqrt(self.config.rank.fusion) * normalize(phi(clean))], dim=1)
 
     @cached_property
     def _discriminant(self) -> Discriminant:
         """Of all exemplars under the global trigger."""
+        assert isinstance(self.config.head, ClosedForm)
         features = self.tmm.store.features(np.arange(len(self.tmm.store)), column=GLOBAL_FEATURE)
         device = self.tmm.classifier.device
-        return Discriminant.fit([torch.from_numpy(features).to(device)], shrinkage=self.config.shrinkage)
+        return Discriminant.fit([torch.from_numpy(features).to(device)], shrinkage=self.config.head.shrinkage)
 
     def _pixels(self, query: Image) -> torch.Tensor:
         return torch.from_numpy(query).to(self.tmm.classifier.device)
@@ -242,11 +257,12 @@ def make_retrievers(
             retrievers.append(MetricRetriever(method, classifier, store))
             continue
         kind: Any = None
-        if config.trigger is Trigger.GLOBAL:
-            how = optimisation(config)
+        if isinstance(config.trigger, IndexTrigger):
+            recipe = method.recipe or GlobalRecipe.of(config)
+            how = optimisation(recipe)
             if how not in optimised:
-                optimised[how] = global_trigger(store, classifier, config, folder=triggers, progress=progress)
-            kind = (how, config.blend, config.clamp, config.stretch, config.intensity)
+                optimised[how] = global_trigger(store, classifier, recipe, folder=triggers, progress=progress)
+            kind = (how, config.blending, config.view)
         if kind not in engines:
             engines[kind] = (
                 TmmNN(classifier, store)
@@ -262,9 +278,7 @@ def scores_of_all(retrievers: Sequence[Retriever], query: Image) -> Iterator[tup
 
     def shared(retriever: Retriever) -> Any:
         return (
-            (id(retriever.tmm), retriever.config.before_tuning)
-            if isinstance(retriever, TmmRetriever)
-            else retriever.name
+            (id(retriever.tmm), retriever.config.triggering) if isinstance(retriever, TmmRetriever) else retriever.name
         )
 
     order = list(dict.fromkeys(shared(retriever) for retriever in retrievers))
@@ -297,8 +311,11 @@ def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, 
     """TMM-NN with the features that the configuration's blend gives under an optimised trigger."""
     rows = np.arange(len(store))
     images = store.images(rows)
-    intensity = optimised.intensity if config.intensity is None else config.intensity
-    shared = replace(optimised, blend=config.blend, clamp=config.clamp, stretch=config.stretch, intensity=intensity)
+    blending = config.blending
+    intensity = optimised.intensity if blending.intensity is None else blending.intensity
+    shared = replace(
+        optimised, blend=blending.formula, clamp=blending.clamp, stretch=config.view.stretch, intensity=intensity
+    )
     step = forward_batch_size(store.image_shape)
     column = GlobalColumn(shared, classifier)
     parts = [column.compute(images[start : start + step]) for start in range(0, len(images), step)]

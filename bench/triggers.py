@@ -14,7 +14,7 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
-from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.rerank.settings import GlobalRecipe
 
 FOLDER = ".triggers"
 
@@ -24,15 +24,15 @@ def folder_beside(records: Path) -> Path:
     return records.absolute().parent / FOLDER
 
 
-def optimisation(config: TmmConfig) -> tuple[int, float, float, int]:
+def optimisation(recipe: GlobalRecipe) -> tuple[int, float, float, int]:
     """The settings that τ of Eq. 2 depends on; it does not depend on the blend."""
-    return config.trigger_steps, config.trigger_lr, config.trigger_tolerance, config.seed
+    return recipe.trigger.steps, recipe.trigger.lr, recipe.trigger.tolerance, recipe.seed
 
 
 def global_trigger(
     store: MemoryStore,
     classifier: Classifier,
-    config: TmmConfig,
+    recipe: GlobalRecipe,
     *,
     folder: Path | None = None,
     progress: Progress = silent,
@@ -45,7 +45,7 @@ def global_trigger(
     Args:
         store: The exemplars.
         classifier: f.
-        config: `optimisation`, and a blend; its intensity is not looked at.
+        recipe: `optimisation`, and a blend; its intensity is not looked at.
         folder: Made if it is missing; a damaged file in it is replaced. None keeps nothing.
         progress: Told of the optimisation.
 
@@ -58,7 +58,7 @@ def global_trigger(
     images = store.images(np.arange(len(store)))
     kept = None
     if folder is not None:
-        about = [classifier.fingerprint, classifier.device.type, images.shape, *optimisation(config)]
+        about = [classifier.fingerprint, classifier.device.type, images.shape, *optimisation(recipe)]
         digest = hashlib.sha256(json.dumps(about).encode())
         digest.update(np.ascontiguousarray(images).data)
         kept = folder / f"{digest.hexdigest()}.safetensors"
@@ -66,7 +66,8 @@ def global_trigger(
             return GlobalTrigger.load(kept)
         except IndexStateError:  # none yet, or damaged
             pass
-    trigger = make_global_trigger(ArraySource(images), classifier, replace(config, intensity=None), progress=progress)
+    recipe = replace(recipe, blending=replace(recipe.blending, intensity=None))
+    trigger = make_global_trigger(ArraySource(images), classifier, recipe, progress=progress)
     if kept is not None:
         _keep(trigger, kept)
     return trigger

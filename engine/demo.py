@@ -113,7 +113,7 @@ def run_demo(out: Path, *, queries: int, progress: Progress) -> DemoOutcome:
     accuracy = _accuracy(classifier, images[EXEMPLARS:], labels[EXEMPLARS:])
     index = out / "digits.idx"
     source = ArraySource(images[:EXEMPLARS], labels[:EXEMPLARS], class_names=[str(digit) for digit in range(10)])
-    write_index(source, index, classifier, overwrite=True, progress=progress)
+    build_index(source, index, classifier, overwrite=True, progress=progress)
     with Engine.open(index, device="cpu") as engine:
         chosen = np.random.default_rng(SEED).choice(EXEMPLARS, queries, replace=False)
         results = _search(engine, [str(engine.store.ids[row]) for row in chosen], progress)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.builders import finished, start
 from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.files import TEMPORARY
 from tmm_engine.index.models.architectures import ModelSpec
 from tmm_engine.index.store.manifest import (
     CACHE,
