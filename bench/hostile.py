@@ -230,7 +230,7 @@ def _good_manifest() -> str:
         version=1, change="", created="", source="s", exemplars=1, skipped=0, image_shape=SHAPE, columns={"feature": 4},
         class_names=("a", "b"), labels_predicted=False,
         model=ModelSpec("resnet18", 2, 3, False, (8, 8), (0.0,) * 3, (1.0,) * 3, "fc"), fingerprint="f",
-        neighbours="Flat", global_trigger=False, backend_speeds={}, lance_version=1,
+        neighbours="Flat", backend_speeds={}, lance_version=1,
         files={"model.safetensors": FileDigest(1, "0")},
     ).text()  # fmt: skip
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from tmm_engine.building import build_index
 from tmm_engine.engine import Engine
 from tmm_engine.index.columns import embed
 from tmm_engine.index.models.architectures import ModelSpec, build_model

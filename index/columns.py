@@ -7,7 +7,7 @@ names among those that are `registered`; everything else treats columns as names
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class FeatureColumn(ABC):
         """Write into an index's folder, as a file of its own, what `load` needs beside the classifier: here nothing."""
 
     @classmethod
-    def load(cls, index: Path, classifier: Classifier) -> Self:
+    def load(cls, index: Path, classifier: Classifier) -> "FeatureColumn":
         """The column of an index.
 
         Raises:

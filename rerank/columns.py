@@ -1,7 +1,6 @@
 """The columns of features that a rerank takes from an index beside φ(x): one small class each."""
 
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -70,7 +69,7 @@ class GlobalColumn(FeatureColumn):
         self._settings.save(index / GLOBAL_TRIGGER)
 
     @classmethod
-    def load(cls, index: Path, classifier: Classifier) -> Self:
+    def load(cls, index: Path, classifier: Classifier) -> "GlobalColumn":
         """With the index's trigger."""
         return cls(trigger_of(index, classifier.image_shape), classifier)
 

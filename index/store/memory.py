@@ -1,7 +1,6 @@
 """A store of exemplars that are held as arrays. (The one on disk is `index.store.lance_store`.)"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
@@ -68,7 +67,7 @@ class MemoryStore:
         *,
         columns: Sequence[FeatureColumn] = (),
         progress: Progress = silent,
-    ) -> Self:
+    ) -> "MemoryStore":
         """A source's readable images and their features, as an index of them would have them.
 
         Args:
