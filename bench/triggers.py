@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.files import replacing
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
@@ -75,13 +75,9 @@ def global_trigger(
 
 def _keep(trigger: GlobalTrigger, path: Path) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        try:
-            trigger.save(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as written:
+            trigger.save(written)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror} (make room, or choose another folder)") from None

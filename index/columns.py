@@ -19,10 +19,13 @@ from tmm_engine.index.models.classifier import Classifier
 FEATURE = "feature"
 """φ(x), which every store has. The names of all others end in ``_feature``."""
 
+OF_SOURCES = "source_"
+"""What the name of a source's own column begins with where it would else be taken: never that of a column here."""
+
 
 def is_column_name(name: str) -> bool:
     """Whether a name is kept for columns of features, so that no metadata can have it."""
-    return name == FEATURE or name.endswith(f"_{FEATURE}")
+    return (name == FEATURE or name.endswith(f"_{FEATURE}")) and not name.startswith(OF_SOURCES)
 
 
 class FeatureColumn(ABC):

@@ -30,9 +30,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         yield written
         if durable:
             _sync(written)
-        if target.is_dir():  # a folder that is not empty is in the way of a rename
-            target.rename(replaced)
-        written.replace(target)
+        _exchange(written, target, replaced)
         if durable:
             sync_folder(target.parent)
     finally:
@@ -41,6 +39,19 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
                 shutil.rmtree(left)
             else:
                 left.unlink(missing_ok=True)
+
+
+def _exchange(written: Path, target: Path, replaced: Path) -> None:
+    """Rename `written`; a folder is in the way of that, and goes aside."""
+    if not target.is_dir():
+        written.replace(target)
+        return
+    target.rename(replaced)
+    try:
+        written.rename(target)
+    except BaseException:
+        replaced.rename(target)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import itertools
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tmm_engine.index.errors import IndexStateError, ModelError
+from tmm_engine.index.files import replacing
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.onnx_graphs import (
@@ -84,17 +84,13 @@ def export_onnx(classifier: Classifier, folder: Path) -> ExportReport:
     folder = folder.resolve()
     try:
         _check_target(folder)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            staging = Path(temporary) / "new"
+        with replacing(folder) as staging:
             staging.mkdir()
             opset, graphs = build_graphs(classifier)
             for name, graph in graphs.items():
                 (staging / name).write_bytes(graph)
             difference = _check_graphs(classifier, staging)
             _check_target(folder)  # again: time has passed
-            if folder.exists():
-                folder.rename(Path(temporary) / "old")
-            staging.rename(folder)
     except OSError as error:
         raise IndexStateError(
             f"{folder} cannot be written: {error.strerror or error}; create {folder.parent} first, change its "
@@ -174,7 +170,7 @@ class _Graph:
 
 def _open(path: Path, classifier: Classifier, inputs: list[str], device: torch.device) -> _Graph:
     """The undamaged graph of this very classifier that has these inputs."""
-    again = "(export it again: engine export-onnx)"
+    again = "(export it again with `export_onnx`)"
     try:
         sealed = is_sealed(path)
     except OSError as error:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import finished, start
+from tmm_engine.index.columns import is_column_name
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.files import TEMPORARY
 from tmm_engine.index.models.architectures import ModelSpec
@@ -70,7 +71,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
     parts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/"), min_size=1, max_size=6)
     paths = st.lists(parts.filter(lambda part: part != ".."), min_size=1, max_size=3).map("/".join)
     digests = st.tuples(st.integers(0, 2**63), st.text("0123456789abcdef", max_size=64))
-    names = st.text().map(lambda text: f"{text}_feature")
+    names = st.text().map(lambda text: f"{text}_feature").filter(is_column_name)
     per_channel = st.tuples(*[st.floats(0.001, 1.0)] * channels)
     return {
         "version": draw(counts),
@@ -115,7 +116,7 @@ def test_the_file_is_json_for_humans_and_others_may_read_it(tmp_path):
     GOOD.write(tmp_path)
     text = (tmp_path / MANIFEST).read_text(encoding="utf-8")
     assert "zwölf" in text
-    assert text.startswith('{\n "format": "tmm-engine index",\n "format_version": 2,\n "sha256": "')
+    assert text.startswith('{\n "format": "tmm-engine index",\n "format_version": 3,\n "sha256": "')
     assert (tmp_path / MANIFEST).stat().st_mode & 0o777 == 0o644
 
 
@@ -145,7 +146,7 @@ def damaged() -> dict[str, str | bytes]:
     whole = json.dumps(good())
     wrong: dict[str, list[Any]] = {  # for every key the values of a wrong type or range
         "format": ["other", None, 1],
-        "format_version": [0, 1, 3, "2", None, [2]],
+        "format_version": [0, 1, 2, 4, "2", "3", None, [3]],  # of what is in it not even 2
         "version": [0, -1, 1.5, "1", None],
         "change": [1, None, ["x"]],
         "created": [1, None, ["x"]],
@@ -163,10 +164,13 @@ def damaged() -> dict[str, str | bytes]:
             None,
             [[1], 8, 9],
         ],
-        "feature_dim": [0, -4, 4.5, "4", None],
+        "columns": [
+            *(None, 4, [], {}, ["feature"], {"another_feature": 4}, {"feature": 4, "label": 4}, {"feature": 4, "x": 4}),
+            *({"feature": 4, "another_feature": wrong} for wrong in (0, -4, 4.5, "4", None, True)),
+            *({"feature": wrong, "another_feature": 4} for wrong in (0, -4, 4.5, "4", None, True)),
+        ],
         "class_names": [None, 3, ["a", "b"], ["a"] * 4, "ab", []],
         "labels_predicted": ["yes", None, [], {}],
-        "global_trigger": ["no", None, 2],
         "backend_speeds": [[], {"torch": "fast"}, None],
         "model": [None, {}, [], "resnet18", good()["model"] | {"extra": 1}, good()["model"] | {"num_classes": "3"}],
         "fingerprint": [None, 1, ["f"]],
@@ -213,6 +217,38 @@ def damaged() -> dict[str, str | bytes]:
     return cases
 
 
+@pytest.mark.parametrize(
+    ("changes", "columns"),
+    [
+        ({"global_trigger": False}, {"feature": 4}),
+        ({"global_trigger": True}, {"feature": 4, "global_feature": 4, "stretched_feature": 4}),
+    ],
+)
+def test_format_2_is_read_and_written_as_format_3(tmp_path, changes, columns):
+    """It had one dimension, and a flag that stood for two more columns."""
+    content = {key: value for key, value in good().items() if key != "columns"} | {"feature_dim": 4} | changes
+    (tmp_path / MANIFEST).write_text(json.dumps(sealed(content, version=2)), encoding="utf-8")
+    found = Manifest.read(tmp_path)
+    assert found == dataclasses.replace(GOOD, columns=columns)
+    found.keep(tmp_path)
+    dataclasses.replace(found, version=4).write(tmp_path)
+    assert Manifest.read(tmp_path, version=3) == found
+    assert json.loads((tmp_path / VERSIONS / "3.json").read_text())["format_version"] == FORMAT_VERSION
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"feature_dim": 4}, {"global_trigger": False}]
+    + [{"feature_dim": wrong, "global_trigger": True} for wrong in (0, -4, 4.5, "4", None, [4])]
+    + [{"feature_dim": 4, "global_trigger": wrong} for wrong in ("no", None, 2, 1, {})],
+)
+def test_damage_of_format_2_is_found(tmp_path, changes):
+    content = {key: value for key, value in good().items() if key != "columns"} | changes
+    (tmp_path / MANIFEST).write_text(json.dumps(sealed(content, version=2)), encoding="utf-8")
+    with pytest.raises(IndexStateError, match="damaged"):
+        Manifest.read(tmp_path)
+
+
 CHECK = """
 import json, sys
 from pathlib import Path
@@ -249,7 +285,7 @@ def test_damage_is_an_index_state_error(refusals, name):
 
 def test_damage_says_what_is_wrong(refusals):
     assert "expected 'format': 'tmm-engine index'" in refusals['format = "other"'][1]
-    assert f"index format version 1, this program reads {FORMAT_VERSION}" in refusals["format_version = 1"][1]
+    assert f"index format version 1, this program reads 2 and {FORMAT_VERSION}" in refusals["format_version = 1"][1]
     assert "not what its 'sha256' says" in refusals["another value"][1]
     assert "not JSON" in refusals["cut short"][1]
     assert "KeyError: 'class_names'" in refusals["class_names is missing"][1]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmm_engine.index.errors import IndexStateError, InputError
-from tmm_engine.index.sources.records import RESERVED_COLUMNS
+from tmm_engine.index.sources.records import is_reserved
 from tmm_engine.index.store import lance_store
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.lance_store import LanceStore, LanceWriter, exemplar_schema, fixed_size_column
@@ -78,7 +78,7 @@ def exemplars(draw: st.DrawFn) -> Exemplars:
     n = draw(st.integers(1, 30))
     # Lance refuses dots, backticks, NUL and its own `_row…` in the names of columns.
     names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=".`\0"), min_size=1, max_size=6)
-    free = names.filter(lambda name: name not in RESERVED_COLUMNS and not name.startswith("_row"))
+    free = names.filter(lambda name: not is_reserved(name))
     types = draw(st.dictionaries(free, st.sampled_from([str, int, float, bool]), max_size=4))
     columns = {name: draw(st.lists(st.none() | VALUES[kind], min_size=n, max_size=n)) for name, kind in types.items()}
     result = some(

@@ -169,7 +169,7 @@ def test_export_leaves_the_classifier_and_stdout_alone(tmp_path: Path, capfd: py
 
 def test_another_classifiers_graph_is_refused(export: Export) -> None:
     other = tiny_classifier(1)
-    with pytest.raises(ModelError, match=rf"{other.fingerprint[:12]}.*{export[0].fingerprint[:12]}.*export-onnx"):
+    with pytest.raises(ModelError, match=rf"{other.fingerprint[:12]}.*{export[0].fingerprint[:12]}.*export_onnx"):
         OnnxBackbone.load(export[1].folder / TRIGGERED, other, device="cpu")
 
 
@@ -198,7 +198,7 @@ def test_an_operator_the_runtime_does_not_know(export: Export, tmp_path: Path) -
 
 def test_a_missing_file(export: Export, tmp_path: Path) -> None:
     for path in (tmp_path / "graph.onnx", tmp_path):
-        with pytest.raises(ModelError, match=rf"expected the graph {path}, got.*export-onnx"):
+        with pytest.raises(ModelError, match=rf"expected the graph {path}, got.*export_onnx"):
             OnnxBackbone.load(path, export[0], device="cpu")
 
 

@@ -14,6 +14,7 @@ from tmm_engine.cli.build import build_index
 from tmm_engine.cli.living import add, compact, delete, print_versions, repair, verify
 from tmm_engine.cli.options import model_option
 from tmm_engine.cli.search import search
+from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.errors import TmmEngineError
 
 
@@ -36,7 +37,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except TmmEngineError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {for_command_line(str(error))}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import secrets
 import unicodedata
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.files import replacing
 from tmm_engine.results import Hit, SearchResult
 
 MAX_TEXT = 300
@@ -144,17 +144,12 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write beside the target and rename: a reader sees the old file or the new one, never half of one."""
-    target = path.resolve()  # a link keeps pointing where it does
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    """Replace the file as a whole."""
     try:
-        if target.exists() and not target.is_file():
+        if path.exists() and not path.is_file():
             raise InputError(f"expected a file to write the report to, got {path}, which is a folder or a device")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as written:
+            written.write_bytes(content)
     except OSError as error:
         raise InputError(
             f"expected a file name in an existing, writable folder, got {path} ({error.strerror}; "

@@ -25,7 +25,7 @@ class ParquetSource(EncodedSource):
     without one the source is unlabelled. Class names come from the schema's ``huggingface`` metadata. Ids are
     ``<split, or the file's stem>/<row>``, rows counted over the split's shards in name order; metadata: the struct's
     ``path`` and every other column of strings, integers, floats or booleans, prefixed ``source_`` where its name is
-    taken or in RESERVED_COLUMNS.
+    taken or reserved.
 
     Raises:
         InputError: No such split, several and none chosen, damage, another layout, or labels that are null, negative

@@ -14,8 +14,11 @@ def from_format_2(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a manifest with `columns` instead of one dimension and a flag that stood for two columns.
 
     Raises:
-        KeyError: it has neither.
+        KeyError: it has no dimension or no flag.
+        ValueError: the flag is none.
     """
-    others = ("global_feature", "stretched_feature") if content["global_trigger"] is True else ()
+    if not isinstance(content["global_trigger"], bool):
+        raise ValueError("'global_trigger' must be true or false")
+    others = ("global_feature", "stretched_feature") if content["global_trigger"] else ()
     kept = {key: value for key, value in content.items() if key not in ("feature_dim", "global_trigger")}
     return kept | {"columns": dict.fromkeys((FEATURE, *others), content["feature_dim"])}

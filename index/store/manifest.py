@@ -202,7 +202,7 @@ class Manifest:
             )
             if FEATURE not in manifest.columns or not all(map(is_column_name, manifest.columns)):
                 raise ValueError(f"expected columns of features, {FEATURE!r} among them, got {[*manifest.columns]}")
-            if not all(isinstance(count, int) and count > 0 for count in counts):
+            if not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
                 raise ValueError("counts must be positive whole numbers")
             if min([manifest.skipped, *(digest.bytes for digest in manifest.files.values())]) < 0:
                 raise ValueError("counts and sizes must not be negative")

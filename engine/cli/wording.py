@@ -1,0 +1,27 @@
+"""Messages are written for Python; what they name in backticks is said here as it is called on the command line."""
+
+import re
+
+FLAGS = {
+    "head=…": "--head",
+    "id_prefix=…": "--id-prefix",
+    "overwrite=True": "--overwrite",
+    "replace=True": "--replace",
+    "strict=True": "--strict",
+}
+COMMANDS = {
+    "build_index": "engine build-index",
+    "export_onnx": "engine export-onnx",
+    "repair_index": "engine repair",
+    "verify_index": "engine verify",
+}
+
+
+def for_command_line(message: str) -> str:
+    """A message with flags and commands instead of arguments and functions."""
+
+    def said(found: re.Match[str]) -> str:
+        name = found[1]
+        return FLAGS.get(name) or (f"`{COMMANDS[name]}`" if name in COMMANDS else found[0])
+
+    return re.sub(r"`([^`]*)`", said, message)
