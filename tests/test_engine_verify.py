@@ -18,7 +18,7 @@ from tmm_engine.index.sources.records import ImageRecord
 from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
 from tmm_engine.index.store.exemplars import FEATURES, GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.manifest import CACHE, EXEMPLARS, MANIFEST, MODEL, VERSIONS, Manifest, data_files, digest_of
-from tmm_engine.rerank import TmmConfig
+from tmm_engine.rerank import GlobalRecipe
 from tmm_engine.rerank.global_trigger import GlobalColumn, make_global_trigger
 from tmm_engine.verify import REPAIR, repair_index, verify_index
 
@@ -32,7 +32,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three versions, a global trigger, a FAISS cache."""
     path = tmp_path_factory.mktemp("verify") / "idx"
     source = ArraySource(IMAGES[:30], LABELS[:30], ids=[f"id {n}" for n in range(30)], metadata={"n": list(range(30))})
-    config = TmmConfig(trigger_steps=5)
+    config = GlobalRecipe().with_settings(["trigger.steps=5"])
     column = GlobalColumn(make_global_trigger(source, CLASSIFIER, config), CLASSIFIER)
     build_index(source, path, CLASSIFIER, global_column=column, neighbours="HNSW8")
     more = ArraySource(IMAGES[30:], LABELS[30:], ids=[f"id {n}" for n in range(30, N)])
@@ -130,7 +130,7 @@ def test_a_column_that_is_not_of_its_images_is_found_though_every_digest_fits(tm
             return right | {column: right[column] + 0.5}
 
     source = ArraySource(IMAGES[:20], LABELS[:20])
-    trigger = make_global_trigger(source, CLASSIFIER, TmmConfig(trigger_steps=5))
+    trigger = make_global_trigger(source, CLASSIFIER, GlobalRecipe().with_settings(["trigger.steps=5"]))
     build_index(source, tmp_path / "idx", CLASSIFIER, global_column=Wrong(trigger, CLASSIFIER))
     done = verify_index(tmp_path / "idx", model=network())
     assert len(done.findings) == 20
