@@ -1,22 +1,18 @@
-"""Settings: what is refused and why, what the command line and JSON say, what is told of each, what importing costs."""
+"""Settings: what is refused and why, what the command line and JSON say, what is shared, what importing costs."""
 
 import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import jaxtyping
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmm_engine.cli.settings import settings_page
+from tests.configs import configs, heads, optimised, recipes, triggers
 from tmm_engine.index.errors import InputError
 from tmm_engine.rerank.settings import (
     DEFAULT_PRESET,
-    MAX_SEED,
-    MIN_RECOGNITION,
     PRESETS,
     Blend,
     Blending,
@@ -39,33 +35,10 @@ from tmm_engine.rerank.settings import (
     preset,
 )
 from tmm_engine.rerank.settings.config import OTHER_SPELLINGS
-from tmm_engine.rerank.settings.stages import STAGES
 
 # The type checks of the tests look at random items of tuples, also where a strategy makes a configuration.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 
-ROOT = Path(__file__).parents[1]
-WHOLE = {  # fields and what they are called
-    (QueryTrigger, "steps"): "trigger.steps",
-    (PatchTrigger, "steps"): "trigger.steps",
-    (TunedHead, "epochs"): "head.epochs",
-    (TunedHead, "min_steps"): "head.min_steps",
-    (TunedHead, "batch"): "head.batch",
-    (Sample, "max_exemplars"): "sample.max_exemplars",
-    (Sample, "companions"): "sample.companions",
-    (TmmConfig, "seed"): "seed",
-    (GlobalRecipe, "seed"): "seed",
-}
-REAL = {
-    (QueryTrigger, "lr"): "trigger.lr",
-    (QueryTrigger, "tolerance"): "trigger.tolerance",
-    (PatchTrigger, "lr"): "trigger.lr",
-    (PatchTrigger, "tolerance"): "trigger.tolerance",
-    (TunedHead, "lr"): "head.lr",
-    (TunedHead, "ewc_lambda"): "head.ewc_lambda",
-    (ClosedForm, "shrinkage"): "head.shrinkage",
-    (Rank, "fusion"): "fusion",
-}
 OTHER_VALUES = {  # of every setting that is not a kind, one that is not its default
     "stretch": "true",
     "trigger.steps": "7",
@@ -87,56 +60,6 @@ OTHER_VALUES = {  # of every setting that is not a kind, one that is not its def
     "sample.companions": "11",
     "seed": "5",
 }
-
-positive = st.floats(0.0, 1e6)
-optimised = {"steps": st.integers(0, 1000), "lr": positive, "tolerance": st.floats(0.0, 1.0)}
-triggers = st.one_of(
-    st.builds(QueryTrigger, **optimised),
-    st.builds(PatchTrigger, **optimised),
-    st.just(FixedPatch()),
-    st.just(IndexTrigger()),
-)
-heads = st.one_of(
-    st.builds(
-        TunedHead,
-        epochs=st.integers(0, 100),
-        min_steps=st.integers(1, 1000),
-        lr=positive,
-        batch=st.integers(1, 10_000),
-        ewc_lambda=positive,
-        score=st.sampled_from(Score),
-    ),
-    st.builds(ClosedForm, shrinkage=st.floats(1e-6, 1e6)),
-)
-blendings = st.builds(
-    Blending, formula=st.sampled_from(Blend), clamp=st.booleans(), intensity=st.none() | st.floats(0.0, 1.0)
-)
-ranks = st.builds(Rank, fusion=positive, recognition=st.none() | st.floats(MIN_RECOGNITION, 1.0))
-samples = st.builds(Sample, max_exemplars=st.integers(1, 10**9), companions=st.integers(0, 10**6))
-views = st.builds(View, stretch=st.booleans())
-seeds = st.integers(0, MAX_SEED)
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> TmmConfig:
-    """Any configuration."""
-    config = TmmConfig(
-        view=draw(views), trigger=draw(triggers), blending=draw(blendings), head=draw(heads), rank=draw(ranks)
-    )
-    return dataclasses.replace(config, sample=draw(samples), seed=draw(seeds)) if config.draws else config
-
-
-recipes = st.builds(
-    GlobalRecipe, view=views, trigger=st.builds(QueryTrigger, **optimised), blending=blendings, seed=seeds
-)
-
-
-@pytest.fixture
-def unchecked():
-    """As a user runs it, without the type checks of the tests: what reaches the code may be of any type."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def words(config):
@@ -281,6 +204,13 @@ def test_what_both_ways_have_in_common_stays_and_so_does_the_rest(config, trigge
         assert (changed.seed, changed.sample) == (config.seed, config.sample)
 
 
+def test_kinds_change_in_one_step_so_that_a_seed_survives():
+    before = TmmConfig(head=ClosedForm(), seed=7, sample=Sample(companions=3))
+    expected = TmmConfig(trigger=IndexTrigger(), seed=7, sample=Sample(companions=3))
+    assert before.with_settings(["trigger=global", "head=adam"]) == expected
+    assert before.with_settings(["trigger=global"]) == TmmConfig(trigger=IndexTrigger(), head=ClosedForm())
+
+
 def test_settings_change_what_they_name_and_leave_the_original():
     before = TmmConfig(seed=7)
     after = before.with_settings(["blend=added", "clamp=no", "intensity=0.5", "tuning-min-steps=1_000", "seed=8"])
@@ -362,85 +292,12 @@ def test_wrong_settings_say_what_was_expected(text, message):
         TmmConfig().with_settings(["seed=3", *(text.split() or [""])])
 
 
-# ---- values of other types, as a user may give them in Python
-
-
-def test_every_number_is_in_the_lists_of_this_file():
-    numbers = {
-        (way, each.name)
-        for ways in STAGES.values()
-        for way in ways
-        for each in dataclasses.fields(way)
-        if each.type in (int, float)
-    }
-    assert numbers == {key for key in {**WHOLE, **REAL} if key[1] != "seed"}
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, True, "3", None])
-@pytest.mark.parametrize("field", WHOLE, ids=str)
-def test_whole_numbers_only(unchecked, field, value):
-    way, name = field
-    with pytest.raises(InputError, match=f"^{WHOLE[field]}: expected a"):
-        way(**{name: value})
-
-
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), True, "0.1", None])
-@pytest.mark.parametrize("field", REAL, ids=str)
-def test_finite_numbers_only(unchecked, field, value):
-    way, name = field
-    with pytest.raises(InputError, match=f"^{REAL[field]}: expected a"):
-        way(**{name: value})
-
-
-@pytest.mark.parametrize("value", [-0.1, 0, 0.0099, 1.0001, float("nan"), float("-inf"), True, False, "0.7"])
-def test_recognition_is_a_ratio_or_none(unchecked, value):
-    with pytest.raises(InputError, match="recognition: expected a"):
-        Rank(recognition=value)
-    assert [Rank(recognition=good).recognition for good in (None, 0.01, 1.0)] == [None, 0.01, 1.0]
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.0001, float("nan"), True, "0.7"])
-def test_intensity_is_a_share_or_none(unchecked, value):
-    with pytest.raises(InputError, match="intensity: expected a"):
-        Blending(intensity=value)
-    assert [Blending(intensity=good).intensity for good in (None, 0, 1.0)] == [None, 0.0, 1.0]
-
-
-@pytest.mark.parametrize("value", ["no", 0, None])
-@pytest.mark.parametrize(("way", "name"), [(Blending, "clamp"), (View, "stretch")])
-def test_switches_are_true_or_false(unchecked, way, name, value):
-    with pytest.raises(InputError, match=f"{name}: expected True or False"):
-        way(**{name: value})
-
-
-@pytest.mark.parametrize("value", ["", "Added", 3, None])
-def test_choices_are_members(unchecked, value):
-    with pytest.raises(InputError, match=r"unknown blend .*; known: printed, swapped, scaled, added"):
-        Blending(formula=value)
-    with pytest.raises(InputError, match=r"unknown score .*; known: log-odds, logit"):
-        TunedHead(score=value)
-
-
-def test_choices_may_be_given_by_value(unchecked):
-    assert Blending(formula="added").formula is Blend.ADDED
-    assert TunedHead(score="logit").score is Score.LOGIT
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("value", [None, "query", 1, PatchTrigger, {}])
-def test_a_stage_is_one_of_its_own_ways(unchecked, stage, value):
-    others = [way() for name, ways in STAGES.items() if name != stage for way in ways]
-    for wrong in (value, *others):
-        with pytest.raises(InputError, match=f"^{stage}: expected {STAGES[stage][0].__name__}.*, got "):
-            TmmConfig(**{stage: wrong})
-
-
 # ---- JSON, and records
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None)
 @given(config=configs())
-def test_json_has_what_has_an_effect_and_makes_the_same_configuration(unchecked, config):
+def test_json_has_what_has_an_effect_and_makes_the_same_configuration(config):
     plain = config.to_json()
     read = json.loads(json.dumps(plain, allow_nan=False))
     assert read == plain
@@ -514,7 +371,7 @@ def test_configurations_share_a_pass_unless_something_before_the_head_differs(na
     assert changed != before
     after_the_pass = name.startswith("head") or name in ("fusion", "recognition")
     assert (changed.triggering == before.triggering) == after_the_pass
-    assert (hash(changed.triggering) == hash(before.triggering)) == after_the_pass
+    assert len({changed.triggering, before.triggering}) == (1 if after_the_pass else 2)
 
 
 # ---- global triggers
@@ -547,45 +404,6 @@ def test_a_recipe_refuses_what_has_no_effect_on_a_global_trigger(name):
     value = {"trigger": "query", "head": "adam", "tuning": "adam"}.get(name) or OTHER_VALUES[name]
     with pytest.raises(InputError, match=f"^{canonical(name)} has no effect on a global trigger; leave it out"):
         GlobalRecipe().with_settings([f"{name}={value}"])
-
-
-# ---- what is told of settings
-
-
-def test_each_setting_is_described_once_with_its_range():
-    values = {each.name: each.values for each in described()}
-    assert len(values) == len(described())
-    assert values == {
-        "stretch": "true, false",
-        "trigger": "query, global, fixed-patch, patch",
-        "trigger.steps": "whole number, 0 or more",
-        "trigger.lr": "number, 0 or more",
-        "trigger.tolerance": "number, 0 or more",
-        "blend": "printed, swapped, scaled, added",
-        "clamp": "true, false",
-        "intensity": "number, 0 to 1, or none",
-        "head": "adam, discriminant",
-        "head.epochs": "whole number, 0 or more",
-        "head.min_steps": "whole number, 1 or more",
-        "head.lr": "number, 0 or more",
-        "head.batch": "whole number, 1 or more",
-        "head.ewc_lambda": "number, 0 or more",
-        "head.score": "log-odds, logit",
-        "head.shrinkage": "number, 1e-06 or more",
-        "fusion": "number, 0 or more",
-        "recognition": "number, 0.01 to 1, or none",
-        "sample.max_exemplars": "whole number, 1 or more",
-        "sample.companions": "whole number, 0 or more",
-        "seed": "whole number, 0 or more",
-    }
-    assert all(each.meaning and each.source for each in described())
-    plain = TmmConfig().to_json() | TmmConfig(head=ClosedForm()).to_json() | {"head": "adam"}
-    shown = {name: str(value).lower() for name, value in plain.items()}
-    assert {each.name: each.default.lower() for each in described()} == shown
-
-
-def test_the_page_of_settings_is_made_from_the_code():
-    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page()
 
 
 # ---- what importing costs

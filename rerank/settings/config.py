@@ -129,7 +129,7 @@ class TmmConfig:
         kept = {name: value for name, value in known.items() if name not in KINDS and _place(config, name)}
         if not config.draws:
             kept = {name: value for name, value in kept.items() if not _is_drawn(name)}
-        return _changed(config, kept)
+        return _changed(config, {name: checked(_field(name), value) for name, value in kept.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
