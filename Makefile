@@ -9,10 +9,10 @@ demo: $(VENV)/.installed
 	$(BIN)/engine demo --out demo-output
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
