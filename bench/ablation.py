@@ -22,7 +22,6 @@ from tmm_engine.bench.suite import Suite
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.reference import reference_scores
 from tmm_engine.rerank.settings import Blend, IndexTrigger, Score, TmmConfig, Trigger, TunedHead, Tuning, canonical
@@ -210,10 +209,9 @@ def beginning(suite: Suite, exemplars: int) -> Suite:
     rows, store = suite.order[:exemplars], suite.store
     part = MemoryStore(
         store.images(rows),
-        store.features(rows),
+        {name: store.features(rows, column=name) for name in store.feature_columns},
         store.labels[rows],
         ids=[str(id_) for id_ in store.ids[rows]],
-        stretched_features=store.features(rows, column=STRETCHED_FEATURE),
     )
     return replace(suite, store=part, order=np.arange(len(rows)))
 

@@ -35,7 +35,6 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.building import build_index
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.opening import memory_store
 from tmm_engine.rerank.backbone import Precision, TorchBackbone, specialised
@@ -369,11 +368,9 @@ def _first(store: MemoryStore, count: int) -> MemoryStore:
     rows = np.arange(count)
     return MemoryStore(
         store.images(rows),
-        store.features(rows),
+        {name: store.features(rows, column=name) for name in store.feature_columns},
         store.labels[:count],
         ids=store.ids[:count].tolist(),
-        global_features=store.features(rows, column=GLOBAL_FEATURE),
-        stretched_features=store.features(rows, column=STRETCHED_FEATURE),
     )
 
 

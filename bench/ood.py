@@ -37,7 +37,7 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 from tmm_engine.index.store.building import embed, predict
-from tmm_engine.index.store.exemplars import STRETCHED_FEATURE
+from tmm_engine.index.store.exemplars import FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.contrast import embed_stretched
 
@@ -77,10 +77,12 @@ def mixed(suite: Suite, foreign: UInt8[np.ndarray, "m c h w"]) -> MemoryStore:
     stretched = np.concatenate([embed_stretched(part, suite.classifier) for part in parts])
     return MemoryStore(
         np.concatenate([store.images(rows), foreign]),
-        np.concatenate([store.features(rows), features]),
+        {
+            FEATURE: np.concatenate([store.features(rows), features]),
+            STRETCHED_FEATURE: np.concatenate([store.features(rows, column=STRETCHED_FEATURE), stretched]),
+        },
         np.concatenate([store.labels, predict(features, suite.classifier)]),
         ids=[*(str(id_) for id_ in store.ids), *(f"foreign/{number:08d}" for number in range(len(foreign)))],
-        stretched_features=np.concatenate([store.features(rows, column=STRETCHED_FEATURE), stretched]),
         label_is_predicted=np.arange(len(store) + len(foreign)) >= len(store),
     )
 

@@ -30,7 +30,7 @@ from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
 from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.recognise import Recognised, chord
-from tmm_engine.rerank.settings import PRESETS, ClosedForm, GlobalRecipe, IndexTrigger, TmmConfig, preset
+from tmm_engine.rerank.settings import PRESETS, ClosedForm, GlobalRecipe, IndexTrigger, TmmConfig, canonical, preset
 from tmm_engine.rerank.tmm import TmmNN
 
 Image = Float32[np.ndarray, "c h w"]
@@ -72,6 +72,7 @@ class Method:
         recognition: Below which ratio of distances a baseline takes the query for a copy of an exemplar
             (`rerank.recognise`); None never.
         config: Of TMM-NN; None for a baseline.
+        recipe: What its global trigger is made with, where it has one: ``robust,trigger.steps=50`` says it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Method:
     stretch: bool
     recognition: float | None
     config: TmmConfig | None
+    recipe: GlobalRecipe | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Method":
@@ -98,13 +100,24 @@ class Method:
         if kind not in PRESETS:
             known = [*map(str, Metric), *PRESETS]
             raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
-        return cls(text, None, False, None, preset(kind).with_settings(settings))
+        return cls(text, None, False, None, *_with_recipe(preset(kind), settings))
 
     def settings(self) -> dict[str, Any]:
         """For the records."""
         if self.config is not None:
-            return self.config.to_json()
+            return self.config.to_json() | (self.recipe.to_json() if self.recipe else {})
         return {"stretch": self.stretch} | ({} if self.recognition is None else {"recognition": self.recognition})
+
+
+def _with_recipe(config: TmmConfig, settings: Sequence[str]) -> tuple[TmmConfig, GlobalRecipe | None]:
+    """The configuration with its settings, and the recipe with those that only the making of a trigger looks at."""
+    names = {setting: canonical(setting.partition("=")[0]) for setting in settings}
+    of_making = [setting for setting, name in names.items() if name == "seed" or name.startswith("trigger.")]
+    searched = config.with_settings(setting for setting in settings if setting not in of_making)
+    if not isinstance(searched.trigger, IndexTrigger):
+        return config.with_settings(settings), None
+    recipe = GlobalRecipe.of(searched).with_settings(of_making)
+    return searched.with_seed(recipe.seed), recipe
 
 
 class MetricRetriever:
@@ -244,7 +257,7 @@ def make_retrievers(
             continue
         kind: Any = None
         if isinstance(config.trigger, IndexTrigger):
-            recipe = GlobalRecipe.of(config)
+            recipe = method.recipe or GlobalRecipe.of(config)
             how = optimisation(recipe)
             if how not in optimised:
                 optimised[how] = global_trigger(store, classifier, recipe, folder=triggers, progress=progress)
@@ -307,11 +320,13 @@ def _with_global(classifier: Classifier, store: MemoryStore, config: TmmConfig, 
     parts = [column.columns(images[start : start + step]) for start in range(0, len(images), step)]
     triggered = MemoryStore(
         images,
-        store.features(rows),
+        {
+            FEATURE: store.features(rows),
+            GLOBAL_FEATURE: np.concatenate([part[GLOBAL_FEATURE] for part in parts]),
+            STRETCHED_FEATURE: store.features(rows, column=STRETCHED_FEATURE),
+        },
         store.labels,
         ids=[str(id_) for id_ in store.ids],
-        global_features=np.concatenate([part[GLOBAL_FEATURE] for part in parts]),
-        stretched_features=store.features(rows, column=STRETCHED_FEATURE),
     )
     return TmmNN(classifier, triggered, global_trigger=shared)
 

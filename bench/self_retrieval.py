@@ -118,7 +118,7 @@ def _measured(
     row: int,
     neighbours: Sequence[str],
     clean: Sequence[str],
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     rank, k = rank_of(scores, store.ids, row), len(neighbours)
     others = top(scores, store.ids, k, without=row)
     return {

@@ -1,6 +1,6 @@
 """What the quality benchmarks share: exemplars in memory, seeded queries, retrievers, and a file of records."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,17 @@ import numpy as np
 from jaxtyping import Int64
 
 from tmm_engine.bench.records import RecordFile, describe_run, read_records
-from tmm_engine.bench.retrievers import Method, Retriever, make_retrievers
+from tmm_engine.bench.retrievers import BASELINE_SETTINGS, Method, Retriever, make_retrievers
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 from tmm_engine.index.store.building import embed
+from tmm_engine.index.store.exemplars import FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.contrast import embed_stretched
-from tmm_engine.rerank.settings import TmmConfig
+from tmm_engine.rerank.settings import TmmConfig, canonical
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,9 @@ class Suite:
         stretched = [embed_stretched(images[start : start + step], classifier) for start in starts]
         store = MemoryStore(
             images,
-            np.concatenate(features),
+            {FEATURE: np.concatenate(features), STRETCHED_FEATURE: np.concatenate(stretched)},
             labels,
             ids=[record.id for record in kept],
-            stretched_features=np.concatenate(stretched),
         )
         return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed, triggers)
 
@@ -132,13 +132,11 @@ class Suite:
         """
         measured = {name: config for run in _runs(path) for name, config in run.get("methods", {}).items()}
         for method in methods:
-            before = measured.get(method.name, method.settings())
-            if method.config is not None:
-                before = TmmConfig().to_json() | before  # a setting that came later had its default
-            if before != method.settings():
+            before, now = measured.get(method.name), method.settings()
+            if before is not None and _in_terms_of(now, before) != now:
                 raise InputError(
-                    f"{path}: {method.name!r} was measured with {measured[method.name]}, is now {method.settings()}; "
-                    f"write to another file, or delete this one"
+                    f"{path}: {method.name!r} was measured with {before}, is now {now}; write to another file, or "
+                    f"delete this one"
                 )
         identity = {
             "benchmark": benchmark,
@@ -155,3 +153,14 @@ class Suite:
 
 def _runs(path: Path) -> list[dict[str, Any]]:
     return read_records(path).runs if path.exists() and path.stat().st_size else []
+
+
+def _in_terms_of(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a file recorded, under today's names, so far as they have an effect today.
+
+    A setting that came later had its default.
+    """
+    if before.keys() & BASELINE_SETTINGS and len(before) <= len(BASELINE_SETTINGS):
+        return dict(before)
+    defaults, known = TmmConfig().to_json(), {canonical(name): value for name, value in before.items()}
+    return {name: known.get(name, defaults.get(name)) for name in now}

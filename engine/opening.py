@@ -13,7 +13,7 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.building import BuildReport, check_fit, embedded
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.exemplars import FEATURE
 from tmm_engine.index.store.lance_store import LanceStore
 from tmm_engine.index.store.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, Manifest
 from tmm_engine.index.store.memory import MemoryStore
@@ -73,9 +73,8 @@ def open_parts(path: Path, opening: Opening) -> Parts:
     store = LanceStore(
         path / EXEMPLARS,
         image_shape=manifest.image_shape,
-        feature_dim=manifest.feature_dim,
+        columns=manifest.columns,
         version=manifest.lance_version,
-        global_features=manifest.global_trigger,
     )
     manifest.check_exemplars(path, len(store), store.files)
     backbone = choose_backbone(path, manifest, classifier, backend=opening.backend, precision=opening.precision)
@@ -131,18 +130,16 @@ def memory_store(
         batches.append(batch)
         progress("embedding", report.exemplars, len(source))
     records = [record for batch in batches for record in batch.records]
-    more: dict[str, np.ndarray] = {}
+    features = {FEATURE: np.concatenate([batch.features for batch in batches])}
     if shared is not None:
         column = GlobalColumn(shared, classifier)
         parts = [column.columns(batch.images) for batch in batches]
-        more = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        features |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return MemoryStore(
         np.concatenate([batch.images for batch in batches]),
-        np.concatenate([batch.features for batch in batches]),
+        features,
         np.concatenate([batch.labels for batch in batches]),
         ids=[record.id for record in records],
         label_is_predicted=np.full(len(records), not source.labelled),
-        global_features=more.get(GLOBAL_FEATURE),
-        stretched_features=more.get(STRETCHED_FEATURE),
         metadata=[record.metadata for record in records],
     )

@@ -199,9 +199,8 @@ def _check_rows(index: Path, manifest: Manifest, done: Verification, progress: P
         store = LanceStore(
             path,
             image_shape=manifest.image_shape,
-            feature_dim=manifest.feature_dim,
+            columns=manifest.columns,
             version=manifest.lance_version,
-            global_features=manifest.global_trigger,
         )
         manifest.check_exemplars(index, len(store), store.files)
         with lance_errors(f"{path}: cannot be read", RESTORE):

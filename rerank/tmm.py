@@ -37,7 +37,7 @@ from tmm_engine.rerank.settings import TmmConfig
 from tmm_engine.rerank.timing import Timings
 from tmm_engine.rerank.view import QueryView, view_queries
 
-Candidates = Int64[np.ndarray, "candidates"] | None
+Candidates = Int64[np.ndarray, "_"] | None
 Choose = Callable[[list[QueryView]], Sequence[Candidates]]
 """From the queries, as viewed, to the rows that each one's search scores; None is all."""
 

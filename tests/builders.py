@@ -60,9 +60,8 @@ def opened(target: Path) -> tuple[Manifest, LanceStore]:
     store = LanceStore(
         target / EXEMPLARS,
         image_shape=manifest.image_shape,
-        feature_dim=manifest.feature_dim,
+        columns=manifest.columns,
         version=manifest.lance_version,
-        global_features=manifest.global_trigger,
     )
     return manifest, store
 

@@ -120,7 +120,8 @@ def make_store(make_images: Callable[..., np.ndarray]) -> Callable[..., MemorySt
             features = classifier.features(torch.tensor(images).to(dtype) / 255.0).float().numpy()
         labels = np.random.default_rng(seed).integers(0, classifier.num_classes, n)
         features.flags.writeable = labels.flags.writeable = False
-        return MemoryStore(images, features, labels, ids=ids or [f"exemplar {i:04}" for i in range(n)])
+        ids = ids or [f"exemplar {i:04}" for i in range(n)]
+        return MemoryStore(images, {"feature": features}, labels, ids=ids)
 
     return make
 

@@ -1,18 +1,28 @@
 """The preset robust, made quick and without recognition, and what its tests share."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from tests.configs import changed
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.exemplars import FEATURE
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.rerank import Ranking, Trigger, preset
+from tmm_engine.rerank import GlobalRecipe, Ranking, TmmConfig, preset
 from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger
+from tmm_engine.rerank.settings import ClosedForm, QueryTrigger, TunedHead
 
 N = 60
-ROBUST = replace(preset("robust"), fusion=4.0, recognition=None, trigger_steps=20, tuning_min_steps=10)
-OWN = replace(ROBUST, trigger=Trigger.QUERY)
+ROBUST = changed(preset("robust"), fusion=4.0, recognition=None)
+OWN = replace(ROBUST, trigger=QueryTrigger(steps=20))
+RECIPE = replace(GlobalRecipe.of(ROBUST), trigger=QueryTrigger(steps=20))
+HEADS = (TunedHead(min_steps=10), ROBUST.head)
+
+
+def closed(config: TmmConfig, **settings: Any) -> TmmConfig:
+    """The configuration with the head of the preset robust, and these settings."""
+    return changed(replace(config, head=ClosedForm(shrinkage=1.0)), **settings)
 
 
 def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier) -> MemoryStore:
@@ -21,11 +31,9 @@ def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier
     columns = GlobalColumn(shared, classifier).columns(store.images(every).copy())
     return MemoryStore(
         store.images(every),
-        store.features(every),
+        {FEATURE: store.features(every)} | columns,
         store.labels,
         ids=store.ids.tolist(),
-        global_features=columns[GLOBAL_FEATURE],
-        stretched_features=columns[STRETCHED_FEATURE],
     )
 
 

@@ -71,7 +71,7 @@ def test_a_discriminants_embedding_is_what_its_scores_are_products_of(
 ):
     retriever = retrievers[name]
     assert isinstance(retriever, TmmRetriever)
-    config = replace(retriever.config, recognition=None)
+    config = replace(retriever.config, rank=replace(retriever.config.rank, recognition=None))
     ranking = retriever.tmm.rank(torch.tensor(query()), k=N, config=config)
     exemplars = torch.tensor(suite.store.images(ranking.rows)) / 255.0
     with torch.no_grad():

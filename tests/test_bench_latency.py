@@ -28,10 +28,10 @@ from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.rerank import TmmConfig, TmmNN
-from tmm_engine.rerank.settings import PRESETS
+from tmm_engine.rerank.settings import PRESETS, QueryTrigger, TunedHead
 
 REPEATS = 2
-QUICK = TmmConfig(trigger_steps=3, tuning_min_steps=3)
+QUICK = TmmConfig(trigger=QueryTrigger(steps=3), head=TunedHead(min_steps=3))
 SMALL = {
     "SIZES": (24, 48),
     "RATIO_SIZE": 40,

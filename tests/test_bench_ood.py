@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.builders import tiny_arrays, tiny_classifier
 from tests.digits import write_photos
+from tests.fakes import NotAttacked
 from tmm_engine.bench.noise import Perturbation, parse
 from tmm_engine.bench.ood import KEY, foreign_images, measure_foreign, mixed, noise_images, outranking_bound
 from tmm_engine.bench.records import RecordFile
@@ -106,7 +107,7 @@ def test_foreign_exemplars_come_last_and_bear_the_models_labels(suite: Suite):
 # --------------------------------------------------------------------------------------------- records
 
 
-class ByRow:
+class ByRow(NotAttacked):
     """Fixed scores; counts its searches."""
 
     def __init__(self, name: str, own: list[float], foreign: list[float]) -> None:

@@ -38,7 +38,7 @@ METHODS, K, Q, N = ["cosine", "l2", "tmm"], 3, 4, 20
 QUERIES = (IMAGES[100 : 100 + Q, None] / np.float32(255)).astype(np.float32)
 ROWS = {"cosine": [0, 1, 2], "l2": [3, 4, 5], "tmm": [6, 7, 8]}  # so that a picture tells its method
 EXEMPLARS = MemoryStore(
-    IMAGES[:N, None], np.zeros((N, 2), np.float32), LABELS[:N], ids=[f"exemplar {row}" for row in range(N)]
+    IMAGES[:N, None], {"feature": np.zeros((N, 2), np.float32)}, LABELS[:N], ids=[f"exemplar {row}" for row in range(N)]
 )
 KEY_TEXT = "a-key-that-nobody-may-see"
 

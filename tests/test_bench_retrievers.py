@@ -1,7 +1,6 @@
 """What benchmarks compare: methods by name, scores, ranks, and the suite that draws exemplars and queries."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,18 @@ from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.folders import FolderSource
-from tmm_engine.rerank.settings import Blend, Score, TmmConfig, Trigger, preset
+from tmm_engine.rerank.settings import (
+    Blend,
+    Blending,
+    GlobalRecipe,
+    IndexTrigger,
+    QueryTrigger,
+    Score,
+    TmmConfig,
+    TunedHead,
+    View,
+    preset,
+)
 from tmm_engine.rerank.tmm import TmmNN
 
 QUICK = "trigger_steps=3,tuning_min_steps=4,tuning_batch=16"
@@ -50,7 +60,7 @@ def test_methods_are_read_from_their_names():
     assert Method.parse("cosine,stretch=true").stretch
     assert Method.parse("paper").config == TmmConfig()
     changed = Method.parse("paper,blend=added,score=logit")
-    assert changed.config == replace(TmmConfig(), blend=Blend.ADDED, score=Score.LOGIT)
+    assert changed.config == TmmConfig(blending=Blending(formula=Blend.ADDED), head=TunedHead(score=Score.LOGIT))
     assert changed.settings()["blend"] == "added"
     assert Method.parse("cosine,stretch=true").settings() == {"stretch": True}
     both = Method.parse("cosine,stretch=true,recognition=0.8")
@@ -122,7 +132,9 @@ def test_baselines_with_recognition_are_the_engines(suite: Suite, query: np.ndar
         suite.store.labels,
         suite.classifier,
         ids=ids.tolist(),
-        global_trigger=replace(preset("robust"), trigger_steps=2),
+        global_trigger=GlobalRecipe(
+            view=View(stretch=True), trigger=QueryTrigger(steps=2), blending=Blending(intensity=0.1)
+        ),
     )
     noise = np.random.default_rng(0).normal(scale=0.05, size=(2, *query.shape))
     copies = (images[[3, 7]] / 255 + noise).clip(0, 1).astype(np.float32)
@@ -180,7 +192,7 @@ def test_methods_with_the_same_global_trigger_share_it(suite: Suite):
     assert other.global_trigger is not None
     assert (one.global_trigger.intensity, other.global_trigger.intensity) == (0.1, 0.2)
     assert own.global_trigger is None
-    assert preset("robust").trigger is Trigger.GLOBAL
+    assert isinstance(preset("robust").trigger, IndexTrigger)
 
 
 def test_a_query_that_is_an_exemplar_finds_itself(suite: Suite):

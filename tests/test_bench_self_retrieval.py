@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.builders import tiny_arrays, tiny_classifier
+from tests.fakes import NotAttacked
 from tmm_engine.bench.noise import Family, Perturbation
 from tmm_engine.bench.records import RecordFile, read_records
 from tmm_engine.bench.retrievers import Retriever
@@ -21,7 +22,7 @@ LABELS = (0, 0, 1, 1, 2)
 HALF, THIRD = Perturbation(Family.BRIGHTNESS, 0.5), Perturbation(Family.BRIGHTNESS, 0.3)
 
 
-class ByBrightness:
+class ByBrightness(NotAttacked):
     """The nearest in mean brightness comes first; counts its searches and can break down."""
 
     def __init__(self, *, name: str = "brightness", breaks_after: int = 10_000) -> None:
@@ -38,7 +39,7 @@ class ByBrightness:
 def greys() -> MemoryStore:
     images = np.array(GREYS, np.uint8)[:, None, None, None] * np.ones((1, 3, 8, 8), np.uint8)
     ids = [f"grey {grey}" for grey in GREYS]
-    return MemoryStore(images, np.zeros((5, 2), np.float32), np.array(LABELS), ids=ids)
+    return MemoryStore(images, {"feature": np.zeros((5, 2), np.float32)}, np.array(LABELS), ids=ids)
 
 
 def measure(
@@ -78,7 +79,7 @@ def test_records_say_what_can_be_worked_out_by_hand(greys: MemoryStore, tmp_path
 
 
 def test_ties_are_broken_by_id(greys: MemoryStore, tmp_path: Path):
-    class Indifferent:
+    class Indifferent(NotAttacked):
         name = "indifferent"
 
         def scores(self, query: np.ndarray, *, seed: int = 0) -> np.ndarray:

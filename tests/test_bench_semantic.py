@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tests.digits import IMAGES, LABELS
+from tests.fakes import NotAttacked
 from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.semantic import AGREES, DIFFERS, KEY, SHOWN, draw_gallery, measure_semantic, read_neighbours
 from tmm_engine.bench.ssim import C1, C2, ssim
@@ -26,10 +27,10 @@ QUERY_LABELS = LABELS[N : N + Q]
 def make_exemplars(*, labels: np.ndarray = LABELS[:N]) -> MemoryStore:
     images = IMAGES[: len(labels), None]
     features = images.reshape(len(images), -1).astype(np.float32)
-    return MemoryStore(images, features, labels, ids=[f"digit {row:03}" for row in range(len(images))])
+    return MemoryStore(images, {"feature": features}, labels, ids=[f"digit {row:03}" for row in range(len(images))])
 
 
-class ByPixels:
+class ByPixels(NotAttacked):
     """Minus the distance between images, of order `p`; counts its searches and can break down."""
 
     def __init__(self, p: int, *, breaks_after: int = 1_000) -> None:
@@ -54,7 +55,7 @@ class Recognising(ByPixels):
         return None if self.share is None else Recognised(0, 0.1, self.share)
 
 
-class InOrder:
+class InOrder(NotAttacked):
     """The first row is nearest."""
 
     name = "in order"

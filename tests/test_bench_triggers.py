@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.global_trigger import GlobalTrigger
-from tmm_engine.rerank.settings import TmmConfig, preset
+from tmm_engine.rerank.settings import GlobalRecipe, preset
 
-QUICK = replace(preset("robust"), trigger_steps=3)
+QUICK = GlobalRecipe.of(preset("robust")).with_settings(["trigger.steps=3"])
 METHODS = [Method.parse(f"robust,trigger_steps=3{more}") for more in ("", ",fusion=0", ",blend=added", ",seed=1")]
 
 
@@ -132,6 +131,6 @@ def test_the_folder_lies_beside_the_records(tmp_path: Path, monkeypatch: pytest.
 def test_what_tells_triggers_apart_is_all_that_the_optimisation_looks_at(store: MemoryStore):
     """Blend, clamping, stretching and intensity leave τ as it is: a kept one serves them all."""
     plain = global_trigger(store, tiny_classifier(), QUICK).trigger
-    for change in ("blend=added", "clamp=false", "stretch=false", "intensity=0.4", "fusion=0", "tuning=adam"):
-        other: TmmConfig = QUICK.with_settings([change])
+    for change in ("blend=added", "clamp=false", "stretch=false", "intensity=0.4"):
+        other = QUICK.with_settings([change])
         assert torch.equal(global_trigger(store, tiny_classifier(), other).trigger, plain)

@@ -224,11 +224,12 @@ def test_a_filters_answers_are_bit_for_bit_those_of_an_index_of_the_rest(
 
 def in_memory_of(classifier: Classifier, numbers: list[int], features: np.ndarray) -> Engine:
     """With these very features: in other batches they would be rounded otherwise."""
+    from tmm_engine.index.store.exemplars import FEATURE
     from tmm_engine.index.store.memory import MemoryStore
 
     store = MemoryStore(
         PIXELS[numbers],
-        features,
+        {FEATURE: features},
         LABELS[numbers],
         ids=[f"{n:04d}" for n in numbers],
         metadata=[{"page": n} for n in numbers],

@@ -65,7 +65,7 @@ def at(index: Path, version: int) -> LanceStore:
     return LanceStore(
         index / EXEMPLARS,
         image_shape=manifest.image_shape,
-        feature_dim=manifest.feature_dim,
+        columns=manifest.columns,
         version=manifest.lance_version,
     )
 
@@ -423,9 +423,8 @@ def test_every_column_of_features_goes_through_every_change(tmp_path):
         store = LanceStore(
             index / EXEMPLARS,
             image_shape=manifest.image_shape,
-            feature_dim=manifest.feature_dim,
+            columns=manifest.columns,
             version=manifest.lance_version,
-            global_features=True,
         )
         rows = np.arange(len(store))
         expected = column.columns(store.images(rows).copy())

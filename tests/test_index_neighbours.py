@@ -20,7 +20,7 @@ def store_of(features: np.ndarray, ids: list[str] | None = None) -> MemoryStore:
     n = len(features)
     return MemoryStore(
         np.zeros((n, 1, 1, 1), np.uint8),
-        np.ascontiguousarray(features, dtype=np.float32),
+        {"feature": np.ascontiguousarray(features, dtype=np.float32)},
         np.zeros(n, np.int64),
         ids=ids or [f"exemplar {row}" for row in range(n)],  # "exemplar 10" comes before "exemplar 2"
     )

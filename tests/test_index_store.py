@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.sources.records import RESERVED_COLUMNS
 from tmm_engine.index.store import lance_store
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE, ExemplarStore
+from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.lance_store import LanceStore, LanceWriter, exemplar_schema, fixed_size_column
 from tmm_engine.index.store.memory import MemoryStore
 
@@ -27,6 +28,7 @@ VALUES = {
     float: st.floats(allow_nan=False),
     bool: st.booleans(),
 }
+COLUMNS = st.sampled_from(["global_feature", "stretched_feature", "another_feature", "x_feature"])
 
 
 @dataclass
@@ -34,8 +36,7 @@ class Exemplars:
     """What goes into a store."""
 
     images: np.ndarray
-    features: np.ndarray
-    global_features: np.ndarray | None
+    features: dict[str, np.ndarray]  # by column
     labels: np.ndarray
     predicted: np.ndarray
     ids: list[str]
@@ -46,8 +47,8 @@ class Exemplars:
         return len(self.ids)
 
     @property
-    def stretched_features(self) -> np.ndarray | None:
-        return None if self.global_features is None else self.global_features[::-1] - 1
+    def dims(self) -> dict[str, int]:
+        return {name: features.shape[1] for name, features in self.features.items()}
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
@@ -55,14 +56,15 @@ class Exemplars:
 
 
 def some(
-    n: int = 10, *, shape=(3, 2, 4), d: int = 5, seed: int = 0, global_features=False, types=None, columns=None
+    n: int = 10, *, shape=(3, 2, 4), dims=MappingProxyType({"feature": 5}), seed: int = 0, types=None, columns=None
 ) -> Exemplars:
     rng = np.random.default_rng(seed)
-    features = (rng.normal(size=(n, d)) * 10.0 ** rng.integers(-30, 30, (n, d))).astype(np.float32)
     return Exemplars(
         images=rng.integers(0, 256, (n, *shape), dtype=np.uint8),
-        features=features,
-        global_features=features[::-1] + 1 if global_features else None,
+        features={
+            name: (rng.normal(size=(n, d)) * 10.0 ** rng.integers(-30, 30, (n, d))).astype(np.float32)
+            for name, d in dims.items()
+        },
         labels=rng.integers(0, 1000, n),
         predicted=rng.random(n) < 0.5,
         ids=[f"exemplar {number}" for number in rng.permutation(n)],
@@ -82,9 +84,8 @@ def exemplars(draw: st.DrawFn) -> Exemplars:
     result = some(
         n,
         shape=(draw(st.sampled_from([1, 3])), draw(st.integers(1, 5)), draw(st.integers(1, 5))),
-        d=draw(st.integers(1, 9)),
+        dims={"feature": draw(st.integers(1, 9))} | draw(st.dictionaries(COLUMNS, st.integers(1, 9), max_size=3)),
         seed=draw(st.integers(0, 2**32 - 1)),
-        global_features=draw(st.booleans()),
         types=types,
         columns=columns,
     )
@@ -94,28 +95,20 @@ def exemplars(draw: st.DrawFn) -> Exemplars:
 
 def write(path: Path, content: Exemplars, *, batch: int = 4) -> int:
     """Store the exemplars in batches; returns the version."""
-    shape, d = content.images.shape[1:], content.features.shape[1]
-    schema = exemplar_schema(shape, d, content.types, global_features=content.global_features is not None)
-    writer = LanceWriter(path, schema)
+    writer = LanceWriter(path, exemplar_schema(content.images.shape[1:], content.dims, content.types))
     for rows in (slice(start, start + batch) for start in range(0, len(content), batch)):
         given = {
             "id": content.ids[rows],
             "label": content.labels[rows],
             "label_is_predicted": content.predicted[rows],
             "image": fixed_size_column(content.images[rows]),
-            "feature": fixed_size_column(content.features[rows]),
-        }
-        if content.global_features is not None:
-            given[GLOBAL_FEATURE] = fixed_size_column(content.global_features[rows])
-            given[STRETCHED_FEATURE] = fixed_size_column(content.stretched_features[rows])
+        } | {name: fixed_size_column(features[rows]) for name, features in content.features.items()}
         writer.write(given | {name: values[rows] for name, values in content.columns.items()})
     return writer.commit()
 
 
 def read(path: Path, content: Exemplars, version: int) -> LanceStore:
-    shape, d = content.images.shape[1:], content.features.shape[1]
-    global_features = content.global_features is not None
-    return LanceStore(path, image_shape=shape, feature_dim=d, version=version, global_features=global_features)
+    return LanceStore(path, image_shape=content.images.shape[1:], columns=content.dims, version=version)
 
 
 @contextmanager
@@ -128,8 +121,6 @@ def stored(kind: str, content: Exemplars, *, batch: int = 4) -> Iterator[Exempla
             content.labels,
             ids=content.ids,
             label_is_predicted=content.predicted,
-            global_features=content.global_features,
-            stretched_features=content.stretched_features,
             metadata=content.metadata if content.columns else None,
         )
         return
@@ -151,19 +142,18 @@ def test_what_goes_in_comes_out(kind, content, data):
     size = data.draw(st.integers(1, n + 2))
     with stored(kind, content, batch=data.draw(st.integers(1, n))) as store:
         assert len(store) == n
-        assert (store.image_shape, store.feature_dim) == (content.images.shape[1:], content.features.shape[1])
+        assert (store.image_shape, store.feature_dim) == (content.images.shape[1:], content.dims["feature"])
+        assert store.feature_columns == content.dims
         assert store.ids.tolist() == content.ids
         np.testing.assert_array_equal(store.labels, content.labels)
         np.testing.assert_array_equal(store.label_is_predicted, content.predicted)
         np.testing.assert_array_equal(store.images(rows), content.images[rows])
-        np.testing.assert_array_equal(store.features(rows), content.features[rows])
         assert store.metadata(rows) == [content.metadata[row] for row in rows]
-        scanned = [(store.scan_images(size), content.images), (store.scan_features(size), content.features)]
-        if content.global_features is not None:
-            scanned.append((store.scan_features(size, column=GLOBAL_FEATURE), content.global_features))
-            scanned.append((store.scan_features(size, column=STRETCHED_FEATURE), content.stretched_features))
-            taken = store.features(rows, column=GLOBAL_FEATURE)
-            np.testing.assert_array_equal(taken, content.global_features[rows])
+        np.testing.assert_array_equal(store.features(rows), content.features["feature"][rows])
+        scanned = [(store.scan_images(size), content.images), (store.scan_features(size), content.features["feature"])]
+        for name, features in content.features.items():
+            scanned.append((store.scan_features(size, column=name), features))
+            np.testing.assert_array_equal(store.features(rows, column=name), features[rows])
         for scan, column in scanned:
             batches = list(scan)
             assert all(1 <= len(batch) <= size for batch in batches)
@@ -227,6 +217,12 @@ def test_memory_ids_must_be_unique():
         MemoryStore(content.images, content.features, content.labels, ids=["same", "same"])
 
 
+def test_memory_needs_the_plain_feature():
+    content = some(2, dims={"another_feature": 3})
+    with pytest.raises(InputError, match="expected a column 'feature' among the features, got another_feature"):
+        MemoryStore(content.images, content.features, content.labels, ids=content.ids)
+
+
 # ---- on disk
 
 
@@ -242,7 +238,7 @@ def test_small_fragments_are_written_as_they_fill(tmp_path, monkeypatch):
 
 def test_nothing_can_be_read_before_the_commit(tmp_path):
     content = some()
-    writer = LanceWriter(tmp_path / "x", exemplar_schema((3, 2, 4), 5, {}))
+    writer = LanceWriter(tmp_path / "x", exemplar_schema((3, 2, 4), {"feature": 5}, {}))
     del writer
     with pytest.raises(IndexStateError, match="cannot be read"):
         read(tmp_path / "x", content, 1)
@@ -277,13 +273,13 @@ def test_a_version_that_is_not_there(tmp_path, version):
 def test_exemplars_of_another_shape_are_refused(tmp_path, shape, d):
     version = write(tmp_path / "x", some())
     with pytest.raises(IndexStateError, match="build the index again"):
-        LanceStore(tmp_path / "x", image_shape=shape, feature_dim=d, version=version)
+        LanceStore(tmp_path / "x", image_shape=shape, columns={"feature": d}, version=version)
 
 
-def test_a_column_of_the_global_trigger_that_is_not_there(tmp_path):
+def test_a_column_of_features_that_is_not_there(tmp_path):
     version = write(tmp_path / "x", some())
     with pytest.raises(IndexStateError, match="build the index again"):
-        read(tmp_path / "x", some(global_features=True), version)
+        read(tmp_path / "x", some(dims={"feature": 5, "another_feature": 5}), version)
 
 
 @pytest.mark.parametrize("part", ["data", "_versions"])

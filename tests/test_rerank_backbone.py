@@ -1,7 +1,6 @@
 """A specialised network is the same function, the original stays as it was, and a pass is blending, then φ."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from tests.configs import changed
 from tests.conftest import SHAPE
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.rerank import Blend, Score, TmmConfig, TmmNN
+from tmm_engine.rerank import TmmConfig, TmmNN
 from tmm_engine.rerank.backbone import Backbone, Precision, TorchBackbone, specialised
-from tmm_engine.rerank.exemplars import dummy_scores
-from tmm_engine.rerank.trigger import apply_trigger
+from tmm_engine.rerank.blending import apply_trigger
+from tmm_engine.rerank.score import dummy_scores
+from tmm_engine.rerank.settings import Blend, QueryTrigger, Score, TunedHead
 from tmm_engine.rerank.tuning import TuningSet, tune_head
 
 slow = pytest.mark.slow
@@ -354,26 +355,30 @@ def test_features_that_are_not_finite_do_not_count_as_the_same():
 
 # ---- a ranking from a pass in bfloat16
 
-QUICK = TmmConfig(trigger_steps=12, tuning_min_steps=10, tuning_batch=16, tuning_lr=0.02)
+QUICK = TmmConfig(trigger=QueryTrigger(steps=12), head=TunedHead(min_steps=10, batch=16, lr=0.02))
 
 
 @pytest.mark.parametrize("score", Score)
 @pytest.mark.parametrize("candidates", [None, np.arange(590, 10, -1)])
 def test_the_best_of_a_bf16_pass_carry_fp32_scores(classifier, make_store, make_queries, score, candidates):
     store, query = make_store(classifier, 600), make_queries(1, dtype=torch.float32)[0]
-    config = replace(QUICK, score=score, candidate_companions=0)
+    config = changed(QUICK, score=score, candidate_companions=0)
     rough = TmmNN(classifier, store, precision=Precision.BF16)
     ranking = rough.rank(query, k=20, config=config, candidates=candidates)
     rows = np.arange(600) if candidates is None else candidates
-    blend = {"image_weight": ranking.intensity, "trigger_weight": 1.0 - ranking.intensity, "clamp": True}
-    trigger, images = torch.tensor(ranking.trigger), torch.tensor(store.images(rows))
+    blend = {
+        "image_weight": ranking.view.found.intensity,
+        "trigger_weight": 1.0 - ranking.view.found.intensity,
+        "clamp": True,
+    }
+    trigger, images = ranking.view.found.trigger, torch.tensor(store.images(rows))
     coarse = rough.backbone(images, trigger, **blend)
     fine = TmmNN(classifier, store).backbone(images, trigger, **blend)
     with torch.no_grad():
-        x = torch.stack([torch.tensor(ranking.triggered_query), query])
+        x = torch.stack([ranking.view.triggered, query])
         of_query, clean = classifier.features(x), torch.tensor(store.features(rows))
-        data = TuningSet(*of_query, ranking.label, coarse, clean, torch.tensor(store.labels[rows]))
-        head = tune_head(classifier.head, data, config)
+        data = TuningSet(*of_query, ranking.view.label, coarse, clean, torch.tensor(store.labels[rows]))
+        head = tune_head(classifier.head, data, config.head, seed=config.seed)
         exact, inexact = (dummy_scores(head, features, score).numpy() for features in (fine, coarse))
     assert ranking.scored == len(rows)
     np.testing.assert_allclose(ranking.scores, np.sort(exact)[::-1][:20], rtol=1e-4, atol=1e-4)
@@ -390,7 +395,7 @@ def test_a_bf16_pass_finds_the_top_10_of_fp32(classifier, make_store, make_queri
     for query in make_queries(8, dtype=torch.float32):
         first, second = (tmm.rank(query, k=10, config=QUICK) for tmm in (exact, rough))
         shares.append(len(np.intersect1d(first.rows, second.rows)) / 10)
-        np.testing.assert_array_equal(first.trigger, second.trigger)
+        np.testing.assert_array_equal(first.view.found.trigger, second.view.found.trigger)
         assert set(first.timings) == set(second.timings)
     assert np.mean(shares) >= 0.95
     many = rough.rank(query, k=590, config=QUICK)  # more than are scored again by default

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import save
 
 from tests.builders import beside, opened
+from tests.configs import changed
 from tests.conftest import SHAPE
 from tests.digits import IMAGES, write_photos
 from tmm_engine.index.errors import IndexStateError, InputError
@@ -22,19 +22,24 @@ from tmm_engine.index.progress import silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.store.building import build_index
-from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
+from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.manifest import GLOBAL_TRIGGER
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.rerank import Blend, Score, TmmConfig, TmmNN, Trigger
+from tmm_engine.rerank import GlobalRecipe, TmmConfig, TmmNN
 from tmm_engine.rerank import global_trigger as made
 from tmm_engine.rerank.backbone import Precision
+from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.global_trigger import GlobalColumn, GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.reference import reference_scores
-from tmm_engine.rerank.trigger import apply_trigger
+from tmm_engine.rerank.settings import Blend, IndexTrigger, QueryTrigger, Score, TunedHead
 
-QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=10, tuning_batch=16, tuning_lr=0.02)
-BY_GLOBAL = replace(QUICK, trigger=Trigger.GLOBAL)
+RECIPE = GlobalRecipe(trigger=QueryTrigger(steps=20))
+BY_GLOBAL = TmmConfig(trigger=IndexTrigger(), head=TunedHead(min_steps=10, batch=16, lr=0.02))
 SOME_IMAGES = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), *map(st.just, SHAPE)))
+
+
+def made_with(**settings: object) -> GlobalRecipe:
+    return RECIPE.with_settings(f"{name}={value}" for name, value in settings.items())
 
 
 def small_resnet() -> Classifier:
@@ -48,7 +53,7 @@ def source_of(images: np.ndarray) -> ArraySource:
 @pytest.fixture(scope="module")
 def shared(classifier, make_images) -> GlobalTrigger:
     """τ of 60 images."""
-    return make_global_trigger(source_of(make_images(60)), classifier, QUICK)
+    return make_global_trigger(source_of(make_images(60)), classifier, RECIPE)
 
 
 def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier) -> MemoryStore:
@@ -56,10 +61,9 @@ def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier
     every = np.arange(len(store))
     return MemoryStore(
         store.images(every),
-        store.features(every),
+        {FEATURE: store.features(every)} | GlobalColumn(shared, classifier).columns(store.images(every).copy()),
         store.labels,
         ids=store.ids.tolist(),
-        global_features=GlobalColumn(shared, classifier).columns(store.images(every).copy())[GLOBAL_FEATURE],
     )
 
 
@@ -77,10 +81,10 @@ def test_the_loss_falls_and_more_steps_never_make_it_rise(classifier, make_image
     images = make_images(60)
     losses = []
     for steps in (0, 3, 10, 20, 40):
-        config = replace(QUICK, trigger_steps=steps, trigger_tolerance=0.0)
+        config = made_with(trigger_steps=steps, trigger_tolerance=0.0)
         found = make_global_trigger(source_of(images), classifier, config)
         losses.append(equation_2(classifier, images, found.trigger))
-        assert (found.blend, found.clamp) == (config.blend, config.clamp)
+        assert (found.blend, found.clamp) == (Blend.PRINTED, True)
     assert losses[1] < 0.95 * losses[0]
     assert losses[-1] < 0.2 * losses[0]
     assert losses[2:] == sorted(losses[2:], reverse=True)  # 3 is not among the steps at which the others are watched
@@ -88,7 +92,7 @@ def test_the_loss_falls_and_more_steps_never_make_it_rise(classifier, make_image
 
 def test_it_stops_early_and_says_how_far_it_came(classifier, make_images):
     told: list[tuple[str, int, int]] = []
-    config = replace(QUICK, trigger_steps=200, trigger_tolerance=0.3)
+    config = made_with(trigger_steps=200, trigger_tolerance=0.3)
     source = source_of(make_images(30))
     make_global_trigger(source, classifier, config, progress=lambda *step: told.append(step))
     assert [step for step in told if step[0] == "reading"] == [("reading", n, 30) for n in range(1, 31)]
@@ -101,14 +105,14 @@ def test_it_stops_early_and_says_how_far_it_came(classifier, make_images):
 def test_the_seed_and_nothing_else_decides(classifier, make_images):
     source = source_of(make_images(30))
     before = [value.numpy().tobytes() for value in classifier.backbone.state_dict().values()]
-    first = make_global_trigger(source, classifier, QUICK)
+    first = make_global_trigger(source, classifier, RECIPE)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    again = make_global_trigger(source, classifier, QUICK)
+    again = make_global_trigger(source, classifier, RECIPE)
     assert torch.equal(torch.get_rng_state(), state)
     assert first.trigger.numpy().tobytes() == again.trigger.numpy().tobytes()
     assert first.intensity == again.intensity
-    other = make_global_trigger(source, classifier, replace(QUICK, seed=1))
+    other = make_global_trigger(source, classifier, made_with(seed=1))
     assert float((other.trigger - first.trigger).abs().max()) > 1e-3
     assert [value.numpy().tobytes() for value in classifier.backbone.state_dict().values()] == before
 
@@ -116,24 +120,25 @@ def test_the_seed_and_nothing_else_decides(classifier, make_images):
 @settings(max_examples=50, deadline=None)
 @given(images=SOME_IMAGES)
 def test_the_intensity_is_the_mean_of_the_images_standard_deviations(classifier, images):
-    config = replace(QUICK, trigger_steps=0, blend=Blend.ADDED)
+    config = made_with(trigger_steps=0, blend=Blend.ADDED)
     found = make_global_trigger(source_of(images), classifier, config)
     expected = np.mean([image.astype(np.float64).std() / 255.0 for image in images])
     assert found.intensity == pytest.approx(expected, rel=1e-12, abs=1e-15)
-    assert make_global_trigger(source_of(images), classifier, replace(config, intensity=0.25)).intensity == 0.25
+    given = made_with(trigger_steps=0, blend=Blend.ADDED, intensity=0.25)
+    assert make_global_trigger(source_of(images), classifier, given).intensity == 0.25
 
 
 def test_images_that_cannot_be_read_do_not_count(tmp_path):
     folder = write_photos(tmp_path / "photos", count=12)
     (folder / "digit-0" / "0000.png").write_bytes(b"not an image")
     classifier = small_resnet()
-    found = make_global_trigger(open_source(str(folder)), classifier, replace(QUICK, trigger_steps=0))
+    found = make_global_trigger(open_source(str(folder)), classifier, made_with(trigger_steps=0))
     expected = np.mean([(image / 255.0).std() for image in IMAGES[1:12]])
     assert found.intensity == pytest.approx(expected, rel=1e-9)
     for path in folder.rglob("*.png"):
         path.write_bytes(b"not an image")
     with pytest.raises(InputError, match="no image could be read"):
-        make_global_trigger(open_source(str(folder)), classifier, QUICK)
+        make_global_trigger(open_source(str(folder)), classifier, RECIPE)
 
 
 def test_above_its_limit_the_sample_is_uniform_and_follows_the_seed(classifier, make_images, monkeypatch):
@@ -143,7 +148,7 @@ def test_above_its_limit_the_sample_is_uniform_and_follows_the_seed(classifier, 
     number_of = {image.tobytes(): number for number, image in enumerate(images)}
 
     def sample(seed: int) -> list[int]:
-        kept, _ = made._sample(source, classifier, replace(QUICK, seed=seed), silent)
+        kept, _ = made._sample(source, classifier, seed, silent)
         return [number_of[image.tobytes()] for image in (255.0 * kept).round().byte().numpy()]
 
     samples = [sample(seed) for seed in range(200)]
@@ -158,15 +163,15 @@ def test_above_its_limit_the_sample_is_uniform_and_follows_the_seed(classifier, 
 @pytest.mark.parametrize("blend", [Blend.PRINTED, Blend.SWAPPED, Blend.SCALED])
 def test_constant_images_are_refused_where_the_intensity_matters(classifier, blend):
     images = np.repeat(np.array([0, 90, 255], np.uint8), 192).reshape(3, *SHAPE)
-    config = replace(QUICK, blend=blend)
+    config = made_with(blend=blend)
     with pytest.raises(InputError, match=rf"ω = 0 .*'{blend}'.*is every image constant\? .*'added'"):
         make_global_trigger(source_of(images), classifier, config)
-    found = make_global_trigger(source_of(images), classifier, replace(config, intensity=0.5))
+    found = make_global_trigger(source_of(images), classifier, made_with(blend=blend, intensity=0.5))
     assert found.intensity == 0.5
-    assert make_global_trigger(source_of(images), classifier, replace(QUICK, blend=Blend.ADDED)).intensity == 0.0
+    assert make_global_trigger(source_of(images), classifier, made_with(blend=Blend.ADDED)).intensity == 0.0
     if blend is Blend.PRINTED:
         with pytest.raises(InputError, match="ω = 1 "):
-            make_global_trigger(source_of(images), classifier, replace(config, intensity=1.0))
+            make_global_trigger(source_of(images), classifier, made_with(blend=blend, intensity=1.0))
 
 
 # ---- how it is kept
@@ -232,7 +237,7 @@ def test_the_stored_columns_are_what_the_trigger_and_stretching_make_of_the_imag
     tmp_path, classifier, make_images, *, blend, clamp, stretch
 ):
     images = make_images(50)
-    settings = replace(QUICK, blend=blend, clamp=clamp, stretch=stretch)
+    settings = made_with(blend=blend, clamp=clamp, stretch=stretch)
     shared = make_global_trigger(source_of(images), classifier, settings)
     build_index(source_of(images), tmp_path / "a.idx", classifier, global_column=GlobalColumn(shared, classifier))
     manifest, store = opened(tmp_path / "a.idx")
@@ -270,7 +275,7 @@ def test_triggered_features_that_are_not_finite_are_refused(tmp_path, classifier
 def test_a_search_is_the_slow_search_with_that_trigger(classifier, shared, make_store, make_queries, score):
     store = make_store(classifier, 60)
     tmm = TmmNN(classifier, store_with(shared, store, classifier), global_trigger=shared)
-    config = replace(BY_GLOBAL, score=score)
+    config = changed(BY_GLOBAL, score=score)
     for query in make_queries(3, dtype=torch.float32):
         told: list[object] = []
         ranking = tmm.rank(query, k=60, config=config, progress=lambda *step: told.append(step))  # noqa: B023
@@ -279,14 +284,14 @@ def test_a_search_is_the_slow_search_with_that_trigger(classifier, shared, make_
             query,
             torch.tensor(store.images(np.arange(60))),
             torch.tensor(store.labels),
-            replace(config, trigger=Trigger.QUERY, intensity=shared.intensity),
+            changed(config, trigger="query", intensity=shared.intensity),
             trigger=shared.trigger,
         )
         np.testing.assert_allclose(ranking.scores, slow.scores[ranking.rows], rtol=1e-4, atol=1e-4)
         assert sorted(ranking.rows) == list(range(60))
-        np.testing.assert_array_equal(ranking.trigger, shared.trigger)
-        assert (ranking.intensity, ranking.trigger_steps) == (shared.intensity, 0)
-        assert np.isnan(ranking.trigger_loss).all()
+        assert torch.equal(ranking.view.found.trigger, shared.trigger)
+        assert (ranking.view.found.intensity, ranking.view.found.steps) == (shared.intensity, 0)
+        assert np.isnan(ranking.view.found.loss).all()
         assert not told, "no exemplar passes through the backbone"
 
 
@@ -296,16 +301,16 @@ def test_where_a_sample_tunes_all_are_scored_from_the_column(
     classifier, shared, make_store, make_queries, *, cache_bytes, precision
 ):
     store = store_with(shared, make_store(classifier, 1200), classifier)
-    query, config = make_queries(1, dtype=torch.float32)[0], replace(BY_GLOBAL, max_tuning_exemplars=100)
+    query, config = make_queries(1, dtype=torch.float32)[0], changed(BY_GLOBAL, max_tuning_exemplars=100)
     tmm = TmmNN(classifier, store, global_trigger=shared, cache_bytes=cache_bytes, precision=precision)
     told: list[object] = []
     ranking = tmm.rank(query, k=1200, config=config, progress=lambda *step: told.append(step))
     assert not told, "no exemplar passes through the backbone"
-    assert (ranking.scored, ranking.tuned_on) == (1200, 100)
+    assert (ranking.scored, ranking.found_on) == (1200, 100)
     assert sorted(ranking.rows) == list(range(1200))
     sample = np.sort(np.random.default_rng(config.seed).choice(1200, 100, replace=False))
     tuned_on_sample = tmm.rank(
-        query, k=100, config=replace(config, candidate_companions=0), candidates=sample
+        query, k=100, config=changed(config, candidate_companions=0), candidates=sample
     )  # the same head
     of_all = dict(zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True))
     expected = [of_all[row] for row in tuned_on_sample.rows.tolist()]
@@ -319,20 +324,20 @@ def test_another_blend_clamping_or_intensity_is_refused(classifier, shared, make
     tmm = TmmNN(classifier, store_with(shared, make_store(classifier, 20), classifier), global_trigger=shared)
     query = make_queries(1, dtype=torch.float32)[0]
     for change, message in (
-        ({"blend": Blend.ADDED}, r"blend=printed,.*blend=added: .*build the index with .*--set blend=added"),
-        ({"clamp": False}, r"clamp=True.*clamp=False.*--set clamp=False"),
-        ({"stretch": True}, r"stretch=False.*stretch=True.*--set stretch=True"),
+        ({"blend": Blend.ADDED}, r"blend=printed,.*blend=added: .*build the index with a global trigger of the latter"),
+        ({"clamp": False}, r"clamp=True.*clamp=False: search with the former"),
+        ({"stretch": True}, r"stretch=False.*stretch=True: search with the former"),
         ({"intensity": 0.9}, r"intensity=0\.\d+.*intensity=0\.9: leave the intensity out"),
     ):
         with pytest.raises(InputError, match=message):
-            tmm.rank(query, k=3, config=replace(BY_GLOBAL, **change))
-    told = tmm.rank(query, k=3, config=replace(BY_GLOBAL, intensity=shared.intensity))
+            tmm.rank(query, k=3, config=changed(BY_GLOBAL, **change))
+    told = tmm.rank(query, k=3, config=changed(BY_GLOBAL, intensity=shared.intensity))
     assert told.rows.tolist() == tmm.rank(query, k=3, config=BY_GLOBAL).rows.tolist()
 
 
 def test_an_index_without_one_is_refused(classifier, make_store, make_queries):
     tmm = TmmNN(classifier, make_store(classifier, 20))
     with pytest.raises(
-        InputError, match=r"has no global trigger, which .* needs: build it with --global-trigger.*trigger=query"
+        InputError, match=r"has no global trigger, which .* needs: build it with one \(global_trigger=….*trigger=query"
     ):
         tmm.rank(make_queries(1, dtype=torch.float32)[0], k=3, config=BY_GLOBAL)

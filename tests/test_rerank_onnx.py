@@ -21,11 +21,11 @@ from tmm_engine.index.errors import IndexStateError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.rerank import onnx_backbone
 from tmm_engine.rerank.backbone import Backbone, TorchBackbone
+from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.onnx_backbone import ExportReport, OnnxBackbone, OnnxFallbackWarning, export_onnx
 from tmm_engine.rerank.onnx_graphs import CLEAN, FINGERPRINT, TRIGGERED, seal
 from tmm_engine.rerank.settings import Blend
 from tmm_engine.rerank.speed import faster_backend
-from tmm_engine.rerank.trigger import apply_trigger
 
 Export = tuple[Classifier, ExportReport]
 CHOICES = {"blend": st.sampled_from(Blend), "clamp": st.booleans()}
@@ -365,7 +365,7 @@ def test_nothing_to_compare(export: Export) -> None:
 
 
 def test_importing_it_does_not_import_onnx() -> None:
-
-    code = "import sys, rerank.onnx_backbone; print(sorted({'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules)))"
+    unwanted = {"onnx", "onnxruntime", "onnxscript"}
+    code = f"import sys, tmm_engine.rerank.onnx_backbone; print(sorted({unwanted} & set(sys.modules)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout == "[]\n"

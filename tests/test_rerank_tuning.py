@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tmm_engine.rerank import Score, TmmConfig
-from tmm_engine.rerank.exemplars import dummy_scores
 from tmm_engine.rerank.reference import reference_fisher
-from tmm_engine.rerank.settings import MAX_SEED
+from tmm_engine.rerank.score import dummy_scores
+from tmm_engine.rerank.settings import MAX_SEED, Score, TunedHead
 from tmm_engine.rerank.tuning import TuningSet, exemplar_batches, fisher_diagonal, tune_head
 
 D, CLASSES = 6, 4
-QUICK = TmmConfig(tuning_batch=16, tuning_min_steps=40, tuning_lr=0.02)
+QUICK = TunedHead(batch=16, min_steps=40, lr=0.02)
 
 
 def random_head(*, bias=True, seed=0):
@@ -56,8 +55,8 @@ def equation_3(head, data):
     seed=st.integers(0, MAX_SEED),
 )
 def test_batches_are_permutations_cut_to_size(n, size, epochs, min_steps, seed):
-    config = TmmConfig(tuning_batch=size, tuning_epochs=epochs, tuning_min_steps=min_steps, seed=seed)
-    batches = list(exemplar_batches(n, config))
+    how = TunedHead(batch=size, epochs=epochs, min_steps=min_steps)
+    batches = list(exemplar_batches(n, how, seed=seed))
     in_epoch = math.ceil(n / size)
     assert len(batches) == max(epochs * in_epoch, min_steps)
     for start in range(0, len(batches), in_epoch):
@@ -66,13 +65,13 @@ def test_batches_are_permutations_cut_to_size(n, size, epochs, min_steps, seed):
         assert len(set(rows)) == len(rows)
         assert [len(batch) for batch in epoch] == [min(size, n - size * i) for i in range(len(epoch))]
         assert set(rows) <= set(range(n))
-    assert all(map(torch.equal, batches, exemplar_batches(n, config)))
+    assert all(map(torch.equal, batches, exemplar_batches(n, how, seed=seed)))
 
 
 def test_epochs_and_seeds_differ():
-    config = TmmConfig(tuning_batch=100, tuning_min_steps=2)
-    first, second = exemplar_batches(100, config)
-    other, _ = exemplar_batches(100, replace(config, seed=1))
+    how = TunedHead(batch=100, min_steps=2)
+    first, second = exemplar_batches(100, how, seed=0)
+    other, _ = exemplar_batches(100, how, seed=1)
     assert not torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -118,7 +117,7 @@ def test_fisher_is_a_mean_over_however_many_exemplars():
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_a_learning_rate_the_head_gains_a_zero_row(bias):
     head, data = random_head(bias=bias), random_set()
-    tuned = tune_head(head, data, replace(QUICK, tuning_lr=0.0))
+    tuned = tune_head(head, data, replace(QUICK, lr=0.0))
     assert tuned.out_features == CLASSES + 1
     assert torch.equal(tuned.weight[:CLASSES], head.weight)
     assert torch.equal(tuned.bias[:CLASSES], head.bias if bias else torch.zeros(CLASSES).double())
@@ -133,11 +132,11 @@ def test_without_a_learning_rate_the_head_gains_a_zero_row(bias):
 def test_one_step_is_adams_on_equation_3(bias):
     """Adam's first step is lr · g / (|g| + ε); on one batch of everything, g is Eq. 3's gradient (EWC adds none)."""
     head, data = random_head(bias=bias), random_set(n=16)
-    start = tune_head(head, data, replace(QUICK, tuning_lr=0.0))
-    tuned = tune_head(head, data, replace(QUICK, tuning_min_steps=1, ewc_lambda=100.0))
+    start = tune_head(head, data, replace(QUICK, lr=0.0))
+    tuned = tune_head(head, data, replace(QUICK, min_steps=1, ewc_lambda=100.0))
     equation_3(start.requires_grad_(), data).backward()
     for before, after in ((start.weight, tuned.weight), (start.bias, tuned.bias)):
-        step = QUICK.tuning_lr * before.grad / (before.grad.abs() + 1e-8)
+        step = QUICK.lr * before.grad / (before.grad.abs() + 1e-8)
         torch.testing.assert_close(after, before.detach() - step, rtol=0.0, atol=1e-12)
 
 
@@ -146,8 +145,8 @@ def test_only_the_triggered_query_falls_into_the_dummy_class():
     marked = torch.full((D,), 2.0, dtype=torch.float64)  # far from the rest, which is in [0, 1]
     data = replace(data, query_triggered=marked)
     head = random_head()
-    tuned = tune_head(head, data, replace(QUICK, tuning_min_steps=1000))
-    start = tune_head(head, data, replace(QUICK, tuning_lr=0.0))
+    tuned = tune_head(head, data, replace(QUICK, min_steps=1000))
+    start = tune_head(head, data, replace(QUICK, lr=0.0))
     assert equation_3(tuned, data) < equation_3(start, data) - 2.0
     assert torch.softmax(tuned(marked), dim=0)[CLASSES] > 0.9
     rest = torch.cat([data.query[None], data.triggered, data.clean])
@@ -159,7 +158,7 @@ def test_ewc_holds_the_old_rows_and_leaves_the_new_one():
     head, data = random_head(), random_set()
     drifts, new_rows = [], []
     for ewc_lambda in (0.0, 10.0, 1000.0):
-        tuned = tune_head(head, data, replace(QUICK, ewc_lambda=ewc_lambda, tuning_min_steps=200))
+        tuned = tune_head(head, data, replace(QUICK, ewc_lambda=ewc_lambda, min_steps=200))
         drifts.append(float((tuned.weight[:CLASSES] - head.weight).norm()))
         new_rows.append(float(tuned.weight[CLASSES].norm()))
     assert drifts[0] > 2 * drifts[1] > 4 * drifts[2]
@@ -172,7 +171,7 @@ def test_the_seed_decides_the_batches_and_nothing_else_is_random():
     first = tune_head(head, data, QUICK)
     assert torch.equal(torch.get_rng_state(), rng)
     torch.manual_seed(5)
-    again, other = tune_head(head, data, QUICK), tune_head(head, data, replace(QUICK, seed=1))
+    again, other = tune_head(head, data, QUICK), tune_head(head, data, QUICK, seed=1)
     assert first.weight.numpy().tobytes() == again.weight.numpy().tobytes()
     assert not torch.equal(first.weight, other.weight)
 

@@ -17,7 +17,7 @@ from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import EXACT, make_faiss_index
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
-from tmm_engine.index.store.exemplars import FEATURE
+from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.lance_store import LanceWriter, exemplar_schema, fixed_size_column
 from tmm_engine.index.store.manifest import EXEMPLARS, GLOBAL_TRIGGER, MODEL, FileDigest, Manifest, digest_files
 from tmm_engine.index.store.target import check_target, staged
@@ -93,9 +93,10 @@ def build_index(
         with staged(target, overwrite=overwrite) as staging:
             schema = exemplar_schema(
                 classifier.image_shape,
-                classifier.feature_dim,
+                dict.fromkeys(
+                    (FEATURE, *((GLOBAL_FEATURE, STRETCHED_FEATURE) if global_column else ())), classifier.feature_dim
+                ),
                 source.metadata_types,
-                global_features=global_column is not None,
             )
             writer = LanceWriter(staging / EXEMPLARS, schema)
             for batch in embedded(source, classifier, report, strict=strict):

@@ -44,17 +44,12 @@ class Change:
         path = index / EXEMPLARS
         with lance_errors(f"{path}: the exemplars cannot be read", "restore the index or build it again"):
             self.dataset = lance.dataset(str(path), version=manifest.lance_version)
-        known = exemplar_schema(manifest.image_shape, manifest.feature_dim, {}, global_features=manifest.global_trigger)
+        known = exemplar_schema(manifest.image_shape, manifest.columns, {})
         python = {arrow: kind for kind, arrow in ARROW_TYPES.items()}
         self.metadata_types: Mapping[str, type] = {
             column.name: python[column.type] for column in self.dataset.schema if column.name not in known.names
         }
-        self.schema = exemplar_schema(
-            manifest.image_shape,
-            manifest.feature_dim,
-            self.metadata_types,
-            global_features=manifest.global_trigger,
-        )
+        self.schema = exemplar_schema(manifest.image_shape, manifest.columns, self.metadata_types)
 
     @property
     def rows_in_memory(self) -> int:

@@ -3,7 +3,7 @@
 A *row* is an exemplar's position, 0 to n−1, in one opened version of a store.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,6 @@ Rows = Int64[np.ndarray, "rows"]
 FEATURE = "feature"  # φ(x)
 GLOBAL_FEATURE = "global_feature"  # φ(x^τ) with the index's global trigger τ, where it has one
 STRETCHED_FEATURE = "stretched_feature"  # φ of x with its contrast stretched, where there is a global trigger
-FEATURES = (FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE)
 
 
 @runtime_checkable
@@ -26,7 +25,7 @@ class ExemplarStore(Protocol):
 
     image_shape: Shape
     feature_dim: int
-    feature_columns: frozenset[str]
+    feature_columns: Mapping[str, int]  # name -> dimension
     ids: Shaped[np.ndarray, "n"]
     labels: Int64[np.ndarray, "n"]
     label_is_predicted: Bool[np.ndarray, "n"]

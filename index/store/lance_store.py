@@ -17,7 +17,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.sources.images import Shape
 from tmm_engine.index.sources.records import Metadata
-from tmm_engine.index.store.exemplars import FEATURE, FEATURES, ExemplarStore, Rows
+from tmm_engine.index.store.exemplars import FEATURE, ExemplarStore, Rows
 from tmm_engine.index.store.manifest import LATEST_HINT, VERSIONS_OF_LANCE
 from tmm_engine.index.store.where import matching_positions
 
@@ -28,10 +28,14 @@ ROWS_PER_FRAGMENT = 1 << 16
 FRAGMENT_BYTES = 64 << 20  # what a build holds in memory before it is written
 
 
-def exemplar_schema(
-    image_shape: Shape, feature_dim: int, metadata_types: Mapping[str, type], *, global_features: bool = False
-) -> pa.Schema:
-    """The columns of an exemplar store. Images are stored raw: decompression would dominate a scan."""
+def exemplar_schema(image_shape: Shape, columns: Mapping[str, int], metadata_types: Mapping[str, type]) -> pa.Schema:
+    """The columns of an exemplar store. Images are stored raw: decompression would dominate a scan.
+
+    Args:
+        image_shape: (c, h, w).
+        columns: The dimension of every column of features, by name.
+        metadata_types: By name of the column.
+    """
     raw = {b"lance-encoding:compression": b"none"}
     channels, height, width = image_shape
     return pa.schema(
@@ -41,13 +45,19 @@ def exemplar_schema(
             pa.field("label_is_predicted", pa.bool_(), nullable=False),
             pa.field("image", pa.list_(pa.uint8(), channels * height * width), nullable=False, metadata=raw),
             *(
-                pa.field(name, pa.list_(pa.float32(), feature_dim), nullable=False, metadata=raw)
-                for name in (FEATURES if global_features else (FEATURE,))
+                pa.field(name, pa.list_(pa.float32(), dimension), nullable=False, metadata=raw)
+                for name, dimension in columns.items()
             ),
             pa.field(ROW_DIGEST, pa.binary(DIGEST_BYTES), nullable=False),
             *(pa.field(name, ARROW_TYPES[kind]) for name, kind in metadata_types.items()),
         ]
     )
+
+
+def feature_columns(schema: pa.Schema) -> dict[str, int]:
+    """The dimension of every column of features in a schema, by name: nothing else is a fixed-size list of float32."""
+    lists = {field.name: field.type for field in schema if pa.types.is_fixed_size_list(field.type)}
+    return {name: kind.list_size for name, kind in lists.items() if kind.value_type == pa.float32()}
 
 
 def row_digests(table: pa.Table) -> list[bytes]:
@@ -56,7 +66,7 @@ def row_digests(table: pa.Table) -> list[bytes]:
     Args:
         table: Has all columns of `exemplar_schema`, in any order; features may be missing.
     """
-    told = sorted(set(table.column_names) - {"image", *FEATURES, ROW_DIGEST})
+    told = sorted(set(table.column_names) - {"image", ROW_DIGEST} - feature_columns(table.schema).keys())
     rows = table.select(told).to_pylist()
     images = flat(table["image"].combine_chunks()).reshape(len(table), -1)
     return [
@@ -139,26 +149,23 @@ class LanceStore:
     Args:
         path: The dataset's folder.
         image_shape: (c, h, w), as the index states it.
-        feature_dim: d.
+        columns: The dimension of every column of features, by name, as the index states it.
         version: The Lance version to read.
-        global_features: Whether it has the column of the global trigger.
 
     Raises:
         IndexStateError: the dataset is missing, damaged, or not of this form.
     """
 
-    def __init__(
-        self, path: Path, *, image_shape: Shape, feature_dim: int, version: int, global_features: bool = False
-    ) -> None:
+    def __init__(self, path: Path, *, image_shape: Shape, columns: Mapping[str, int], version: int) -> None:
         self.image_shape = image_shape
-        self.feature_dim = feature_dim
-        self.feature_columns = frozenset(FEATURES if global_features else (FEATURE,))
+        self.feature_dim = columns[FEATURE]
+        self.feature_columns = columns
         with lance_errors(
             f"{path}: version {version} of the exemplars cannot be read", "restore it or build the index again"
         ):
             self._dataset = lance.dataset(str(path), version=version)
             schema = self._dataset.schema
-            known = exemplar_schema(image_shape, feature_dim, {}, global_features=global_features)
+            known = exemplar_schema(image_shape, columns, {})
             expected = {field.name: field.type for field in known}
             self._metadata_columns = [name for name in schema.names if name not in expected]
             found = {name: schema.field(name).type for name in expected if name in schema.names}
@@ -178,7 +185,7 @@ class LanceStore:
 
     def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
-        return self._take(rows, column).reshape(-1, self.feature_dim)
+        return self._take(rows, column).reshape(-1, self.feature_columns[column])
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
@@ -196,7 +203,7 @@ class LanceStore:
     def check_digests(self, batch_size: int) -> Iterator[tuple[int, list[str]]]:
         """For each batch of rows how many, and the ids of those that are not what was written, features aside."""
         with self._reading():
-            columns = [name for name in self._dataset.schema.names if name not in FEATURES]
+            columns = [name for name in self._dataset.schema.names if name not in self.feature_columns]
             for batch in self._dataset.to_batches(columns=columns, batch_size=batch_size, scan_in_order=True):
                 table = pa.Table.from_batches([batch])
                 pairs = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)
@@ -216,7 +223,7 @@ class LanceStore:
     def scan_features(self, batch_size: int, *, column: str = FEATURE) -> Iterator[Float32[np.ndarray, "batch d"]]:
         """All features in row order."""
         for values in self._scan(column, batch_size):
-            yield values.reshape(-1, self.feature_dim)
+            yield values.reshape(-1, self.feature_columns[column])
 
     def _take(self, rows: Rows, column: str) -> np.ndarray:
         with self._reading():

@@ -19,6 +19,7 @@ from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.limits import MAX_MANIFEST_BYTES
 from tmm_engine.index.models.architectures import ModelSpec
 from tmm_engine.index.sources.images import Shape
+from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE
 
 FORMAT = "tmm-engine index"
 FORMAT_VERSION = 2
@@ -84,6 +85,12 @@ class Manifest:
     backend_speeds: dict[str, float]
     lance_version: int
     files: dict[str, FileDigest]
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """The dimension of every column of features, by name."""
+        names = (FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE) if self.global_trigger else (FEATURE,)
+        return dict.fromkeys(names, self.feature_dim)
 
     @property
     def content(self) -> str:

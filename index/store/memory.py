@@ -7,48 +7,49 @@ from jaxtyping import Bool, Float32, Int64, UInt8
 
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.records import Metadata
-from tmm_engine.index.store.exemplars import FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE, Rows
+from tmm_engine.index.store.exemplars import FEATURE, Rows
 
 
 class MemoryStore:
-    """Exemplars held as arrays: for `Engine.from_arrays`, tests, and scoring where there is no index on disk."""
+    """Exemplars held as arrays: for `Engine.from_arrays`, tests, and scoring where there is no index on disk.
+
+    Args:
+        images: One per exemplar.
+        features: By name of the column; FEATURE is one of them.
+        labels: Of the exemplars.
+        ids: Unique.
+        label_is_predicted: Default: none is.
+        metadata: Default: there is none.
+
+    Raises:
+        InputError: a column of another length than the images, no column FEATURE, or an id that is there twice.
+    """
 
     def __init__(
         self,
         images: UInt8[np.ndarray, "n c h w"],
-        features: Float32[np.ndarray, "n d"],
+        features: Mapping[str, Float32[np.ndarray, "n _"]],
         labels: Int64[np.ndarray, "n"],
         *,
         ids: Sequence[str],
         label_is_predicted: Bool[np.ndarray, "n"] | None = None,
-        global_features: Float32[np.ndarray, "n d"] | None = None,
-        stretched_features: Float32[np.ndarray, "n d"] | None = None,
         metadata: Sequence[Mapping[str, str | int | float | bool | None]] | None = None,
     ) -> None:
         n = len(images)
-        for name, column in (
-            ("features", features),
-            ("global features", global_features),
-            ("stretched features", stretched_features),
-            ("labels", labels),
-            ("ids", ids),
-            ("metadata", metadata),
-        ):
+        for name, column in (*features.items(), ("labels", labels), ("ids", ids), ("metadata", metadata)):
             if column is not None and len(column) != n:
                 raise InputError(f"expected {n} {name}, one per image, got {len(column)}")
+        if FEATURE not in features:
+            raise InputError(f"expected a column {FEATURE!r} among the features, got {', '.join(features) or 'none'}")
         if len(set(ids)) != n:
             raise InputError("ids must be unique")
         self._images = images
-        self._features = {FEATURE: features}
-        if global_features is not None:
-            self._features[GLOBAL_FEATURE] = global_features
-        if stretched_features is not None:
-            self._features[STRETCHED_FEATURE] = stretched_features
-        self.feature_columns = frozenset(self._features)
+        self._features = dict(features)
+        self.feature_columns = {name: column.shape[1] for name, column in features.items()}
         self._metadata = [dict(row) for row in metadata] if metadata is not None else [{} for _ in range(n)]
         _, channels, height, width = images.shape
         self.image_shape = (channels, height, width)
-        self.feature_dim = features.shape[1]
+        self.feature_dim = features[FEATURE].shape[1]
         self.ids = np.array(ids, dtype=object)
         self.labels = labels
         self.label_is_predicted = label_is_predicted if label_is_predicted is not None else np.zeros(n, dtype=bool)

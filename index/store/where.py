@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int64
 
 from tmm_engine.index.errors import InputError
@@ -32,8 +33,7 @@ def matching_positions(dataset: "lance.LanceDataset", where: str) -> Int64[np.nd
         found = dataset.to_table(columns=["_rowaddr"], filter=where)["_rowaddr"].to_numpy()
         everything = dataset.to_table(columns=["_rowaddr"])["_rowaddr"].to_numpy()
     except (ValueError, OSError) as error:
-        hidden = ("image", "feature", "global_feature", "stretched_feature", "row_digest")
-        columns = ", ".join(name for name in dataset.schema.names if name not in hidden)
+        columns = ", ".join(column.name for column in dataset.schema if not _is_hidden(column.type))
         raise InputError(
             f'where: expected a condition in SQL such as "label = 3" over {columns}, got {shortened(where)}: '
             f"{shortened(_reason(error))}"
@@ -65,6 +65,11 @@ def check_where(where: str) -> None:
 def shortened(text: str) -> str:
     """At most 200 characters of a text, in quotes and on one line."""
     return repr(text if len(text) <= 200 else text[:200] + "…")
+
+
+def _is_hidden(kind: pa.DataType) -> bool:
+    """Whether a column is one that no filter can use: an image, features, a digest."""
+    return pa.types.is_fixed_size_list(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _reason(error: Exception) -> str:

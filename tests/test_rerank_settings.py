@@ -145,18 +145,18 @@ def test_settings_in_words_make_the_same_configuration(config):
 
 
 def test_settings_change_what_they_name_and_leave_the_original():
-    before = TmmConfig(seed=7)
+    before = flat(seed=7)
     after = before.with_settings(["blend=added", "clamp=no", "intensity=0.5", "tuning-min-steps=1_000", "seed=8"])
-    assert after == TmmConfig(blend=Blend.ADDED, clamp=False, intensity=0.5, tuning_min_steps=1000, seed=8)
+    assert after == flat(blend=Blend.ADDED, clamp=False, intensity=0.5, tuning_min_steps=1000, seed=8)
     closed = before.with_settings(["tuning=discriminant", "stretch=yes", "shrinkage=1e-6", "fusion=4"])
-    assert closed == TmmConfig(tuning=Tuning.DISCRIMINANT, stretch=True, shrinkage=1e-6, fusion=4.0, seed=7)
+    assert closed == flat(tuning=Tuning.DISCRIMINANT, stretch=True, shrinkage=1e-6, fusion=4.0, seed=7)
     assert after.with_settings(["seed=9", "seed=7"]).seed == 7
     assert after.with_settings(["intensity=none"]).intensity is None
     recognising = before.with_settings(["recognition=0.7"])
-    assert recognising == TmmConfig(recognition=0.7, seed=7)
+    assert recognising == flat(recognition=0.7, seed=7)
     assert recognising.with_settings(["recognition = None"]) == before
     assert before.with_settings(["recognition=1"]).recognition == 1.0
-    assert before == TmmConfig(seed=7)
+    assert before == flat(seed=7)
     assert before.with_settings([]) == before
 
 
@@ -227,8 +227,8 @@ def test_finite_numbers_only(unchecked, name, value):
 @pytest.mark.parametrize("value", [-0.1, 0, 0.0099, 1.0001, float("nan"), float("-inf"), True, False, "0.7"])
 def test_recognition_is_a_ratio_or_none(unchecked, value):
     with pytest.raises(InputError, match="recognition: expected a"):
-        TmmConfig(recognition=value)
-    assert [TmmConfig(recognition=good).recognition for good in (None, 0.01, 1.0)] == [None, 0.01, 1.0]
+        flat(recognition=value)
+    assert [flat(recognition=good).recognition for good in (None, 0.01, 1.0)] == [None, 0.01, 1.0]
 
 
 @pytest.mark.parametrize("value", ["no", 0, None])
@@ -241,13 +241,13 @@ def test_switches_are_true_or_false(unchecked, name, value):
 @pytest.mark.parametrize("value", ["", "Added", 3, None])
 def test_choices_are_members(unchecked, value):
     with pytest.raises(InputError, match=r"unknown blend .*; known: printed, swapped, scaled, added"):
-        TmmConfig(blend=value)
+        flat(blend=value)
     with pytest.raises(InputError, match=r"unknown tuning .*; known: adam, discriminant"):
-        TmmConfig(tuning=value)
+        flat(tuning=value)
 
 
 def test_choices_may_be_given_by_value(unchecked):
-    config = TmmConfig(blend="added", trigger="patch", tuning="discriminant", score="logit")
+    config = flat(blend="added", trigger="patch", tuning="discriminant", score="logit")
     expected = (Blend.ADDED, Trigger.PATCH, Tuning.DISCRIMINANT, Score.LOGIT)
     assert (config.blend, config.trigger, config.tuning, config.score) == expected
 

@@ -11,19 +11,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.robust import OWN, ROBUST, N, by_row, store_with
+from tests.configs import changed
+from tests.robust import HEADS, OWN, RECIPE, ROBUST, N, by_row, store_with
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.exemplars import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.rerank import TmmNN, Trigger
+from tmm_engine.rerank import TmmNN
 from tmm_engine.rerank.backbone import Precision
+from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.contrast import stretch_contrast
-from tmm_engine.rerank.exemplars import dummy_scores
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.recognise import ROUNDING, Recognised, chord
 from tmm_engine.rerank.reference import reference_discriminant_scores
-from tmm_engine.rerank.settings import MIN_RECOGNITION, Score, Tuning
-from tmm_engine.rerank.trigger import apply_trigger
+from tmm_engine.rerank.score import dummy_scores
+from tmm_engine.rerank.settings import MIN_RECOGNITION, Score
 from tmm_engine.rerank.tuning import TuningSet, tune_head
 
 THRESHOLDS = st.floats(MIN_RECOGNITION, 1.0)
@@ -114,14 +115,13 @@ def test_features_move_on_the_line_between_the_two(query, exemplar, part):
 
 # ---- what is found
 
-PATCH = replace(OWN, trigger=Trigger.FIXED_PATCH, intensity=0.5)  # neither τ nor ω depends on the query
-BY_STEPS = replace(ROBUST, tuning=Tuning.ADAM, tuning_min_steps=40, tuning_lr=0.05, recognition=1.0)
+PATCH = changed(OWN, trigger="fixed-patch", intensity=0.5)  # neither τ nor ω depends on the query
+BY_STEPS = changed(ROBUST, tuning="adam", tuning_min_steps=40, tuning_lr=0.05, recognition=1.0)
 COPIES = {  # by which copies are recognised
-    "global": replace(ROBUST, recognition=0.8),
-    "global, not fused": replace(ROBUST, recognition=0.8, fusion=0.0),
-    "global, a sample": replace(ROBUST, recognition=0.8, max_tuning_exemplars=25),
-    "patch": replace(PATCH, recognition=0.8),
-    "patch, a sample": replace(PATCH, recognition=0.8, max_tuning_exemplars=25, seed=4),
+    "global": changed(ROBUST, recognition=0.8),
+    "global, not fused": changed(ROBUST, recognition=0.8, fusion=0.0),
+    "patch": changed(PATCH, recognition=0.8),
+    "patch, a sample": changed(PATCH, recognition=0.8, max_tuning_exemplars=25, seed=4),
 }
 BY_COPIES = pytest.mark.parametrize("config", COPIES.values(), ids=COPIES)
 COPIED = (9, 12, 26, 50)
@@ -131,7 +131,7 @@ KINDS = pytest.mark.parametrize("config", [ROBUST, OWN], ids=["global", "query"]
 @pytest.fixture(scope="module")
 def shared(classifier, make_images) -> GlobalTrigger:
     """τ of N images with their contrast stretched."""
-    return make_global_trigger(ArraySource(make_images(N), None), classifier, ROBUST)
+    return make_global_trigger(ArraySource(make_images(N), None), classifier, RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_noisy_copy_has_the_neighbours_of_its_exemplar(tmm, store, config):
         assert copy.recognised.share > 0.9999
         np.testing.assert_array_equal(copy.rows, own.rows)
         np.testing.assert_allclose(copy.scores, own.scores, rtol=0.0, atol=1e-4)
-        without = replace(config, recognition=None)
+        without = changed(config, recognition=None)
         own, copy = (tmm.rank(seen, k=N, config=without) for seen in (image, noisy(image, seed=row)))
         assert own.recognised is copy.recognised is None
         assert not np.array_equal(copy.rows, own.rows)
@@ -178,11 +178,11 @@ def test_a_noisy_copy_has_the_neighbours_of_its_exemplar(tmm, store, config):
 
 
 @KINDS
-@pytest.mark.parametrize("tuning", Tuning)
-def test_a_query_unlike_every_exemplar_has_the_answer_it_has_without(tmm, queries, *, config, tuning):
+@pytest.mark.parametrize("head", HEADS)
+def test_a_query_unlike_every_exemplar_has_the_answer_it_has_without(tmm, queries, *, config, head):
     for query in queries:
-        plain = replace(config, tuning=tuning)
-        found = tmm.rank(query, k=N, config=replace(plain, recognition=0.1))
+        plain = replace(config, head=head)
+        found = tmm.rank(query, k=N, config=changed(plain, recognition=0.1))
         assert found.recognised is not None
         assert found.recognised.ratio > 0.5
         assert found.recognised.share < 1e-30
@@ -192,18 +192,18 @@ def test_a_query_unlike_every_exemplar_has_the_answer_it_has_without(tmm, querie
 
 
 @KINDS
-@pytest.mark.parametrize("tuning", Tuning)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("fusion", [0.0, 0.5, 8.0])
-def test_the_best_match_is_recognised_whatever_the_fusion(tmm, queries, *, config, tuning, fusion):
+def test_the_best_match_is_recognised_whatever_the_fusion(tmm, queries, *, config, head, fusion):
     for query in queries:
-        plain = replace(config, tuning=tuning, fusion=fusion)
+        plain = changed(replace(config, head=head), fusion=fusion)
         without = tmm.rank(query, k=N, config=plain)
         matches = confidences = without.confidences[np.argsort(without.rows)]
         if fusion > 0:
             cosine = (by_row(without) - confidences) / fusion
             matches = (4.0 * confidences + cosine) / 5.0
         first, second = np.sqrt(1.0 - np.sort(matches)[:-3:-1].astype(float))
-        found = tmm.rank(query, k=N, config=replace(plain, recognition=float(first / second))).recognised
+        found = tmm.rank(query, k=N, config=changed(plain, recognition=float(first / second))).recognised
         assert found is not None
         assert found.row == matches.argmax()
         assert found.ratio == pytest.approx(first / second, abs=1e-4)
@@ -212,22 +212,22 @@ def test_the_best_match_is_recognised_whatever_the_fusion(tmm, queries, *, confi
 
 def test_halfway_it_is_the_slow_search_too(tmm, shared, classifier, store):
     query = noisy(pixels_of(store, 18), seed=18)
-    found = tmm.rank(query, k=N, config=replace(ROBUST, recognition=0.5)).recognised
+    found = tmm.rank(query, k=N, config=changed(ROBUST, recognition=0.5)).recognised
     assert found is not None
-    config = replace(ROBUST, recognition=found.ratio)
+    config = changed(ROBUST, recognition=found.ratio)
     images, tau = torch.tensor(store.images(np.arange(N))), shared.trigger
     slow = reference_discriminant_scores(classifier, query, images, config, trigger=tau)
     halfway = by_row(tmm.rank(query, k=N, config=config))
     np.testing.assert_allclose(halfway, slow, rtol=0.0, atol=2e-4)
     for recognition in (None, 1.0):
-        assert np.abs(by_row(tmm.rank(query, k=N, config=replace(config, recognition=recognition))) - slow).max() > 1e-2
+        assert np.abs(by_row(tmm.rank(query, k=N, config=changed(config, recognition=recognition))) - slow).max() > 1e-2
 
 
 @BY_COPIES
 @pytest.mark.parametrize("k", [5, N])
 def test_confidences_stay_the_querys_own(tmm, store, queries, *, config, k):
     for query in (noisy(pixels_of(store, 9), seed=9), pixels_of(store, 26), queries[0]):
-        without = tmm.rank(query, k=N, config=replace(config, recognition=None))
+        without = tmm.rank(query, k=N, config=changed(config, recognition=None))
         own = without.confidences[np.argsort(without.rows)]
         found = tmm.rank(query, k=k, config=config)
         np.testing.assert_array_equal(found.confidences, own[found.rows])
@@ -248,11 +248,11 @@ def test_confidences_are_not_those_of_the_exemplar(tmm, store):
 def test_only_candidates_are_recognised(tmm, store, config):
     copy = noisy(pixels_of(store, 9), seed=9)
     for candidates in (np.array([40, 3, 51, 9, 22]), np.array([40, 3, 51, 22])):
-        plain = tmm.rank(copy, k=N, config=replace(config, recognition=None), candidates=candidates)
+        plain = tmm.rank(copy, k=N, config=changed(config, recognition=None), candidates=candidates)
         found = tmm.rank(copy, k=N, config=config, candidates=candidates)
         assert found.recognised is not None
         assert sorted(found.rows) == sorted(candidates)
-        assert (found.scored, found.tuned_on) == (len(candidates), plain.tuned_on)
+        assert (found.scored, found.found_on) == (len(candidates), plain.found_on)
         assert found.recognised.row in candidates
         assert (found.recognised.row == 9) == (9 in candidates)
         assert 9 not in candidates or found.rows[0] == 9
@@ -264,7 +264,7 @@ def test_of_one_candidate_nothing_is_recognised(tmm, store, config, row):
     copy = noisy(pixels_of(store, 9), seed=9)
     found, plain = (
         tmm.rank(copy, k=N, config=one, candidates=np.array([row]))
-        for one in (config, replace(config, recognition=None))
+        for one in (config, changed(config, recognition=None))
     )
     assert found.recognised is None
     assert found.rows.tolist() == [row]
@@ -274,17 +274,17 @@ def test_of_one_candidate_nothing_is_recognised(tmm, store, config, row):
 def test_in_a_store_of_one_nothing_is_recognised(shared, classifier, make_store):
     store = store_with(shared, make_store(classifier, 1), classifier)
     tmm = TmmNN(classifier, store, global_trigger=shared)
-    found, plain = (tmm.rank(pixels_of(store, 0), k=3, config=replace(ROBUST, recognition=r)) for r in (0.8, None))
+    found, plain = (tmm.rank(pixels_of(store, 0), k=3, config=changed(ROBUST, recognition=r)) for r in (0.8, None))
     assert found.recognised is None
     assert (found.rows.tolist(), found.scores.tolist()) == ([0], plain.scores.tolist())
 
 
 @pytest.mark.parametrize("fusion", [0.0, 4.0])
 def test_a_query_as_far_from_two_exemplars_keeps_its_answer(tmm, make_queries, fusion):
-    plain = replace(ROBUST, fusion=fusion)
+    plain = changed(ROBUST, fusion=fusion)
     seen = 0
     for query in make_queries(12, dtype=torch.float32):
-        found = tmm.rank(query, k=N, config=replace(plain, recognition=0.8))
+        found = tmm.rank(query, k=N, config=changed(plain, recognition=0.8))
         without = tmm.rank(query, k=N, config=plain)
         assert found.recognised is not None
         if found.recognised.ratio > 0.95:
@@ -311,11 +311,11 @@ def test_recognised_together_as_alone(tmm, store, queries, config):
 
 def test_where_a_sample_tunes_one_outside_it_is_recognised(tmm, store):
     row, config = 42, COPIES["patch, a sample"]
-    assert row not in np.random.default_rng(config.seed).choice(N, config.max_tuning_exemplars, replace=False)
+    assert row not in np.random.default_rng(config.seed).choice(N, config.sample.max_exemplars, replace=False)
     copy = noisy(pixels_of(store, row), seed=row)
-    found, without = (tmm.rank(copy, k=N, config=one) for one in (config, replace(config, recognition=None)))
+    found, without = (tmm.rank(copy, k=N, config=one) for one in (config, changed(config, recognition=None)))
     assert found.recognised is not None
-    assert (found.recognised.row, found.scored, found.tuned_on) == (row, N, config.max_tuning_exemplars)
+    assert (found.recognised.row, found.scored, found.found_on) == (row, N, config.sample.max_exemplars)
     assert found.scores[0] == pytest.approx(5.0, abs=1e-4)
     assert without.scores[0] < 4.99
 
@@ -324,7 +324,7 @@ def test_where_a_sample_tunes_one_outside_it_is_recognised(tmm, store):
 def test_a_head_is_tuned_anew_for_who_is_recognised(tmm, shared, classifier, store, score):
     every = np.arange(N)
     triggered, clean = (torch.tensor(store.features(every, column=c)) for c in (GLOBAL_FEATURE, STRETCHED_FEATURE))
-    config = replace(BY_STEPS, fusion=0.0, score=score)
+    config = changed(BY_STEPS, fusion=0.0, score=score)
     for row in (0, 6, 18):
         copy = stretch_contrast(noisy(pixels_of(store, row), seed=row))
         blended = apply_trigger(
@@ -335,19 +335,19 @@ def test_a_head_is_tuned_anew_for_who_is_recognised(tmm, shared, classifier, sto
 
         def tuned(query: torch.Tensor, label: int) -> torch.nn.Linear:
             data = TuningSet(query[0], query[1], label, triggered, clean, torch.tensor(store.labels))
-            return tune_head(classifier.head, data, config)
+            return tune_head(classifier.head, data, config.head, seed=config.seed)
 
         ranking = tmm.rank(noisy(pixels_of(store, row), seed=row), k=N, config=config)
         with torch.inference_mode():
-            confidences = torch.sigmoid(dummy_scores(tuned(query, ranking.label), triggered, Score.LOG_ODDS))
+            confidences = torch.sigmoid(dummy_scores(tuned(query, ranking.view.label), triggered, Score.LOG_ODDS))
             best, second = confidences.argsort(descending=True)[:2].tolist()
             distances = chord(float(confidences[best])), chord(float(confidences[second]))
-            found = Recognised.nearest(best, distances, threshold=config.recognition)
+            found = Recognised.nearest(best, distances, threshold=config.rank.recognition)
             moved = found.moved(query, torch.stack([triggered[best], clean[best]]))
-            expected = dummy_scores(tuned(moved, ranking.label), triggered, score)
-            first = dummy_scores(tuned(query, ranking.label), triggered, score)
+            expected = dummy_scores(tuned(moved, ranking.view.label), triggered, score)
+            first = dummy_scores(tuned(query, ranking.view.label), triggered, score)
         assert ranking.recognised is not None
-        assert (ranking.recognised.row, ranking.label) == (best, int(classifier.logits(query[1:]).argmax()))
+        assert (ranking.recognised.row, ranking.view.label) == (best, int(classifier.logits(query[1:]).argmax()))
         assert 0.5 < ranking.recognised.share == pytest.approx(found.share, abs=1e-3)
         np.testing.assert_allclose(by_row(ranking), expected, rtol=0.0, atol=1e-3)
         assert float((expected - first).abs().max()) > 1e-2
@@ -361,7 +361,7 @@ def test_of_equal_exemplars_none_is_recognised(shared, classifier, make_images, 
     tmm = TmmNN(classifier, store, global_trigger=shared)
     for row in (4, 11):
         copy = noisy(pixels_of(store, row), seed=row)
-        found, without = (tmm.rank(copy, k=20, config=replace(ROBUST, recognition=r)) for r in (0.8, None))
+        found, without = (tmm.rank(copy, k=20, config=changed(ROBUST, recognition=r)) for r in (0.8, None))
         assert found.recognised is not None
         assert (found.recognised.row, *found.rows[:2]) == (11, 11, 4)
         assert found.recognised.ratio == pytest.approx(1.0, abs=1e-3)
@@ -373,8 +373,8 @@ def test_of_equal_exemplars_none_is_recognised(shared, classifier, make_images, 
 def test_variants_with_and_without_recognition_do_not_meet(tmm, store, config):
     copy = noisy(pixels_of(store, 18), seed=18)
     configs = [
-        replace(config, recognition=recognition, tuning=tuning)
-        for tuning in (Tuning.DISCRIMINANT, Tuning.ADAM)
+        changed(replace(config, head=head), recognition=recognition)
+        for head in HEADS
         for recognition in (0.8, None, 1.0, 0.8)
     ]
     variants = tmm.rank_variants(copy, k=N, configs=configs)
@@ -383,7 +383,7 @@ def test_variants_with_and_without_recognition_do_not_meet(tmm, store, config):
         assert variant.recognised == alone.recognised
         np.testing.assert_array_equal(variant.rows, alone.rows)
         np.testing.assert_array_equal(variant.scores, alone.scores)
-        assert ("recognition" in variant.timings) == (one.recognition is not None)
+        assert ("recognition" in variant.timings) == (one.rank.recognition is not None)
     assert len({variant.scores.tobytes() for variant in variants}) == 6  # 0.8 is there twice
 
 
@@ -392,11 +392,11 @@ def test_in_bf16_who_is_recognised_is_scored_exactly(classifier, store):
     for row in (9, 50):
         copy = noisy(pixels_of(store, row), seed=row)
         for fusion in (0.0, 4.0):
-            config = replace(OWN, stretch=False, fusion=fusion, recognition=0.8)
+            config = changed(OWN, stretch=False, fusion=fusion, recognition=0.8)
             ranking = tmm.rank(copy, k=3, config=config)
             assert ranking.recognised is not None
             assert ranking.recognised.row == ranking.rows[0] == row
             assert ranking.scores[0] == pytest.approx(1.0 + fusion, abs=1e-4)
-            own = exact.rank(copy, k=N, config=replace(config, recognition=None))
+            own = exact.rank(copy, k=N, config=changed(config, recognition=None))
             confidences = own.confidences[np.argsort(own.rows)][ranking.rows]
             np.testing.assert_allclose(ranking.confidences, confidences, rtol=0.0, atol=0.05)

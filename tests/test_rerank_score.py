@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tmm_engine.rerank import Score
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.score import DiscriminantScorer, FusedScorer, HeadScorer, Rows, Scorer
+from tmm_engine.rerank.settings import Score
 
 N, D = 30, 6
 ROWS = st.lists(st.integers(0, N - 1), min_size=1, max_size=N, unique=True).map(np.array)
