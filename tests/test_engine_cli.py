@@ -1,7 +1,6 @@
 """The command line: every command, what it prints where, and how it fails."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -271,7 +270,6 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
             *SHORT,
         ],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stderr=subprocess.PIPE,
         text=True,
     )

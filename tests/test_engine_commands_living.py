@@ -1,7 +1,6 @@
 """The commands that change an index, and searches in what they leave."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -176,7 +175,6 @@ def test_ctrl_c_ends_with_130_and_leaves_a_usable_index(work: Path, command: tup
     process = subprocess.Popen(
         [sys.executable, "-m", "tmm_engine.cli.main", name, *paths, *options],
         cwd=work,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
