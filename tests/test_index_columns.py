@@ -1,6 +1,8 @@
 """A third column of features, defined here alone, goes through everything that an index does."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,3 +194,14 @@ def test_other_names_are_refused(name):
 def test_a_name_has_one_class():
     with pytest.raises(ValueError, match="expected one class for the column 'halves_feature'"):
         registered(type("Another", (HalvesColumn,), {}))
+
+
+@pytest.mark.parametrize("module", ["verify", "engine", "building"])
+def test_who_computes_columns_knows_those_of_the_rerank(module):
+    """In a process that has imported nothing else."""
+    code = f"""
+import tmm_engine.{module}
+from tmm_engine.index.columns import is_registered
+assert all(map(is_registered, ("feature", "global_feature", "stretched_feature")))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
