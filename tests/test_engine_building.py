@@ -9,6 +9,7 @@ from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
 from tests.modes import quick
 from tmm_engine import Engine, SearchResult, build_index
 from tmm_engine.index import ArraySource, Classifier, IndexStateError, InputError
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.rerank import preset
 from tmm_engine.rerank.columns import GLOBAL_TRIGGER
@@ -62,7 +63,7 @@ def test_the_global_trigger_may_be_another_or_none(tmp_path: Path, classifier: C
     assert (kept.blend, kept.stretch) == (Blend.ADDED, False)
     build_index(source(), tmp_path / "plain.idx", classifier, global_trigger=None)
     assert not Manifest.read(tmp_path / "plain.idx").global_trigger
-    build_plain(source(), tmp_path / "same.idx", classifier)
+    write_index(source(), tmp_path / "same.idx", classifier)
     every = np.arange(N)
     with Engine.open(tmp_path / "plain.idx", device="cpu") as plain, Engine.open(tmp_path / "same.idx") as same:
         np.testing.assert_array_equal(plain.store.features(every), same.store.features(every))
