@@ -2,17 +2,21 @@
 PYTHON ?= $(firstword $(foreach v,python3.12 python3.11 python3,$(shell $(v) -c 'import sys; sys.version_info >= (3, 11) and print(sys.executable)' 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
+FLOOR := .venv-floor
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-floor check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/engine demo --out demo-output
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+test-floor: $(FLOOR)/.installed  # the oldest versions that pyproject.toml allows
+	$(FLOOR)/bin/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -38,5 +42,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --editable ".[bench,onnx,oracle]" --group dev
 	touch $@
 
+$(FLOOR)/.installed: pyproject.toml .ci/floors
+	$(if $(PYTHON),,$(error needs Python 3.11 or newer: make PYTHON=/path/to/python3.12))
+	$(PYTHON) -m venv --clear $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --upgrade "pip>=25.1"
+	$(FLOOR)/bin/python .ci/floors > $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python -m pip install --constraint $(FLOOR)/constraints.txt --editable ".[bench,onnx,oracle]" --group dev
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) demo-output .mypy_cache .pytest_cache .ruff_cache

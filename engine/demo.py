@@ -15,6 +15,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from tmm_engine.building import build_index
+from tmm_engine.digits import load_digits
 from tmm_engine.engine import Engine
 from tmm_engine.index.columns import embed
 from tmm_engine.index.models.architectures import ModelSpec, build_model
@@ -109,7 +110,7 @@ def run_demo(out: Path, *, queries: int, progress: Progress) -> DemoOutcome:
         progress: Told of training, building and searching.
     """
     out.mkdir(parents=True, exist_ok=True)
-    images, labels = _digits()
+    images, labels = load_digits()
     classifier = _train(images[:EXEMPLARS], labels[:EXEMPLARS], out / "digits-resnet18.safetensors", progress)
     accuracy = _accuracy(classifier, images[EXEMPLARS:], labels[EXEMPLARS:])
     index = out / "digits.idx"
@@ -133,14 +134,6 @@ def run_demo(out: Path, *, queries: int, progress: Progress) -> DemoOutcome:
         ranks.setdefault(key, []).append(rank)
         agreement.setdefault(key, []).append(float(np.mean([hit.label == result.true_label for hit in result.hits])))
     return DemoOutcome(accuracy, ranks, agreement, exemplars, index, html, png)
-
-
-def _digits() -> tuple[UInt8[np.ndarray, "n 8 8"], Int64[np.ndarray, "n"]]:
-    """scikit-learn's 1,797 scanned digits; their 17 grey levels spread over 8 bits."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
 
 
 def _train(

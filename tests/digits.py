@@ -1,17 +1,14 @@
-"""Real images for tests of whole paths: scikit-learn's digits as files, and a ResNet-18 with seeded random weights."""
+"""Real images for tests of whole paths: handwritten digits as files, and a ResNet-18 with seeded random weights."""
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from tmm_engine.digits import load_digits
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.rerank.settings import GlobalRecipe, preset
 
-DIGITS = load_digits()
-IMAGES = np.rint(DIGITS.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-LABELS = DIGITS.target.astype(np.int64)
+IMAGES, LABELS = load_digits()  # (1797, 8, 8), (1797,)
 
 SHORT = ("--set", "trigger.steps=10")  # of build-index: a global trigger that is good enough for a test
 SHORTLY = GlobalRecipe.of(preset("robust")).with_settings(["trigger.steps=10"])  # the same in Python

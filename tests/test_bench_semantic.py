@@ -1,4 +1,4 @@
-"""Structural similarity, label agreement of neighbours, and the gallery, on scikit-learn's digits."""
+"""Structural similarity, label agreement of neighbours, and the gallery, on handwritten digits."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training on scikit-learn's digits: it learns, it is reproducible, and what it saves is complete."""
+"""Training on handwritten digits: it learns, it is reproducible, and what it saves is complete."""
 
 from pathlib import Path
 

@@ -61,7 +61,7 @@ def test_every_command_is_in_the_readme():
 
 
 def test_the_ratio_of_recognition_is_the_presets():
-    ratio = preset("robust").recognition
+    ratio = preset("robust").rank.recognition
     assert f"--recognition {ratio}`" in README
     shown = " ".join(CliRunner().invoke(main, ["search", "--help"]).stdout.split())
     assert f"(robust: {ratio})" in shown

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tmm_engine.index import ArraySource, IndexStateError, InputError
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.rerank.backbone import Backbone
-from tmm_engine.rerank.settings import Blend, preset
+from tmm_engine.rerank.settings import preset
 from tmm_engine.rerank.tmm import TmmNN
 from tmm_engine.verify import repair_index, verify_index
 
@@ -197,9 +196,9 @@ def test_a_global_trigger_can_be_built_with_another_blend(tmp_path: Path):
     search_ = ("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--json")
     other = run(*search_)
     assert other.exit_code == 1
-    assert "--set blend=printed" in other.stderr
+    assert "was blended with blend=added, the configuration says blend=printed: search with the former" in other.stderr
     found = run(*search_, "--set", "blend=added")
     assert found.exit_code == 0, found.stderr
     answer = json.loads(found.stdout)
-    assert answer["config"] == replace(preset("robust"), blend=Blend.ADDED).to_json()
+    assert answer["config"] == preset("robust").with_settings(["blend=added"]).to_json()
     assert answer["hits"][0]["id"] == "digit-3/0003.png"

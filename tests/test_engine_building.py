@@ -1,18 +1,20 @@
 """The Python way to an index that the default search works with, and what that search gives."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
+from tests.modes import quick
 from tmm_engine import Engine, SearchResult, build_index
 from tmm_engine.index import ArraySource, Classifier, IndexStateError, InputError
+from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
-from tmm_engine.rerank import Blend, TmmConfig, preset
+from tmm_engine.rerank import preset
 from tmm_engine.rerank.columns import GLOBAL_TRIGGER
 from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.settings import Blend
 
 N = 100
 HALVES = IMAGES // 2 * 2  # what is darkened to a half of it is the same image, without rounding
@@ -55,13 +57,13 @@ def test_an_index_built_in_python_is_searched_by_default_as_one_in_memory(
 
 
 def test_the_global_trigger_may_be_another_or_none(tmp_path: Path, classifier: Classifier):
-    other = TmmConfig(blend=Blend.ADDED, trigger_steps=2)
+    other = preset("paper").with_settings(["blend=added", "trigger.steps=2"])
     build_index(source(), tmp_path / "added.idx", classifier, global_trigger=other)
     kept = GlobalTrigger.load(tmp_path / "added.idx" / GLOBAL_TRIGGER)
     assert (kept.blend, kept.stretch) == (Blend.ADDED, False)
     build_index(source(), tmp_path / "plain.idx", classifier, global_trigger=None)
     assert not Manifest.read(tmp_path / "plain.idx").global_trigger
-    index.build_index(source(), tmp_path / "same.idx", classifier)
+    write_index(source(), tmp_path / "same.idx", classifier)
     every = np.arange(N)
     with Engine.open(tmp_path / "plain.idx", device="cpu") as plain, Engine.open(tmp_path / "same.idx") as same:
         np.testing.assert_array_equal(plain.store.features(every), same.store.features(every))
@@ -82,13 +84,13 @@ def test_what_cannot_be_built_is_refused_before_anything_is_optimised(tmp_path: 
 def test_without_a_global_trigger_the_default_search_says_what_to_do(classifier: Classifier):
     plain = Engine.from_arrays(HALVES[:20], LABELS[:20], classifier, global_trigger=None)
     with pytest.raises(
-        InputError, match=r"no global trigger.* needs: build it with .*--preset paper, or trigger=query"
+        InputError, match=r"no global trigger.* needs: build it with .*global_trigger=.*'paper', or trigger=query"
     ):
         plain.search(IMAGES[200])
     for mode in ("l2", "cosine"):
         assert len(plain.search(IMAGES[200], mode=mode).hits) == 10
         with pytest.raises(
-            InputError, match="contrast stretched: build it with --global-trigger, or search with --no-"
+            InputError, match=r"contrast stretched: build it with .*\(global_trigger=…\), or search with stretch=False"
         ):
             plain.search(IMAGES[200], mode=mode, stretch=True)
 
@@ -126,5 +128,5 @@ def test_a_constant_query_is_answered_where_the_intensity_is_set(memory: Engine)
 
 def test_the_configuration_that_was_searched_with_is_told(memory: Engine):
     assert memory.search(IMAGES[200], stretch=True).config == preset("robust").to_json()
-    paper = memory.search(IMAGES[200], config=TmmConfig(trigger_steps=2, tuning_min_steps=2), stretch=True)
-    assert paper.config == replace(TmmConfig(trigger_steps=2, tuning_min_steps=2), stretch=True).to_json()
+    shortly = quick(trigger_steps=2, head_steps=2)
+    assert memory.search(IMAGES[200], config=shortly, stretch=True).config == shortly.to_json() | {"stretch": True}

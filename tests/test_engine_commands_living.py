@@ -1,7 +1,6 @@
 """The commands that change an index, and searches in what they leave."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -83,7 +82,7 @@ def test_another_folder_of_the_same_names_takes_a_prefix(work: Path):
 def test_filters_on_the_command_line(built: Path, mode: str):
     arguments = ("search", built / "photos.idx", built / "queries", "--mode", mode, "-k", 50, "--json")
     expected = {f"digit-{label}" for label in (3, 8)}
-    for found in answers(run(*arguments, "--where", "label = 3 OR label = 8", "--set", "tuning_min_steps=10")):
+    for found in answers(run(*arguments, "--where", "label = 3 OR label = 8")):
         assert {hit["class_name"] for hit in found["hits"]} == expected
         assert "restricted to" in found["notes"][0]
         assert found["scored"] == len(found["hits"]) < found["exemplars"] == 40
@@ -132,7 +131,7 @@ def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_p
     (queries / "query-200a.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(queries / "query-300.png")
     arguments = ("search", built / "photos.idx", queries, "--mode", "l2,tmm", "-k", 3, "--preset", "paper")
-    arguments += ("--set", "tuning_min_steps=10")
+    arguments += ("--set", "head.min_steps=10")
     done = run(*arguments, "--json", "--html", tmp_path / "page.html")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     names = [Path(line["query"]).stem for line in lines]
@@ -168,7 +167,7 @@ def wait_until_locked(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("command", [("search", "--preset", "paper", "--set", "tuning_min_steps=1000000"), ("add",)])
+@pytest.mark.parametrize("command", [("search", "--preset", "paper", "--set", "head.min_steps=1000000"), ("add",)])
 def test_ctrl_c_ends_with_130_and_leaves_a_usable_index(work: Path, command: tuple[str, ...]):
     write_photos(work / "many", count=1700)
     name, *options = command
@@ -176,7 +175,6 @@ def test_ctrl_c_ends_with_130_and_leaves_a_usable_index(work: Path, command: tup
     process = subprocess.Popen(
         [sys.executable, "-m", "tmm_engine.cli.main", name, *paths, *options],
         cwd=work,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

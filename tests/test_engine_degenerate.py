@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from tests.conftest import SHAPE, classifier_of, network
+from tests.modes import MODES, in_mode, quick
 from tmm_engine import Engine, Query, write_html
 from tmm_engine.index import ArraySource, ImageError
 from tmm_engine.index.store.building import write_index
-from tmm_engine.rerank import TmmConfig
 from tmm_engine.rerank.backbone import specialised
 
-QUICK = TmmConfig(trigger_steps=5, tuning_min_steps=10)
-MODES = ("tmm", "l2", "cosine")
+QUICK = quick(trigger_steps=5, head_steps=10)
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, *SHAPE), dtype=np.uint8)
 CLASSIFIER = classifier_of(network())
 
@@ -26,7 +25,7 @@ def memory(images: np.ndarray, labels: list[int], **options) -> Engine:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_exemplar_and_more_wanted_than_there_are(mode: str):
-    result = memory(IMAGES[:1], [2]).search(IMAGES[5], k=10, mode=mode, config=QUICK)
+    result = memory(IMAGES[:1], [2]).search(IMAGES[5], k=10, **in_mode(mode, QUICK))
     assert [hit.id for hit in result.hits] == ["00000000"]
     assert np.isfinite(result.hits[0].score)
     assert "k = 10 is more than the 1 exemplars" in result.notes[0]
@@ -34,7 +33,7 @@ def test_one_exemplar_and_more_wanted_than_there_are(mode: str):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_all_exemplars_of_one_label(mode: str):
-    result = memory(IMAGES, [1] * 30).search(IMAGES[5], k=30, mode=mode, config=QUICK)
+    result = memory(IMAGES, [1] * 30).search(IMAGES[5], k=30, **in_mode(mode, QUICK))
     assert len({hit.id for hit in result.hits}) == 30
     assert np.isfinite([hit.score for hit in result.hits]).all()
 
@@ -43,7 +42,7 @@ def test_all_exemplars_of_one_label(mode: str):
 def test_duplicates_rank_by_id(mode: str):
     ids = [f"id {n}" for n in np.random.default_rng(1).permutation(20)]
     result = memory(np.repeat(IMAGES[:1], 20, axis=0), [1] * 20, ids=ids).search(
-        IMAGES[3], k=20, mode=mode, config=QUICK
+        IMAGES[3], k=20, **in_mode(mode, QUICK)
     )
     assert len({hit.score for hit in result.hits}) == 1
     assert [hit.id for hit in result.hits] == sorted(ids)
@@ -62,7 +61,7 @@ def test_a_constant_query_is_refused_with_the_reason_and_a_nearly_black_one_is_a
     black = np.zeros(SHAPE, dtype=np.uint8)
     black[0, 0, 0] = 1
     for mode in MODES:
-        assert np.isfinite([hit.score for hit in engine.search(black, mode=mode, config=QUICK).hits]).all()
+        assert np.isfinite([hit.score for hit in engine.search(black, **in_mode(mode, QUICK)).hits]).all()
 
 
 def test_a_model_in_float16_is_searched_with_in_float32():

@@ -14,13 +14,14 @@ import tmm_engine as engine_package
 import tmm_engine.index as index_package
 import tmm_engine.rerank as rerank_package
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
+from tests.modes import in_mode, quick
 from tmm_engine import Engine, Query
 from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError, ModelError
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import MANIFEST, Manifest, digest_of
-from tmm_engine.rerank import PRESETS, TmmConfig
+from tmm_engine.rerank import PRESETS
 
-QUICK = TmmConfig(trigger_steps=20, tuning_min_steps=30)
+QUICK = quick(trigger_steps=20, head_steps=30)
 N = 150
 
 
@@ -50,11 +51,16 @@ def answer(result: engine_package.SearchResult) -> list[tuple[str, float]]:
 
 def test_the_public_surface():
     assert engine_package.__all__ == [
-        "Engine", "FailedQuery", "Hit", "Mode", "Prefilter", "Query", "SearchResult", "Version", "build_index",
-        "write_html", "write_png",
+        "Engine", "FailedQuery", "Hit", "Mode", "Prefilter", "Query", "SearchOptions", "SearchResult", "Version",
+        "build_index", "write_html", "write_png",
     ]  # fmt: skip
     assert rerank_package.__all__ == [
-        "Blend", "DEFAULT_PRESET", "PRESETS", "Ranking", "Score", "TmmConfig", "TmmNN", "Trigger", "preset",
+        "DEFAULT_PRESET", "GlobalRecipe", "PRESETS", "Ranking", "TmmConfig", "TmmNN", "preset",
+    ]  # fmt: skip
+    assert index_package.__all__ == [
+        "ArraySource", "BuildReport", "Classifier", "ExemplarStore", "ImageError", "ImageRecord", "ImageSource",
+        "IndexStateError", "InputError", "MemoryStore", "Metric", "ModelError", "Neighbours", "TmmEngineError",
+        "UnreadableImage", "build_index", "decode_image", "open_source",
     ]  # fmt: skip
     for package in (engine_package, index_package, rerank_package):
         assert all(getattr(package, name) is not None for name in package.__all__)
@@ -64,8 +70,8 @@ def test_the_public_surface():
 def test_the_index_on_disk_and_in_memory_answer_alike(index: Path, memory: Engine, mode: str):
     with Engine.open(index, device="cpu") as opened:
         for number in (200, 201):
-            ours = opened.search(IMAGES[number], k=20, mode=mode, config=QUICK)
-            theirs = memory.search(IMAGES[number], k=20, mode=mode, config=QUICK)
+            ours = opened.search(IMAGES[number], k=20, **in_mode(mode, QUICK))
+            theirs = memory.search(IMAGES[number], k=20, **in_mode(mode, QUICK))
             assert answer(ours) == answer(theirs)
             assert [hit.metadata for hit in ours.hits] == [{"page": int(hit.id)} for hit in theirs.hits]
             assert [hit.label for hit in ours.hits] == [LABELS[int(hit.id)] for hit in ours.hits]
@@ -74,7 +80,7 @@ def test_the_index_on_disk_and_in_memory_answer_alike(index: Path, memory: Engin
 
 @pytest.mark.parametrize("mode", ["tmm", "l2", "cosine"])
 def test_results_carry_what_made_them(memory: Engine, mode: str):
-    result = memory.search(IMAGES[200], k=5, mode=mode, config=QUICK)
+    result = memory.search(IMAGES[200], k=5, **in_mode(mode, QUICK))
     scores = [hit.score for hit in result.hits]
     assert scores == sorted(scores, reverse=True)
     assert [hit.rank for hit in result.hits] == list(range(5))
@@ -152,7 +158,7 @@ def test_same_seed_same_bytes_and_the_classifier_is_never_modified(memory: Engin
     assert first.trigger is not None
     assert second.trigger is not None
     assert first.trigger.tobytes() == second.trigger.tobytes()
-    other = memory.search(IMAGES[200], k=N, config=replace(QUICK, seed=1))
+    other = memory.search(IMAGES[200], k=N, config=QUICK.with_seed(1))
     assert answer(other) != answer(first)
     assert torch.equal(head, memory.classifier.head.weight)
     assert all(torch.equal(value, state[name]) for name, value in memory.classifier.backbone.state_dict().items())
@@ -171,7 +177,7 @@ def test_presets_by_name(memory: Engine):
         (IMAGES[0], {"candidates": 0}, "at least 1"),
         (IMAGES[0], {"candidates": 5, "prefilter": "cos"}, "unknown prefilter"),
         (IMAGES[0], {"config": "robst"}, "did you mean 'robust'"),
-        (IMAGES[0], {"label": 10}, "0 to 9"),
+        (IMAGES[0], {"config": "paper", "label": 10}, "0 to 9"),
         (np.zeros((8, 9), np.uint8), {}, "expected an image of shape"),
         (np.full((8, 8), 2.0, np.float32), {}, r"\[0, 1\]"),
         (np.full((8, 8), np.nan, np.float32), {}, r"\[0, 1\]"),

@@ -15,12 +15,13 @@ from tmm_engine.cli.main import main
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.store.manifest import Manifest, digest_of
-from tmm_engine.rerank import Blend, TmmConfig, Trigger, preset
+from tmm_engine.rerank import preset
 from tmm_engine.rerank.columns import GLOBAL_TRIGGER
 from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.settings import Blend
 
 MEAN = ("--set", "intensity=none", "--set", "stretch=false")  # as the paper has it: ω is the exemplars' mean
-LIKE_THE_PAPER = TmmConfig(trigger=Trigger.GLOBAL)
+LIKE_THE_PAPER = preset("paper").with_settings(["trigger=global"])
 
 
 def run(*arguments: object) -> Result:
@@ -51,7 +52,7 @@ def test_an_index_says_whether_it_has_one(work):
 
 def test_it_is_blended_as_the_default_search_wants_it_unless_told_otherwise(work):
     kept = {name: GlobalTrigger.load(work / f"{name}.idx" / GLOBAL_TRIGGER) for name in ("global", "mean")}
-    assert kept["global"].intensity == preset("robust").intensity == 0.1
+    assert kept["global"].intensity == preset("robust").blending.intensity == 0.1
     assert kept["mean"].intensity == pytest.approx(np.mean([(image / 255.0).std() for image in IMAGES[:80]]), rel=1e-6)
     for trigger in kept.values():
         assert (trigger.blend, trigger.clamp) == (Blend.PRINTED, True)
@@ -65,10 +66,10 @@ def test_it_is_blended_as_the_default_search_wants_it_unless_told_otherwise(work
         (
             "global",
             ("--preset", "paper", "--set", "trigger=global", "--stretch"),
-            replace(LIKE_THE_PAPER, stretch=True),
+            LIKE_THE_PAPER.with_settings(["stretch=true"]),
         ),
         ("mean", ("--preset", "paper", "--set", "trigger=global"), LIKE_THE_PAPER),
-        ("mean", MEAN, replace(preset("robust"), intensity=None, stretch=False)),
+        ("mean", MEAN, preset("robust").with_settings(["intensity=none", "stretch=false"])),
     ],
 )
 def test_the_command_line_searches_with_it_as_python_does(work, index, options, config):
@@ -83,19 +84,27 @@ def test_the_command_line_searches_with_it_as_python_does(work, index, options, 
         kept = GlobalTrigger.load(work / f"{index}.idx" / GLOBAL_TRIGGER)
         np.testing.assert_array_equal(found.trigger, kept.trigger)
         with pytest.raises(InputError, match="blend=added"):
-            engine.search(query, config=replace(config, blend=Blend.ADDED))
+            engine.search(query, config=config.with_settings(["blend=added"]))
     assert [(hit["id"], hit["score"]) for hit in answer["hits"]] == [(hit.id, hit.score) for hit in found.hits]
 
 
 @pytest.mark.parametrize(
     ("index", "options", "message"),
     [
-        ("plain", (), "no global trigger, which this configuration needs: build it with --global-trigger"),
+        ("plain", (), "no global trigger, which this configuration needs: build it with one (global_trigger=…)"),
         ("plain", ("--preset", "paper", "--set", "trigger=global"), "no global trigger"),
-        ("plain", ("--preset", "paper", "--prefilter", "global", "--candidates", 5), "(--prefilter union)"),
+        (
+            "plain",
+            ("--preset", "paper", "--prefilter", "global", "--candidates", 5),
+            "choose another prefilter, such as 'union'",
+        ),
         ("mean", (), "intensity=0.1: leave the intensity out"),
-        ("mean", ("--set", "intensity=none"), "--set stretch=True"),
-        ("global", ("--no-stretch",), "--set stretch=False"),
+        (
+            "mean",
+            ("--set", "intensity=none"),
+            "stretch=False, the configuration says stretch=True: search with the former",
+        ),
+        ("global", ("--no-stretch",), "stretch=True, the configuration says stretch=False: search with the former"),
         ("global", ("--set", "trigger=global", "--set", "blend=added"), "blend=added"),
         ("global", ("--prefilter", "global", "--candidates", 5, "--set", "clamp=false"), "clamp=False"),
         ("global", ("--set", "trigger=global", "--set", "intensity=0.9"), "intensity=0.9"),
@@ -110,11 +119,15 @@ def test_the_command_line_refuses_what_does_not_fit(work, index, options, messag
 
 @pytest.mark.parametrize("index", ["mean", "global"])
 def test_the_prefilter_hands_over_the_best_of_the_global_trigger(work, index):
-    by = replace(LIKE_THE_PAPER, stretch=index == "global")  # as the index's features are, whatever the rerank's
+    by = LIKE_THE_PAPER.with_settings(
+        [f"stretch={index == 'global'}"]
+    )  # as the index's features are, whatever the rerank's
     queries = sorted((work / "queries").iterdir())
     with Engine.open(work / f"{index}.idx", device="cpu") as engine:
         by_global = engine.search(list(queries), k=12, config=by)
-        config = TmmConfig(intensity=0.4, trigger_steps=5)  # the query's own trigger may have another intensity
+        config = preset("paper").with_settings(
+            ["intensity=0.4", "trigger.steps=5"]
+        )  # the query's own trigger may have another intensity
         found = engine.search(list(queries), k=12, candidates=12, prefilter="global", config=config)
         labelled = engine.search(queries[0], k=12, candidates=12, prefilter="global", label=3, config="paper")
         same_label = engine.search(queries[0], k=12, config=by, label=3)

@@ -11,16 +11,17 @@ import pytest
 
 from tests.conftest import CLASSES, SHAPE, classifier_of, network
 from tests.digits import DIGITS, IMAGES
+from tests.modes import MODES, in_mode, quick
 from tmm_engine import Engine, FailedQuery, Query, SearchResult
 from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import EXEMPLARS, Manifest
-from tmm_engine.rerank import PRESETS, TmmConfig
+from tmm_engine.rerank import PRESETS
 from tmm_engine.rerank.columns import robust_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
+from tmm_engine.snapshot import Snapshot
 
-QUICK = TmmConfig(trigger_steps=10, tuning_min_steps=20, tuning_epochs=1)
-MODES = ("tmm", "l2", "cosine")
+QUICK = quick(trigger_steps=10, head_steps=20)
 N = 120
 PIXELS = np.repeat(IMAGES[:, None], 3, axis=1)  # (1797, 3, 8, 8)
 LABELS = (DIGITS.target % CLASSES).astype(np.int64)
@@ -57,9 +58,11 @@ def opened(path: Path, **options) -> Engine:
     return Engine.open(path, model=network(), device="cpu", **options)
 
 
-def answers(engine: Engine, *, numbers: tuple[int, ...] = (200, 201), **options) -> list[list[tuple[str, float]]]:
+def answers(
+    engine: Engine, *, numbers: tuple[int, ...] = (200, 201), mode: str = "tmm", **options
+) -> list[list[tuple[str, float]]]:
     queries = [PIXELS[number] for number in numbers]
-    found = engine.search([*queries], **{"k": 15, "config": QUICK} | options)
+    found = engine.search([*queries], **{"k": 15} | in_mode(mode, QUICK) | options)
     return [[(hit.id, hit.score) for hit in result.hits] for result in found]
 
 
@@ -148,7 +151,7 @@ def test_approximate_indexes_are_never_those_of_another_version(index: Path, tmp
 
 
 def test_the_global_triggers_features_are_those_of_the_version(tmp_path: Path, classifier: Classifier):
-    config = PRESETS["paper"].with_settings(["trigger_steps=10", "tuning_min_steps=20"])
+    config = PRESETS["paper"].with_settings(["trigger.steps=10", "head.min_steps=20"])
     shared = make_global_trigger(digits(0, N), classifier, config)
     for name, stop in (("grown", 80), ("whole", N)):
         write_index(digits(0, stop), tmp_path / name, classifier, columns=robust_columns(shared, classifier))
@@ -212,10 +215,12 @@ def test_a_filters_answers_are_bit_for_bit_those_of_an_index_of_the_rest(
     with opened(built) as engine:
         features = engine.store.features(np.array(kept))
         whole = engine if on_disk else in_memory(engine)
-        options = {"mode": mode, "k": len(kept) + 5, "candidates": None if len(kept) < 5 else len(kept) - 2}
-        [result] = whole.search([PIXELS[200]], where=where, config=QUICK, **options)
+        options = {"k": len(kept) + 5} | in_mode(mode, QUICK)
+        if mode == "tmm" and len(kept) >= 5:
+            options["candidates"] = len(kept) - 2
+        [result] = whole.search([PIXELS[200]], where=where, **options)
     rest = in_memory_of(classifier, kept, features)
-    [expected] = rest.search([PIXELS[200]], config=QUICK, **options)
+    [expected] = rest.search([PIXELS[200]], **options)
     assert [(hit.id, hit.score, hit.label, hit.metadata) for hit in result.hits] == [
         (hit.id, hit.score, hit.label, hit.metadata) for hit in expected.hits
     ]
@@ -236,7 +241,7 @@ def in_memory_of(classifier: Classifier, numbers: list[int], features: np.ndarra
         ids=[f"{n:04d}" for n in numbers],
         metadata=[{"page": n} for n in numbers],
     )
-    return Engine(classifier, store, class_names=classifier.class_names)
+    return Engine(Snapshot.of(classifier, store, class_names=classifier.class_names))
 
 
 def in_memory(engine: Engine) -> Engine:
@@ -309,7 +314,6 @@ def test_searches_under_way_while_the_engine_moves_on_end_on_one_version(index: 
         engine.delete(ids=[f"{step:04d}"])
         allowed.append(str(answers(engine, mode="l2", k=N)))
     reader, stop, seen, errors = opened(index, version=1), threading.Event(), [], []
-    reader._options["version"] = None
 
     def search() -> None:
         while not stop.is_set():
@@ -339,7 +343,7 @@ def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_p
     black = Query("black", np.zeros(SHAPE, dtype=np.float32))
     queries = [PIXELS[200], tmp_path / "bad.png", PIXELS[201], np.zeros((3, 9, 9), np.uint8), black, b""]
     with opened(built) as engine:
-        found = engine.search_each(queries, k=15, mode=mode, config=QUICK)
+        found = engine.search_each(queries, k=15, **in_mode(mode, QUICK))
         kinds = [type(one) for one in found]
         failed = {1, 3, 5} | ({4} if mode == "tmm" else set())
         assert kinds == [FailedQuery if place in failed else SearchResult for place in range(6)]
@@ -351,7 +355,7 @@ def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_p
         if mode == "tmm":
             assert "is the image constant?" in found[4].to_json()["error"]
         with pytest.raises(ImageError):
-            engine.search(queries, mode=mode, config=QUICK)
+            engine.search(queries, **in_mode(mode, QUICK))
         with pytest.raises(InputError, match="k: expected"):
             engine.search_each([PIXELS[200]], k=0)
         assert engine.search_each([]) == []

@@ -1,7 +1,6 @@
 """Recognition in every mode of a search: by hand, told in the answer, and refused where it makes no sense."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import jaxtyping
@@ -14,6 +13,7 @@ from scipy.special import expit
 from torch import nn
 
 from tests.digits import IMAGES, LABELS, SHORTLY, make_classifier
+from tests.modes import MODES, in_mode
 from tmm_engine import Engine
 from tmm_engine.cli.main import main
 from tmm_engine.index import ArraySource, Classifier, InputError
@@ -21,8 +21,8 @@ from tmm_engine.index.store.building import write_index
 from tmm_engine.rerank import preset
 
 N = 60
-MODES = ("tmm", "l2", "cosine")
-PLAIN = replace(SHORTLY, recognition=None)
+ROBUST = preset("robust")
+PLAIN = ROBUST.with_settings(["recognition=none"])
 COPIED = (3, 12, 27)
 
 
@@ -88,7 +88,7 @@ def test_a_baseline_moves_the_query_by_the_formula(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_noisy_copy_is_answered_for_as_its_exemplar(engine: Engine, mode: str):
-    options = {"mode": mode, "config": PLAIN}
+    options = in_mode(mode, PLAIN)
     for number in COPIED:
         own = engine.search(IMAGES[number], recognition=0.8, **options)
         copy = engine.search(noisy(number), recognition=0.8, **options)
@@ -110,7 +110,7 @@ def test_confidences_are_the_querys_own(engine: Engine, number: int):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_held_out_query_keeps_its_answer(engine: Engine, mode: str):
-    options = {"mode": mode, "config": PLAIN}
+    options = in_mode(mode, PLAIN)
     seen = 0
     for image in IMAGES[200:210]:
         found, without = (engine.search(image, recognition=one, **options) for one in (0.8, False))
@@ -147,7 +147,7 @@ def twice(by_pixels: Classifier) -> Engine:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_of_duplicates_none_is_recognised_and_the_answer_is_close_to_that_without(twice: Engine, mode: str):
-    options = {"mode": mode, "config": PLAIN, "k": 60}
+    options = in_mode(mode, PLAIN) | {"k": 60}
     for number in COPIED:
         found, without = (twice.search(noisy(number), recognition=one, **options) for one in (0.8, False))
         assert {hit.id for hit in found.hits[:2]} == {id_of(2 * number), id_of(2 * number + 1)}
@@ -172,7 +172,7 @@ def test_in_an_index_of_one_exemplar_nothing_is_recognised(by_pixels: Classifier
 @pytest.mark.parametrize("mode", MODES)
 def test_several_queries_are_recognised_as_each_alone(engine: Engine, mode: str):
     images = [noisy(3), IMAGES[200], noisy(12)]
-    options = {"mode": mode, "config": PLAIN, "recognition": 0.8}
+    options = in_mode(mode, PLAIN) | {"recognition": 0.8}
     for image, one in zip(images, engine.search(images, **options), strict=True):
         alone = engine.search(image, **options)
         assert (one.recognised_as, one.recognised_share) == (alone.recognised_as, alone.recognised_share)
@@ -181,7 +181,7 @@ def test_several_queries_are_recognised_as_each_alone(engine: Engine, mode: str)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_only_what_the_filter_leaves_is_recognised(engine: Engine, mode: str):
-    options = {"mode": mode, "config": PLAIN, "recognition": 1.0}
+    options = in_mode(mode, PLAIN) | {"recognition": 1.0}
     for number in COPIED:
         digit = int(LABELS[number])
         assert engine.search(noisy(number), where=f"label = {digit}", **options).recognised_as == id_of(number)
@@ -208,7 +208,7 @@ def test_where_an_approximate_index_finds_fewer_than_two_nothing_is_recognised(b
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_note_tells_of_a_copy_and_of_nothing_else(engine: Engine, mode: str):
-    options = {"mode": mode, "config": PLAIN, "recognition": 0.8}
+    options = in_mode(mode, PLAIN) | {"recognition": 0.8}
     copy = engine.search(noisy(12), **options)
     [note] = copy.notes
     assert note == f"recognised as {id_of(12)}: ranked by what is like that exemplar"
@@ -230,20 +230,19 @@ def test_a_note_tells_of_a_copy_and_of_nothing_else(engine: Engine, mode: str):
 
 
 def test_tmm_recognises_as_its_configuration_says_and_the_others_only_when_asked(engine: Engine):
-    recognising = replace(SHORTLY, recognition=0.8)
     for config, recognition, expected in (
         (PLAIN, None, None),
-        (recognising, None, 0.8),
-        (recognising, 0.9, 0.9),
-        (recognising, False, None),
+        (ROBUST, None, 0.8),
+        (ROBUST, 0.9, 0.9),
+        (ROBUST, False, None),
         (PLAIN, 0.9, 0.9),
         (PLAIN, False, None),
     ):
         result = engine.search(noisy(12), config=config, recognition=recognition)
-        assert result.config == replace(SHORTLY, recognition=expected).to_json()
+        assert result.config == ROBUST.to_json() | {"recognition": expected}
         assert result.recognised_as == (None if expected is None else id_of(12))
         for mode in ("l2", "cosine"):
-            found = engine.search(noisy(12), mode=mode, config=config, recognition=recognition).recognised_as
+            found = engine.search(noisy(12), mode=mode, recognition=recognition).recognised_as
             assert found == (id_of(12) if recognition else None)
     default = engine.search(noisy(12))
     assert default.config == preset("robust").to_json()
@@ -310,7 +309,7 @@ def test_the_command_line_recognises_in_json_in_tables_on_the_page_and_in_the_pi
 
 def test_settings_switch_recognition_of_tmm_on_and_off(work: Path):
     searched = ("search", work / "digits.idx", work / "copy.png", "--preset", "paper", "--candidates", "20", "--json")
-    quick = ("--set", "tuning_min_steps=10", "--set", "trigger_steps=5")
+    quick = ("--set", "head.min_steps=10", "--set", "trigger.steps=5")
     on = ("--set", "recognition=0.9")
     for options, expected in (
         ((), None),

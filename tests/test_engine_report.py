@@ -13,21 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from tests.digits import IMAGES as DIGITS
+from tests.digits import LABELS
 from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.results import Hit, SearchResult
 from tmm_engine.views.report import CELL, MAX_SHEET_PIXELS, MAX_TEXT, write_html, write_png
 
-DIGITS = load_digits()
-IMAGES = np.rint(DIGITS.images * 15.9375).astype(np.uint8)[:, None]  # (1797, 1, 8, 8)
+IMAGES = DIGITS[:, None]  # (1797, 1, 8, 8)
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 HOSTILE = "<script>alert('x')</script>\" onmouseover=\"y & ü\n{{ 7*7 }}"
 
 
 def make_hit(rank: int, *, mode: str = "l2", colour: bool = False) -> Hit:
     image = np.concatenate([IMAGES[rank], IMAGES[rank + 1], IMAGES[rank + 2]]) if colour else IMAGES[rank]
-    label = int(DIGITS.target[rank])
+    label = int(LABELS[rank])
     confidence = 0.75 if mode == "tmm" else None
     return Hit(rank, f"digit-{rank}", label, f"the {label}", False, -1.5 - rank, confidence, {}, image)
 

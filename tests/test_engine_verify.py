@@ -18,7 +18,7 @@ from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
 from tmm_engine.index.store.manifest import CACHE, EXEMPLARS, MANIFEST, MODEL, VERSIONS, Manifest, data_files, digest_of
 from tmm_engine.index.types import ImageShape
-from tmm_engine.rerank import TmmConfig
+from tmm_engine.rerank import GlobalRecipe
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, robust_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.verify import REPAIR, repair_index, verify_index
@@ -33,8 +33,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three versions, a global trigger, a FAISS cache."""
     path = tmp_path_factory.mktemp("verify") / "idx"
     source = ArraySource(IMAGES[:30], LABELS[:30], ids=[f"id {n}" for n in range(30)], metadata={"n": list(range(30))})
-    config = TmmConfig(trigger_steps=5)
-    columns = robust_columns(make_global_trigger(source, CLASSIFIER, config), CLASSIFIER)
+    recipe = GlobalRecipe().with_settings(["trigger.steps=5"])
+    columns = robust_columns(make_global_trigger(source, CLASSIFIER, recipe), CLASSIFIER)
     write_index(source, path, CLASSIFIER, columns=columns, neighbours="HNSW8")
     more = ArraySource(IMAGES[30:], LABELS[30:], ids=[f"id {n}" for n in range(30, N)])
     add_exemplars(path, more, CLASSIFIER)
@@ -126,7 +126,7 @@ def test_a_feature_that_was_damaged_is_computed_again(index, column):
 @pytest.mark.parametrize("column", [GLOBAL_FEATURE, STRETCHED_FEATURE])
 def test_a_column_that_is_not_of_its_images_is_found_though_every_digest_fits(tmp_path, column, monkeypatch):
     source = ArraySource(IMAGES[:20], LABELS[:20])
-    trigger = make_global_trigger(source, CLASSIFIER, TmmConfig(trigger_steps=5))
+    trigger = make_global_trigger(source, CLASSIFIER, GlobalRecipe().with_settings(["trigger.steps=5"]))
     columns = robust_columns(trigger, CLASSIFIER)
     wrong = next(each for each in columns if each.name == column)
     right = wrong.compute

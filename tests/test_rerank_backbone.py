@@ -14,7 +14,7 @@ from tests.configs import changed
 from tests.conftest import SHAPE
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.rerank import TmmConfig, TmmNN
-from tmm_engine.rerank.backbone import Backbone, Precision, TorchBackbone, specialised
+from tmm_engine.rerank.backbone import Backbone, Precision, SpecialisedClassifier, TorchBackbone, specialised
 from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.score import dummy_scores
 from tmm_engine.rerank.settings import Blend, QueryTrigger, Score, TunedHead
@@ -73,6 +73,10 @@ def largest_difference(one: Classifier, other: Classifier, images: Tensor | None
     )
 
 
+def network_of(classifier: Classifier) -> nn.Module:
+    return classifier.backbone.get_submodule("network")
+
+
 def everything_in(module: nn.Module) -> tuple[str, list[tuple[str, bytes, tuple[int, ...], bool]]]:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     found = [(name, value.detach().numpy().tobytes(), value.stride(), value.requires_grad) for name, value in tensors]
@@ -122,6 +126,14 @@ def test_a_classifier_specialised_in_inference_mode_has_gradients(classifier):
     images = images_for(classifier).requires_grad_()
     (gradient,) = torch.autograd.grad(fast.features(images).sum(), images)
     assert gradient.abs().max() > 0.0
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_what_is_specialised_is_not_specialised_again(follows):
+    net = Net(plain if follows else by_keyword)
+    fast = specialised(Classifier.from_module(net, image_shape=SHAPE))
+    assert isinstance(fast, SpecialisedClassifier)
+    assert specialised(fast) is fast
 
 
 # ---- any convolution
@@ -261,7 +273,7 @@ def as_bright_viewed(net: Net, x: Tensor) -> Tensor:
 def test_any_network_stays_the_same_function(net, follows):
     classifier = Classifier.from_module(net, image_shape=SHAPE).double()
     fast = specialised(classifier)
-    assert (fast is not classifier) == follows
+    assert (network_of(fast) is not network_of(classifier)) == follows
     for images in (images_for(classifier, 4), images_for(classifier, 2) * 0.01, images_for(classifier, 1) + 2.0):
         assert largest_difference(classifier, fast, images) < 1e-10
     pixels = torch.arange(2 * 192, dtype=torch.uint8).view(2, *SHAPE)
@@ -350,7 +362,7 @@ def test_features_that_are_not_finite_do_not_count_as_the_same():
     classifier = Classifier.from_module(model, image_shape=SHAPE)
     norm = next(module for module in classifier.backbone.modules() if isinstance(module, nn.BatchNorm2d))
     norm.running_var.fill_(np.nan)
-    assert specialised(classifier) is classifier
+    assert network_of(specialised(classifier)) is network_of(classifier)
 
 
 # ---- a ranking from a pass in bfloat16

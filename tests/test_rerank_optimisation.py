@@ -1,5 +1,7 @@
 """Step 1: triggers lower Eq. 8, stay where they may, and are the same together as alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch

@@ -131,7 +131,7 @@ def info(index: Path | None, *, versions: bool, version: int | None, system: boo
 def demo(out: Path, queries: int) -> None:
     """Train a small model on handwritten digits, index them, and compare tmm, l2 and cosine, clean and darkened.
 
-    Offline: the digits come with scikit-learn. Takes about a minute.
+    Offline: the digits come with this package. Takes about a minute.
 
     \b
     Example:

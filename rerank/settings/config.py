@@ -125,14 +125,11 @@ class TmmConfig:
             InputError: an unknown name, or a value out of range.
         """
         known = {canonical(name): value for name, value in values.items()}
-        config = cls()
-        for stage in KINDS:
-            if stage in known:
-                config = _of_kind(config, stage, known[stage])
+        config = _of_kinds(cls(), {stage: known[stage] for stage in KINDS if stage in known})
         kept = {name: value for name, value in known.items() if name not in KINDS and _place(config, name)}
         if not config.draws:
             kept = {name: value for name, value in kept.items() if not _is_drawn(name)}
-        return _changed(config, kept)
+        return _changed(config, {name: checked(_field(name), value) for name, value in kept.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,23 +210,23 @@ Staged = TypeVar("Staged", TmmConfig, GlobalRecipe)
 
 def _with_settings(owner: Staged, settings: Iterable[str]) -> Staged:
     texts = {canonical(name): text.strip() for name, _, text in (setting.partition("=") for setting in settings)}
-    for stage in KINDS:
-        if stage in texts and isinstance(owner, TmmConfig):
-            owner = _of_kind(owner, stage, texts.pop(stage))
+    if isinstance(owner, TmmConfig):
+        owner = _of_kinds(owner, {stage: texts.pop(stage) for stage in KINDS if stage in texts})
     for name in texts:
         if not _place(owner, name):
             raise InputError(f"{name} has no effect {_why(owner, name)}")
     return _changed(owner, {name: parsed(_field(name), text) for name, text in texts.items()})
 
 
-def _of_kind(config: TmmConfig, stage: str, kind: str) -> TmmConfig:
-    """The configuration with another way to do a stage; what both ways have in common stays."""
-    chosen, old = member(KINDS[stage], kind), getattr(config, stage)
-    way = next(way for way in STAGES[stage] if _kind(way) is chosen)
-    names = [each.name for each in way.settings()]
-    kept = {name: getattr(old, name) for name in names if hasattr(old, name)}
-    # In one step with what no longer has an effect: nothing else would be a configuration.
-    changed: dict[str, Any] = {stage: way(**kept)}
+def _of_kinds(config: TmmConfig, kinds: Mapping[str, str]) -> TmmConfig:
+    """The configuration with other ways to do its stages; what the old and the new way have in common stays."""
+    changed: dict[str, Any] = {}
+    for stage, kind in kinds.items():
+        chosen, old = member(KINDS[stage], kind), getattr(config, stage)
+        way = next(way for way in STAGES[stage] if _kind(way) is chosen)
+        names = [each.name for each in way.settings()]
+        changed[stage] = way(**{name: getattr(old, name) for name in names if hasattr(old, name)})
+    # All in one step, with what no longer has an effect: what is between them may be no configuration.
     if not _draws(changed.get("trigger", config.trigger), changed.get("head", config.head)):
         changed |= {"seed": 0, "sample": Sample()}
     return replace(config, **changed)
