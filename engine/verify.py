@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 from torch import nn
 
+import tmm_engine.rerank.columns  # noqa: F401 - makes the columns known
 from tmm_engine.backends import damaged_graphs
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import is_registered, load_columns
@@ -225,8 +226,9 @@ def _check_features(
     sample: int,
 ) -> None:
     """The features of a random sample against those computed from its images now."""
+    known = [name for name in manifest.columns if is_registered(name)]
     try:
-        columns = load_columns(index, filter(is_registered, manifest.columns), _classifier(index, manifest, model))
+        columns = load_columns(index, known, _classifier(index, manifest, model))
     except IndexStateError as error:
         done.found(str(error), RESTORE)
         return
@@ -236,9 +238,8 @@ def _check_features(
         else:
             done.found(str(error), RESTORE)
         return
-    if len(columns) < len(manifest.columns):
-        unknown = ", ".join(name for name in manifest.columns if not is_registered(name))
-        done.notes.append(f"not computed again, because this program does not know how: {unknown}")
+    if unknown := manifest.columns.keys() - known:
+        done.notes.append(f"not computed again, because this program does not know how: {', '.join(sorted(unknown))}")
     rows = np.sort(np.random.default_rng(0).choice(len(store), min(sample, len(store)), replace=False))
     for part in _parts(rows, forward_batch_size(manifest.image_shape)):
         images = store.images(part).copy()

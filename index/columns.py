@@ -5,7 +5,7 @@ names among those that are `registered`; everything else treats columns as names
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -83,7 +83,7 @@ def is_registered(name: str) -> bool:
     return name in _registered
 
 
-def load_columns(index: Path, names: Iterable[str], classifier: Classifier) -> list[FeatureColumn]:
+def load_columns(index: Path, names: Collection[str], classifier: Classifier) -> list[FeatureColumn]:
     """The columns of an index, in order, ready to compute.
 
     Args:

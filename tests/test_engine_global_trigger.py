@@ -46,7 +46,7 @@ def work(tmp_path_factory) -> Path:
 def test_an_index_says_whether_it_has_one(work):
     for name, expected in (("plain", False), ("global", True), ("mean", True)):
         described = json.loads(run("info", work / f"{name}.idx", "--json").stdout)
-        assert described["global_trigger"] is expected
+        assert ("global_feature" in described["columns"]) is expected
         assert (work / f"{name}.idx" / GLOBAL_TRIGGER).exists() is expected
 
 
