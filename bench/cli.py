@@ -151,7 +151,7 @@ def reliability(*, as_json: bool, **options: int) -> None:
       engine bench reliability --json
       engine bench reliability --trials 10 --cases 70 --searches 50 --rows 200
     """
-    from tmm_engine.bench.reliability import ReliabilityBench, print_reliability
+    from tmm_engine.bench.reliability.bench import ReliabilityBench, print_reliability
     from tmm_engine.cli.display import progress_bar
 
     with progress_bar() as progress:

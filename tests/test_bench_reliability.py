@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tmm_engine.bench import faults, hostile
-from tmm_engine.bench.faults import Plan
-from tmm_engine.bench.reliability import Reliability, ReliabilityBench, print_reliability
-from tmm_engine.bench.reliability_surroundings import CONTENT, KINDS, NOT_MOUNTED, Attempt, Skipped, outcome_of
+from tmm_engine.bench.reliability import faults, hostile
+from tmm_engine.bench.reliability.bench import Reliability, ReliabilityBench, print_reliability
+from tmm_engine.bench.reliability.faults import Plan
+from tmm_engine.bench.reliability.surroundings import CONTENT, KINDS, NOT_MOUNTED, Attempt, Skipped, outcome_of
 from tmm_engine.index.errors import IndexStateError, TmmEngineError
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest

@@ -1,4 +1,4 @@
-"""What `bench.reliability` does to an index, in processes of its own that may die: changes, damage, hostile input."""
+"""What the reliability bench does to an index, in processes of its own that may die: changes, damage, hostile input."""
 
 import gc
 import os

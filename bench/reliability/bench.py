@@ -17,9 +17,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from tmm_engine.bench import faults, hostile
-from tmm_engine.bench.faults import Content, Plan
-from tmm_engine.bench.reliability_surroundings import Attempts, Skipped, clocks, full_disks, permissions, read_only
+from tmm_engine.bench.reliability import faults, hostile
+from tmm_engine.bench.reliability.faults import Content, Plan
+from tmm_engine.bench.reliability.surroundings import Attempts, Skipped, clocks, full_disks, permissions, read_only
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.building import write_index
@@ -120,7 +120,9 @@ class ReliabilityBench:
         self._random = random.Random(seed)
         self._progress = progress
         self._context: ForkServerContext = get_context("forkserver")
-        self._context.set_forkserver_preload(["torch._dynamo", "tmm_engine.bench.faults", "tmm_engine.bench.hostile"])
+        self._context.set_forkserver_preload(
+            ["torch._dynamo", "tmm_engine.bench.reliability.faults", "tmm_engine.bench.reliability.hostile"]
+        )
         self.result = Reliability()
 
     def run(self) -> Reliability:

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import torch
 
-from tmm_engine.bench import faults
-from tmm_engine.bench.faults import Content, Plan
+from tmm_engine.bench.reliability import faults
+from tmm_engine.bench.reliability.faults import Content, Plan
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.store import building, commit
 from tmm_engine.index.store.building import write_index
