@@ -127,12 +127,11 @@ def test_features_move_on_the_line_between_the_two(query, exemplar, part):
 def test_by_l2_it_is_the_ratio_of_distances_in_units_of_the_querys_length(features, scores, threshold, further):
     nearest = [(number + 7, -distance) for number, distance in enumerate([*scores, *further])]
     found = recognise_nearest(features, nearest, metric=Metric.L2, threshold=threshold)
-    length = float(np.linalg.norm(features.numpy())) or 1.0
-    first, second = (max(ROUNDING, distance / length) for distance in scores)
+    length = float(features.norm()) or 1.0  # of features that are zero any unit will do
+    first, second = (distance / length for distance in scores)
     assert found is not None
-    assert found.row == 7
-    assert found.ratio == pytest.approx(first / second, rel=1e-5)
-    assert found.share == Recognised.nearest(7, (found.ratio, 1.0), threshold=threshold).share
+    assert found.ratio == max(ROUNDING, first) / max(ROUNDING, second)
+    assert found == Recognised.nearest(7, (first, second), threshold=threshold)
 
 
 @settings(deadline=None)
