@@ -20,10 +20,11 @@ class Timings:
         """Time what happens inside, for the queries at these positions; None is all."""
         start = time.perf_counter()
         yield
+        seconds = time.perf_counter() - start
         served = range(len(self._seconds)) if queries is None else queries
         for position in served:
             own = self._seconds[position]
-            own[name] = own.get(name, 0.0) + (time.perf_counter() - start) / len(served)
+            own[name] = own.get(name, 0.0) + seconds / len(served)
 
     def of(self, query: int) -> dict[str, float]:
         """The steps of the query at a position, in the order in which they began."""

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from tests.configs import changed
 from tests.robust import HEADS, OWN, RECIPE, ROBUST, N, by_row, store_with
+from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank import TmmNN
@@ -21,7 +22,7 @@ from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.rerank.contrast import stretch_contrast
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
-from tmm_engine.rerank.recognise import ROUNDING, Recognised, chord
+from tmm_engine.rerank.recognise import ROUNDING, Recognised, chord, recognise_nearest
 from tmm_engine.rerank.reference import reference_discriminant_scores
 from tmm_engine.rerank.score import dummy_scores
 from tmm_engine.rerank.settings import MIN_RECOGNITION, Score
@@ -111,6 +112,45 @@ def test_features_move_on_the_line_between_the_two(query, exemplar, part):
     pairs = Recognised(0, 0.3, part).moved(torch.stack([query, exemplar]), torch.stack([exemplar, query]))
     assert torch.equal(pairs[0], moved(part))
     assert pairs.dtype == query.dtype
+
+
+# ---- by plain neighbours
+
+
+@settings(deadline=None)
+@given(
+    features=FEATURES,
+    scores=st.tuples(st.floats(0.0, 100.0), st.floats(0.0, 100.0)).map(sorted),
+    threshold=THRESHOLDS,
+    further=st.lists(st.floats(100.0, 200.0), max_size=3),
+)
+def test_by_l2_it_is_the_ratio_of_distances_in_units_of_the_querys_length(features, scores, threshold, further):
+    nearest = [(number + 7, -distance) for number, distance in enumerate([*scores, *further])]
+    found = recognise_nearest(features, nearest, metric=Metric.L2, threshold=threshold)
+    length = float(features.norm()) or 1.0  # of features that are zero any unit will do
+    first, second = (distance / length for distance in scores)
+    assert found is not None
+    assert found.ratio == max(ROUNDING, first) / max(ROUNDING, second)
+    assert found == Recognised.nearest(7, (first, second), threshold=threshold)
+
+
+@settings(deadline=None)
+@given(
+    features=FEATURES,
+    cosines=st.tuples(st.floats(-1.0, 1.0), st.floats(-1.0, 1.0)).map(lambda pair: sorted(pair, reverse=True)),
+    threshold=THRESHOLDS,
+)
+def test_by_cosine_similarity_it_is_the_ratio_of_chords_whatever_the_length(features, cosines, threshold):
+    nearest = [(5, cosines[0]), (2, cosines[1]), (9, -1.0)]
+    found = recognise_nearest(features, nearest, metric=Metric.COSINE, threshold=threshold)
+    assert found == Recognised.nearest(5, (chord(cosines[0]), chord(cosines[1])), threshold=threshold)
+    assert found == recognise_nearest(3.0 * features, nearest[:2], metric=Metric.COSINE, threshold=threshold)
+
+
+@pytest.mark.parametrize("metric", Metric)
+@pytest.mark.parametrize("nearest", [[], [(3, 0.0)]])
+def test_of_fewer_than_two_neighbours_none_is_recognised(metric, nearest):
+    assert recognise_nearest(torch.ones(5), nearest, metric=metric, threshold=0.8) is None
 
 
 # ---- what is found
