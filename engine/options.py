@@ -2,12 +2,22 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import NoneType
 from typing import Literal, TypedDict
 
 import numpy as np
 
 from tmm_engine.index.errors import InputError, member
-from tmm_engine.rerank.settings import DEFAULT_PRESET, ClosedForm, IndexTrigger, Rank, TmmConfig, View, preset
+from tmm_engine.rerank.settings import (
+    DEFAULT_PRESET,
+    ClosedForm,
+    FixedPatch,
+    IndexTrigger,
+    Rank,
+    TmmConfig,
+    View,
+    preset,
+)
 
 
 class Mode(StrEnum):
@@ -82,6 +92,10 @@ class SearchOptions:
     where: str | None = None
 
     def __post_init__(self) -> None:
+        for name, (kinds, expected) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (name == "label" and isinstance(value, bool)):
+                raise InputError(f"{name}: expected {expected}, got {value!r}")
         object.__setattr__(self, "mode", member(Mode, self.mode))
         object.__setattr__(self, "k", _positive("k", self.k))
         if self.candidates is not None:
@@ -122,20 +136,30 @@ class SearchOptions:
             raise InputError("prefilter has no effect without candidates: say how many, or leave it out")
         if self.mode != Mode.TMM:
             for name in ("candidates", "config", "label", "together"):
-                if getattr(self, name) not in (None, False):
+                value = getattr(self, name)
+                if value is not None and value is not False:  # the label 0 is one
                     raise InputError(f"{name} has no effect in mode {str(self.mode)!r}: leave it out, or search by tmm")
             return
         config = self._configured
-        if self.together and isinstance(config.trigger, IndexTrigger):
+        if self.together and isinstance(config.trigger, IndexTrigger | FixedPatch):
             raise InputError(
-                "together has no effect with the index's trigger (trigger=global): nothing is optimised for a query; "
-                "leave it out"
+                f"together has no effect with trigger={config.trigger.kind}: nothing is optimised for a query; leave "
+                f"it out, or search with the queries' own triggers (the preset 'paper', or trigger=query)"
             )
         if self.label is not None and isinstance(config.head, ClosedForm):
             raise InputError(
                 "label has no effect with a head in closed form (head=discriminant), which looks at no labels; leave "
                 "it out"
             )
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "config": ((TmmConfig, str, NoneType), "a preset's name or a TmmConfig"),
+    "label": ((int, np.integer, NoneType), "a class index"),
+    "together": ((bool, np.bool_), "True or False"),
+    "stretch": ((bool, NoneType), "True, False or None"),
+    "where": ((str, NoneType), "a condition in SQL"),
+}
 
 
 def _positive(name: str, value: int) -> int:

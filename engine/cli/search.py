@@ -19,8 +19,17 @@ if TYPE_CHECKING:
     from tmm_engine.results import FailedQuery, SearchResult
 
 
-OF_TMM = ("candidates", "prefilter", "preset", "settings", "seed", "together")
-DEFAULTS = {"precision": "fp32", "backend": "auto"}
+OF_TMM = {
+    "candidates": None,
+    "prefilter": None,
+    "preset": None,
+    "settings": (),
+    "seed": None,
+    "together": False,
+    "precision": "fp32",
+    "backend": "auto",
+}
+"""What is of mode tmm alone, and its value where it was not given."""
 FLAGS = {"settings": "set"}
 
 
@@ -112,6 +121,9 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
 
     if not (images or options["ids"] or options["source"]):
         raise click.UsageError("no query: give image files or folders, --id, or --source")
+    for name in ("split", "root"):
+        if options[name] is not None and not options["source"]:
+            raise click.UsageError(f"--{name} has no effect without --source")
     for path in (options["html"], options["png"]):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: its folder does not exist; create it first")
@@ -142,12 +154,9 @@ def _asked(options: dict[str, Any]) -> "list[SearchOptions]":
     """The options of a search in each mode; those of one mode are refused where only others are asked for."""
     from tmm_engine.options import SearchOptions
 
-    by_tmm = {name: options[name] for name in OF_TMM if options[name] not in (None, (), False)}
-    for name in ("precision", "backend"):
-        if options[name] != DEFAULTS[name]:
-            by_tmm[name] = options[name]
-    if by_tmm and "tmm" not in options["modes"]:
-        flag = f"--{FLAGS.get(next(iter(by_tmm)), next(iter(by_tmm)))}"
+    given = [name for name, default in OF_TMM.items() if options[name] != default]
+    if given and "tmm" not in options["modes"]:
+        flag = f"--{FLAGS.get(given[0], given[0])}"
         raise click.UsageError(f"{flag} has no effect with --mode {','.join(options['modes'])}: it is an option of tmm")
     shared = {name: options[name] for name in ("k", "stretch", "recognition", "where")}
     tmm = {name: options[name] for name in ("candidates", "prefilter", "together")} | {"config": _config(options)}
@@ -161,7 +170,7 @@ def _config(options: dict[str, Any]) -> "TmmConfig":
     seed = [] if options["seed"] is None else [f"seed={options['seed']}"]
     config = preset(options["preset"] or DEFAULT_PRESET).with_settings([*options["settings"], *seed])
     for name in ("precision", "backend"):
-        if isinstance(config.trigger, IndexTrigger) and options[name] != DEFAULTS[name]:
+        if isinstance(config.trigger, IndexTrigger) and options[name] != OF_TMM[name]:
             raise click.UsageError(
                 f"--{name} has no effect with the index's trigger (trigger=global): no exemplar passes the network, "
                 f"its features are stored"
