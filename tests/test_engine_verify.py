@@ -26,6 +26,7 @@ from tmm_engine.verify import REPAIR, repair_index, verify_index
 CLASSIFIER = classifier_of(network())
 N = 40
 IMAGES, LABELS = tiny_arrays(1, N)
+FEATURES = ("feature", GLOBAL_FEATURE, STRETCHED_FEATURE)
 
 
 @pytest.fixture(scope="module")
