@@ -37,8 +37,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         for left in (written, replaced):
             if left.is_dir():
                 shutil.rmtree(left)
-            else:
-                left.unlink(missing_ok=True)
+            elif left.exists():
+                left.unlink()
 
 
 def _exchange(written: Path, target: Path, replaced: Path) -> None:

@@ -28,6 +28,7 @@ CLASSIFIER = classifier_of(network())
 N = 40
 FEATURES = (FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE)
 IMAGES, LABELS = tiny_arrays(1, N)
+FEATURES = ("feature", GLOBAL_FEATURE, STRETCHED_FEATURE)
 
 
 @pytest.fixture(scope="module")
