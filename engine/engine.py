@@ -20,6 +20,7 @@ from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact,
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.index.store.target import locked
+from tmm_engine.index.store.where import shortened
 from tmm_engine.index.types import ImageLike
 from tmm_engine.opening import Opening, index_in_memory
 from tmm_engine.options import SearchKeywords, SearchOptions
@@ -229,6 +230,8 @@ class Engine:
         everything = self._snapshot  # `refresh` in another thread does not reach it
         current = everything if asked.where is None else self._filtered(everything, asked.where)
         items = query if isinstance(query, list) else [query]
+        if not items:
+            return []
         queries = [_query(item, everything, position) for position, item in enumerate(items)]
         results = current.search(queries, asked, progress, of=everything)
         return results if isinstance(query, list) else results[0]
@@ -393,6 +396,12 @@ class Engine:
         return [answer for query in queries for answer in self._each([query], options, progress)]
 
     def _on_disk(self, why: str = "has one version and stays as it is") -> tuple[Path, Opening]:
+        snapshot = self._snapshot
+        if snapshot.where is not None:
+            raise InputError(
+                f"this engine shows what {shortened(snapshot.where)} leaves of an index: change or refresh the one "
+                f"that it came from"
+            )
         if self.path is None or self._opening is None:
             raise InputError(f"an index in memory {why}; build one on disk")
         return self.path, self._opening

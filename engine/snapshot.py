@@ -39,6 +39,7 @@ class Snapshot:
         global_trigger: The index's, if it has one.
         manifest: Of the version; None in memory.
         path: The index's folder; None in memory.
+        where: The filter that has narrowed it, if one has.
     """
 
     classifier: Classifier
@@ -49,6 +50,7 @@ class Snapshot:
     global_trigger: GlobalTrigger | None = None
     manifest: Manifest | None = None
     path: Path | None = None
+    where: str | None = None
 
     @classmethod
     def of(
@@ -123,7 +125,7 @@ class Snapshot:
         if len(rows) == 0:
             raise InputError(f"no exemplar matches {shortened(where)}")
         store = Subset(self.store, rows)
-        return replace(self, store=store, searcher=self.searcher.over(store), rows=_rows(store))
+        return replace(self, store=store, searcher=self.searcher.over(store), rows=_rows(store), where=where)
 
     def exemplar(self, id_: str) -> Query:
         """A stored exemplar as a query, by its id.

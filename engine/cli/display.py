@@ -1,9 +1,11 @@
 """What a person sees in a terminal: progress on stderr, tables on stdout."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -16,6 +18,7 @@ from tmm_engine.index.progress import Progress
 from tmm_engine.results import FailedQuery, SearchResult
 
 FALLBACK_WIDTH = 120  # of a table that is not printed to a terminal
+LOG_SECONDS = 30.0  # between two lines of progress in a log file
 
 
 class _RateColumn(ProgressColumn):
@@ -26,9 +29,44 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f}/s", style="progress.data.speed")
 
 
+class ProgressLog:
+    """A `Progress` for a log file: of a step that takes long a line now and then, and one when it ends.
+
+    Args:
+        write: Takes a line.
+        clock: Seconds, from any start.
+    """
+
+    def __init__(self, write: Callable[[str], object], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._step, self._done, self._started, self._written = "", 0, 0.0, 0.0
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """As `Progress`."""
+        now = self._clock()
+        if step != self._step or done < self._done:  # another step, or a new round of the same
+            self._step, self._started, self._written = step, now, now
+        self._done = done
+        ended = done == total and self._written > self._started
+        if ended or now - self._written >= LOG_SECONDS:
+            rate = done / max(now - self._started, 1e-9)
+            self._write(f"{step}: {done:,} of {total:,}, {rate:,.3g}/s")
+            self._written = now
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A `Progress` that draws one bar a step on stderr, and removes them at the end."""
+    """A `Progress` that draws one bar a step on stderr, and removes them at the end; in a log file it writes lines."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with _bars(console) as progress:
+            yield progress
+    else:
+        yield ProgressLog(lambda line: click.echo(line, err=True))
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,7 +74,7 @@ def progress_bar() -> Iterator[Progress]:
         _RateColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with RichProgress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(step: str, done: int, total: int) -> None:

@@ -1,0 +1,39 @@
+"""What a log file shows of long work: a line now and then, and one when a step ends; nothing of short steps."""
+
+from tmm_engine.cli.display import LOG_SECONDS, ProgressLog, progress_bar
+
+
+def lines_of(*calls: tuple[float, str, int, int]) -> list[str]:
+    """The lines after calls at the given seconds."""
+    lines: list[str] = []
+    times = iter([seconds for seconds, *_ in calls])
+    log = ProgressLog(lines.append, clock=lambda: next(times))
+    for _, step, done, total in calls:
+        log(step, done, total)
+    return lines
+
+
+def test_short_steps_are_not_logged():
+    assert lines_of((0, "reading", 1, 2), (1, "reading", 2, 2), (2, "building", 1, 1), (3, "building", 1, 1)) == []
+
+
+def test_long_steps_have_a_line_now_and_then_and_one_at_their_end():
+    often = [(float(second), "building", second, 100) for second in range(101)]
+    assert lines_of(*often) == [
+        "building: 30 of 100, 1/s",
+        "building: 60 of 100, 1/s",
+        "building: 90 of 100, 1/s",
+        "building: 100 of 100, 1/s",
+    ]
+
+
+def test_a_new_round_of_a_step_starts_its_own_clock():
+    calls = [(0, "pass", 5, 10), (LOG_SECONDS - 1, "pass", 10, 10), (LOG_SECONDS, "pass", 1, 10), (50, "pass", 10, 10)]
+    assert lines_of(*calls) == []
+
+
+def test_where_there_is_no_terminal_progress_is_a_log(capsys):
+    with progress_bar() as progress:
+        assert isinstance(progress, ProgressLog)
+        progress("searching", 1, 1)
+    assert capsys.readouterr().err == ""
