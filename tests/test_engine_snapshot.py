@@ -8,8 +8,8 @@ import pytest
 
 from tests.digits import IMAGES, LABELS, make_classifier
 from tests.modes import MODES, in_mode, quick
-from tmm_engine import Engine
-from tmm_engine.index import ArraySource, Classifier, InputError, MemoryStore, build_index
+from tmm_engine import Engine, build_index
+from tmm_engine.index import ArraySource, Classifier, InputError, MemoryStore
 from tmm_engine.snapshot import Snapshot
 
 N = 60
@@ -28,7 +28,7 @@ def digits(start: int, stop: int) -> ArraySource:
 
 @pytest.fixture
 def index(tmp_path: Path, classifier: Classifier) -> Path:
-    build_index(digits(0, N), tmp_path / "digits.idx", classifier)
+    build_index(digits(0, N), tmp_path / "digits.idx", classifier, global_trigger=None)
     return tmp_path / "digits.idx"
 
 
@@ -165,3 +165,17 @@ def test_the_last_filter_is_kept_and_never_another_versions(index: Path, monkeyp
         engine.delete(ids=["0003"])
         assert ids(engine, where="id < '0010'") == [id_ for id_ in first if id_ != "0003"]
         assert made[3:] == ["id < '0010'"]
+
+
+def test_what_a_filter_left_cannot_be_changed_or_refreshed(index: Path):
+    with Engine.open(index, device="cpu") as engine:
+        narrowed = engine.matching("label = 3")
+        for change in (narrowed.refresh, narrowed.compact, narrowed.versions, lambda: narrowed.delete(ids=["0000"])):
+            with pytest.raises(InputError, match="'label = 3' leaves of an index"):
+                change()
+        assert len(engine) == N
+
+
+def test_an_empty_list_has_an_empty_answer(index: Path):
+    with Engine.open(index, device="cpu") as engine:
+        assert engine.search([]) == engine.search([], mode="l2") == engine.search_each([]) == []
