@@ -119,7 +119,7 @@ def variants_of(base: Method, settings: Sequence[str] | None, *, exemplars: int)
             ]
             continue
         for value in VALUES[setting]:
-            method = Method.parse(f"{base.name},{setting}={value}{_steps(config, setting, value)}")
+            method = base.varied(f"{setting}={value}", *_steps(config, setting, value))
             if method.config != config:
                 chosen = _config_of(method).to_json()[canonical(setting)]
                 variants.append(Variant(setting, "none" if chosen is None else chosen, method))
@@ -232,9 +232,8 @@ def _config_of(method: Method) -> TmmConfig:
     return method.config
 
 
-def _steps(config: TmmConfig, setting: str, value: str) -> str:
+def _steps(config: TmmConfig, setting: str, value: str) -> tuple[str, ...]:
     """The setting that a number of epochs brings with it."""
-    if setting != "tuning_epochs":
-        return ""
-    assert isinstance(config.head, TunedHead)  # else the setting was refused
-    return f",tuning_min_steps={config.head.min_steps * int(value) // max(config.head.epochs, 1)}"
+    if setting != "tuning_epochs" or not isinstance(config.head, TunedHead):
+        return ()
+    return (f"tuning_min_steps={config.head.min_steps * int(value) // max(config.head.epochs, 1)}",)

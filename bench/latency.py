@@ -86,7 +86,7 @@ class Latency:
         self._wait()
         seconds = time.perf_counter() - start
         rankings = result if isinstance(result, list) else [result]
-        trigger = sum(ranking.timings["trigger"] for ranking in rankings if isinstance(ranking, Ranking))
+        trigger = sum((ranking.timings["trigger"] for ranking in rankings if isinstance(ranking, Ranking)), 0.0)
         self.records.append(Record(path, exemplars, seconds, trigger))
         return result
 

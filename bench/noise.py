@@ -6,7 +6,7 @@ only: give each query a seed of its own, or all of them get the same noise.
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -24,41 +24,54 @@ Image = Float32[np.ndarray, "c h w"]
 
 
 class Family(StrEnum):
-    """Kinds of perturbations, and what their level means."""
+    """Kinds of perturbations; `FAMILIES` says what each does."""
 
-    CLEAN = "clean"  # the query as it is; level 0
-    BRIGHTNESS = "brightness"  # x · level
-    GAUSSIAN = "gaussian"  # x + δ, ‖δ‖₂ = level after clipping
-    CONTRAST = "contrast"  # mean + (x − mean) · level
-    BLUR = "blur"  # Gaussian; the level is σ in pixels
-    JPEG = "jpeg"  # the level is Pillow's quality
-    SHIFT = "shift"  # by so many pixels up, down, left or right, the edge repeated
-    PGD = "pgd"  # x + δ, ‖δ‖₂ ≤ level, that moves φ(x) far: one for all methods
-    ADAPTIVE = "adaptive"  # x + δ, ‖δ‖₂ ≤ level, that moves far what a method ranks by: one for each method
+    CLEAN = "clean"
+    BRIGHTNESS = "brightness"
+    GAUSSIAN = "gaussian"
+    CONTRAST = "contrast"
+    BLUR = "blur"
+    JPEG = "jpeg"
+    SHIFT = "shift"
+    PGD = "pgd"
+    ADAPTIVE = "adaptive"
 
 
-LEVELS: dict[Family, tuple[float, ...]] = {
-    Family.CLEAN: (0.0,),
-    Family.BRIGHTNESS: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
-    Family.GAUSSIAN: (0.5, 1.0, 2.5, 5.0),
-    Family.CONTRAST: (0.8, 0.6, 0.4, 0.2),
-    Family.BLUR: (0.5, 1.0, 2.0),
-    Family.JPEG: (75.0, 50.0, 25.0, 10.0),
-    Family.SHIFT: (1.0, 2.0, 4.0),
-    Family.PGD: (0.25, 0.5, 1.0, 2.5),
-    Family.ADAPTIVE: (0.5, 1.0),
-}
-"""The levels a benchmark uses unless told otherwise, from mild to strong."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """What is random in a perturbation, and what an attack moves."""
 
-LIMITS: dict[Family, tuple[float, float]] = dict.fromkeys(Family, (0.0, math.inf)) | {
-    Family.CLEAN: (0.0, 0.0),
-    Family.BRIGHTNESS: (0.0, 1.0),
-    Family.CONTRAST: (0.0, 1.0),
-    Family.JPEG: (1.0, 100.0),
-}
-"""The smallest and the largest level, both included."""
+    seed: int
+    embedding: Embedding | None
 
-WHOLE = (Family.JPEG, Family.SHIFT)
+    def generator(self, family: Family) -> np.random.Generator:
+        """The family's own, for this seed."""
+        return np.random.default_rng([self.seed, *family.encode()])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Noise:
+    """All there is to a family of perturbations.
+
+    Attributes:
+        change: The perturbed image, from image, level and draw; it may leave [0, 1] by rounding.
+        levels: From mild to strong, as a benchmark uses them unless told otherwise.
+        limits: The smallest and the largest level, both included.
+        whole: Whether levels are whole numbers.
+        title: For people.
+        axis: What the level is.
+        clean: The level that changes nothing, if there is one.
+        falling: Whether smaller levels are stronger.
+    """
+
+    change: Callable[[Image, float, Draw], Image]
+    levels: tuple[float, ...]
+    limits: tuple[float, float] = (0.0, math.inf)
+    whole: bool = False
+    title: str
+    axis: str
+    clean: float | None = 0.0
+    falling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,7 @@ class Perturbation:
 
     Attributes:
         family: What is done.
-        level: How much; its meaning and range are the family's (`Family`, `LIMITS`).
+        level: How much; its meaning and range are the family's (`FAMILIES`).
 
     Raises:
         InputError: a level out of the family's range, or not whole where it must be.
@@ -77,8 +90,8 @@ class Perturbation:
     level: float
 
     def __post_init__(self) -> None:
-        low, high = LIMITS[self.family]
-        whole = self.family in WHOLE
+        own = FAMILIES[self.family]
+        (low, high), whole = own.limits, own.whole
         if not (math.isfinite(self.level) and low <= self.level <= high and (not whole or self.level % 1 == 0)):
             raise InputError(
                 f"{self.family}: expected a finite {'whole ' if whole else ''}level in [{low:g}, {high:g}], "
@@ -111,27 +124,7 @@ class Perturbation:
                 nor 3 channels; an attack without an embedding.
         """
         _check(image)
-        generator = _generator(self.family, seed)
-        match self.family:
-            case Family.CLEAN:
-                perturbed = image
-            case Family.BRIGHTNESS:
-                perturbed = image * np.float32(self.level)
-            case Family.GAUSSIAN:
-                perturbed = _moved(image, _gaussian_direction(image, seed), norm=self.level)
-            case Family.CONTRAST:
-                mean = np.float32(image.mean(dtype=np.float64))
-                perturbed = mean + (image - mean) * np.float32(self.level)
-            case Family.BLUR:
-                perturbed = gaussian_filter(image, (0, self.level, self.level), mode="nearest")
-            case Family.JPEG:
-                perturbed = _jpeg(image, quality=int(self.level))
-            case Family.SHIFT:
-                perturbed = _shifted(image, generator, pixels=int(self.level))
-            case Family.PGD | Family.ADAPTIVE:
-                if embedding is None:
-                    raise InputError(f"{self.family}: expected what to move, got nothing (pass embedding=)")
-                perturbed = pgd(image, _generator(Family.PGD, seed), embedding, bound=self.level)
+        perturbed = FAMILIES[self.family].change(image, self.level, Draw(seed, embedding))
         return np.clip(perturbed, 0, 1)  # rounding may have left the range
 
 
@@ -142,13 +135,13 @@ def standard_perturbations(
 
     Args:
         families: What is done.
-        levels: Instead of the family's `LEVELS`.
+        levels: Instead of the family's own.
 
     Raises:
         InputError: a level that its family does not have.
     """
-    chosen = {**LEVELS, **(levels or {})}
-    return [Perturbation(family, level) for family in families for level in chosen[family]]
+    own = levels or {}
+    return [Perturbation(family, level) for family in families for level in own.get(family, FAMILIES[family].levels)]
 
 
 def parse(text: str) -> Perturbation:
@@ -173,12 +166,19 @@ def gaussian_reach(image: Image, *, seed: int) -> float:
     return float(np.linalg.norm(_room(image, _gaussian_direction(image, seed))))
 
 
-def _generator(family: Family, seed: int) -> np.random.Generator:
-    return np.random.default_rng([seed, *family.encode()])
-
-
 def _gaussian_direction(image: Image, seed: int) -> Float64[np.ndarray, "c h w"]:
-    return _generator(Family.GAUSSIAN, seed).standard_normal(image.shape)
+    return Draw(seed, None).generator(Family.GAUSSIAN).standard_normal(image.shape)
+
+
+def _with_contrast(image: Image, factor: float) -> Image:
+    mean = np.float32(image.mean(dtype=np.float64))
+    return mean + (image - mean) * np.float32(factor)
+
+
+def _attacked(image: Image, bound: float, draw: Draw) -> Image:
+    if draw.embedding is None:
+        raise InputError("expected what an attack moves, got nothing (pass embedding=)")
+    return pgd(image, draw.generator(Family.PGD), draw.embedding, bound=bound)
 
 
 def _check(image: Image) -> None:
@@ -234,3 +234,70 @@ def _shifted(image: Image, generator: np.random.Generator, *, pixels: int) -> Im
     rows = np.clip(np.arange(height) - down, 0, height - 1)
     columns = np.clip(np.arange(width) - right, 0, width - 1)
     return image[:, rows[:, None], columns]
+
+
+FAMILIES: dict[Family, Noise] = {
+    Family.CLEAN: Noise(  # the query as it is
+        change=lambda image, level, draw: image, levels=(0.0,), limits=(0.0, 0.0), title="Clean", axis="none"
+    ),
+    Family.BRIGHTNESS: Noise(  # x · level
+        change=lambda image, level, draw: image * np.float32(level),
+        levels=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1),
+        limits=(0.0, 1.0),
+        title="Brightness",
+        axis="brightness factor",
+        clean=1.0,
+        falling=True,
+    ),
+    Family.GAUSSIAN: Noise(  # x + δ, ‖δ‖₂ = level after clipping
+        change=lambda image, level, draw: _moved(image, _gaussian_direction(image, draw.seed), norm=level),
+        levels=(0.5, 1.0, 2.5, 5.0),
+        title="Gaussian noise",
+        axis="L2 norm of the noise",
+    ),
+    Family.CONTRAST: Noise(  # mean + (x − mean) · level
+        change=lambda image, level, draw: _with_contrast(image, level),
+        levels=(0.8, 0.6, 0.4, 0.2),
+        limits=(0.0, 1.0),
+        title="Contrast",
+        axis="contrast factor",
+        clean=1.0,
+        falling=True,
+    ),
+    Family.BLUR: Noise(
+        change=lambda image, level, draw: gaussian_filter(image, (0, level, level), mode="nearest"),
+        levels=(0.5, 1.0, 2.0),
+        title="Gaussian blur",
+        axis="σ in pixels",
+    ),
+    Family.JPEG: Noise(  # Pillow's quality
+        change=lambda image, level, draw: _jpeg(image, quality=int(level)),
+        levels=(75.0, 50.0, 25.0, 10.0),
+        limits=(1.0, 100.0),
+        whole=True,
+        title="JPEG compression",
+        axis="JPEG quality",
+        clean=None,
+        falling=True,
+    ),
+    Family.SHIFT: Noise(  # up, down, left or right, the edge repeated
+        change=lambda image, level, draw: _shifted(image, draw.generator(Family.SHIFT), pixels=int(level)),
+        levels=(1.0, 2.0, 4.0),
+        whole=True,
+        title="Shift",
+        axis="shift in pixels",
+    ),
+    Family.PGD: Noise(  # x + δ, ‖δ‖₂ ≤ level, that moves φ(x) far: one for all methods
+        change=_attacked,
+        levels=(0.25, 0.5, 1.0, 2.5),
+        title="Adversarial (PGD on features)",
+        axis="bound on the L2 norm",
+    ),
+    Family.ADAPTIVE: Noise(  # … that moves far what a method ranks by: one for each method
+        change=_attacked,
+        levels=(0.5, 1.0),
+        title="Adaptive (PGD on what the method ranks by)",
+        axis="bound on the L2 norm",
+    ),
+}
+"""What each family does. A family is added here, and to `Family`; nothing else knows one."""

@@ -277,10 +277,10 @@ def parse_methods(text: str) -> "list[Method]":
 
 def parse_perturbations(families: str, levels: tuple[str, ...]) -> "list[Perturbation]":
     """Of --families and --levels."""
-    from tmm_engine.bench.noise import LEVELS, Family, standard_perturbations
+    from tmm_engine.bench.noise import Family, standard_perturbations
 
     chosen = [member(Family, name.strip()) for name in families.split(",")]
-    own = dict(LEVELS)
+    own: dict[Family, tuple[float, ...]] = {}
     for text in levels:
         name, _, values = text.partition("=")
         try:

@@ -1,12 +1,13 @@
 """What the report says of each benchmark: its records as tables and panels."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tmm_engine.bench.noise import FAMILIES, Family, Noise
 from tmm_engine.bench.plots import BASELINES, Curve, Panel, draw_panels
 from tmm_engine.bench.records import Record, Records
 from tmm_engine.bench.statistics import bootstrap_interval, by_query, paired_difference, share_at_least
@@ -16,34 +17,6 @@ GRID_POINTS = 200  # of a curve over radii
 FIG3 = ("brightness", "gaussian")
 SEED = "seed"  # a "radius" that is a control: the share of other seeds that change the top k
 
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """How the levels of a family of perturbations are drawn.
-
-    Attributes:
-        title: The family's name in full.
-        label: What its level is.
-        clean: The level that changes nothing, if there is one.
-        falling: Whether smaller levels are stronger.
-    """
-
-    title: str
-    label: str
-    clean: float | None
-    falling: bool = False
-
-
-FAMILIES = {
-    "brightness": Axis("Brightness", "brightness factor", 1.0, falling=True),
-    "gaussian": Axis("Gaussian noise", "L2 norm of the noise", 0.0),
-    "contrast": Axis("Contrast", "contrast factor", 1.0, falling=True),
-    "blur": Axis("Gaussian blur", "σ in pixels", 0.0),
-    "jpeg": Axis("JPEG compression", "JPEG quality", None, falling=True),
-    "shift": Axis("Shift", "shift in pixels", 0.0),
-    "pgd": Axis("Adversarial (PGD on features)", "bound on the L2 norm", 0.0),
-    "adaptive": Axis("Adaptive (PGD on what the method ranks by)", "bound on the L2 norm", 0.0),
-}
 
 KINDS = {  # of a radius -> title, unit
     "gaussian": ("Gaussian noise", "L2 norm of the change in pixels"),
@@ -109,7 +82,7 @@ def _robustness(run: Run, sheet: Sheet) -> list[str]:
             }
             for (level, method), cell in grouped(group, "level", "method").items()
         ]
-        blocks += folded(_axis(family).title, table(rows))
+        blocks += folded(_noise(family).title, table(rows))
     return blocks
 
 
@@ -152,8 +125,11 @@ def _difference(records: list[Record], baseline: list[Record]) -> str:
     return f"{paired_difference(values, other, queries):+z.2f}"
 
 
-def _axis(family: str) -> Axis:
-    return FAMILIES.get(family, Axis(family.capitalize(), "level", None))
+def _noise(family: str) -> Noise:
+    """Of a family, also of one that a newer version has measured."""
+    if family in list(Family):
+        return FAMILIES[Family(family)]
+    return replace(FAMILIES[Family.CLEAN], title=family.capitalize(), axis="level", clean=None)
 
 
 def _in_rows(panels: Sequence[Panel], columns: int) -> list[Sequence[Panel]]:
@@ -161,13 +137,13 @@ def _in_rows(panels: Sequence[Panel], columns: int) -> list[Sequence[Panel]]:
 
 
 def _mrr_panel(run: Run, family: str, *, title: str | None = None) -> Panel:
-    axis = _axis(family)
+    noise = _noise(family)
     curves = {}
     for (method,), group in grouped(run.records, "method").items():
         points = {level: cell for (name, level), cell in grouped(group, "family", "level").items() if name == family}
         clean = [record for record in group if record["family"] == "clean"]
-        if points and clean and axis.clean is not None:
-            points.setdefault(axis.clean, clean)
+        if points and clean and noise.clean is not None:
+            points.setdefault(noise.clean, clean)
         if points:
             found = [
                 (level, bootstrap_interval(by_query(*values_of(cell, "reciprocal_rank"))))
@@ -179,14 +155,14 @@ def _mrr_panel(run: Run, family: str, *, title: str | None = None) -> Panel:
                 [interval.low for _, interval in found],
                 [interval.high for _, interval in found],
             )
-    return Panel(title or axis.title, axis.label, "MRR", curves, falling=axis.falling)
+    return Panel(title or noise.title, noise.axis, "MRR", curves, falling=noise.falling)
 
 
 def figure_3(runs: list[Run], sheet: Sheet) -> str | None:
     """Rows: brightness, Gaussian noise; columns: data sets."""
     grid = [
         [
-            _mrr_panel(run, family, title=f"{run.data_set}: {FAMILIES[family].title}")
+            _mrr_panel(run, family, title=f"{run.data_set}: {_noise(family).title}")
             if any(record["family"] == family for record in run.records)
             else None
             for run in runs

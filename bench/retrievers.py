@@ -31,7 +31,17 @@ from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.recognise import Recognised, chord
-from tmm_engine.rerank.settings import PRESETS, ClosedForm, GlobalRecipe, IndexTrigger, TmmConfig, canonical, preset
+from tmm_engine.rerank.settings import (
+    PRESETS,
+    ClosedForm,
+    GlobalRecipe,
+    IndexTrigger,
+    PatchTrigger,
+    QueryTrigger,
+    TmmConfig,
+    canonical,
+    preset,
+)
 from tmm_engine.rerank.tmm import TmmNN
 
 Image = Float32[np.ndarray, "c h w"]
@@ -102,6 +112,23 @@ class Method:
             known = [*map(str, Metric), *PRESETS]
             raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
         return cls(text, None, False, None, *_with_recipe(preset(kind), settings))
+
+    def varied(self, *settings: str) -> "Method":
+        """The same with other settings; what ends one kind of trigger and begins another keeps how it is optimised.
+
+        Raises:
+            InputError: a baseline, or a setting that it does not have.
+        """
+        if self.config is None:
+            raise InputError(f"expected a preset to change settings of, got {self.name} (try --base paper)")
+        config, recipe = self.config.with_settings(settings), self.recipe or GlobalRecipe.of(self.config)
+        own = config.trigger
+        if self.recipe is not None and isinstance(own, QueryTrigger | PatchTrigger):
+            made = recipe.trigger
+            config = replace(config, trigger=replace(own, steps=made.steps, lr=made.lr, tolerance=made.tolerance))
+        recipe = replace(recipe, view=config.view, blending=config.blending)
+        kept = recipe if isinstance(config.trigger, IndexTrigger) else None
+        return replace(self, name=",".join((self.name, *settings)), config=config, recipe=kept)
 
     def settings(self) -> dict[str, Any]:
         """For the records."""

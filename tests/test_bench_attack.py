@@ -76,12 +76,12 @@ def test_a_discriminants_embedding_is_what_its_scores_are_products_of(
     exemplars = torch.tensor(suite.store.images(ranking.rows)) / 255.0
     with torch.no_grad():
         own, others = retriever.embedding(torch.tensor(query())[None]), retriever.embedding(exemplars)
-    lengths = np.full(N, np.sqrt(1.0 + config.fusion))
+    lengths = np.full(N, np.sqrt(1.0 + config.rank.fusion))
     np.testing.assert_allclose(others.norm(dim=1), lengths, rtol=1e-4)
     products = others @ own[0]
     half_squares = (others - own).square().sum(dim=1) / 2
-    np.testing.assert_allclose(half_squares, 1.0 + config.fusion - products, rtol=0.0, atol=1e-3)
-    sure = ranking.confidences > 0 if config.fusion > 0 else slice(None)  # a negative similarity is no confidence
+    np.testing.assert_allclose(half_squares, 1.0 + config.rank.fusion - products, rtol=0.0, atol=1e-3)
+    sure = ranking.confidences > 0 if config.rank.fusion > 0 else slice(None)  # a negative similarity is no confidence
     np.testing.assert_allclose(products[sure], ranking.scores[sure], rtol=0.0, atol=1e-3)
     assert 5 < np.count_nonzero(ranking.confidences) < N
     assert np.ptp(ranking.scores) > 0.3
@@ -92,7 +92,7 @@ def test_with_a_head_tuned_by_steps_the_triggered_query_is_embedded_as_it_is(
 ):
     retriever, pixels = retrievers[BY_STEPS], torch.tensor(query())
     assert isinstance(retriever, TmmRetriever)
-    triggered = torch.tensor(retriever.tmm.rank(pixels, k=1, config=retriever.config).triggered_query)
+    triggered = retriever.tmm.rank(pixels, k=1, config=retriever.config).view.triggered
     with torch.no_grad():
         both = normalize(suite.classifier.features(torch.stack([triggered, stretch_contrast(pixels)])))
         found = retriever.embedding(pixels[None])

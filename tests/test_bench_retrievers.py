@@ -288,7 +288,7 @@ def test_records_from_before_a_setting_was_there_go_on(suite: Suite, tmp_path: P
         ("paper,recognition=0.5", {"recognition": None}),
         ("cosine,recognition=0.5", {"recognition": 0.4}),
         ("cosine,recognition=0.5", {"recognition": None}),
-        ("paper", {"trigger_lr": 0.5, "recognition": None}),
+        ("paper", {"trigger.lr": 0.5, "recognition": None}),
     ],
 )
 def test_records_of_a_preset_that_has_changed_are_refused(suite: Suite, tmp_path: Path, name: str, changed: dict):

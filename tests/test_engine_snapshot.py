@@ -138,7 +138,7 @@ def test_what_matches_answers_as_an_index_of_it(index: Path, classifier: Classif
         assert [narrowed.exemplar(f"{n:04d}").name for n in kept] == [f"{n:04d}" for n in kept]
         with pytest.raises(InputError, match="no exemplar has the id '0000'"):
             narrowed.exemplar("0000")
-    store = MemoryStore(IMAGES[kept][:, None], features, LABELS[kept], ids=[f"{n:04d}" for n in kept])
+    store = MemoryStore(IMAGES[kept][:, None], {"feature": features}, LABELS[kept], ids=[f"{n:04d}" for n in kept])
     alone = Engine(Snapshot.of(classifier, store, class_names=classifier.class_names))
     expected = alone.search(IMAGES[200], k=N, **in_mode(mode, QUICK))
     assert [(hit.id, hit.score) for hit in found.hits] == [(hit.id, hit.score) for hit in expected.hits]
