@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import CLASSES, SHAPE, classifier_of, network
-from tests.digits import DIGITS, IMAGES
+from tests.digits import IMAGES
+from tests.digits import LABELS as DIGIT_LABELS
 from tests.modes import MODES, in_mode, quick
 from tmm_engine import Engine, FailedQuery, Query, SearchResult
 from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError
@@ -24,7 +25,7 @@ from tmm_engine.snapshot import Snapshot
 QUICK = quick(trigger_steps=10, head_steps=20)
 N = 120
 PIXELS = np.repeat(IMAGES[:, None], 3, axis=1)  # (1797, 3, 8, 8)
-LABELS = (DIGITS.target % CLASSES).astype(np.int64)
+LABELS = (DIGIT_LABELS % CLASSES).astype(np.int64)
 
 
 @pytest.fixture(scope="module")

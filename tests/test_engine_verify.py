@@ -13,6 +13,7 @@ from tests.conftest import classifier_of, network
 from tests.test_engine_cli import run
 from tmm_engine import Engine
 from tmm_engine.index import ArraySource, IndexStateError
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.sources.records import ImageRecord
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
@@ -25,6 +26,7 @@ from tmm_engine.verify import REPAIR, repair_index, verify_index
 
 CLASSIFIER = classifier_of(network())
 N = 40
+FEATURES = (FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE)
 IMAGES, LABELS = tiny_arrays(1, N)
 FEATURES = ("feature", GLOBAL_FEATURE, STRETCHED_FEATURE)
 
