@@ -162,7 +162,7 @@ def test_features_of_another_model_are_found_though_every_digest_fits(tmp_path, 
     source = ArraySource(IMAGES[:20], LABELS[:20])
     with monkeypatch.context() as patch:
         patch.setattr(
-            "tmm_engine.index.store.building.embed", lambda images, classifier: np.ones((len(images), 12), np.float32)
+            "tmm_engine.index.columns.embed", lambda images, classifier: np.ones((len(images), 12), np.float32)
         )
         write_index(source, tmp_path / "idx", CLASSIFIER)
     done = verify_index(tmp_path / "idx", model=network())
@@ -183,7 +183,7 @@ class Twice(ArraySource):
 def test_ids_that_are_there_twice_are_found(tmp_path, monkeypatch):
     """As in an index of another program, for `build_index` refuses them."""
     with monkeypatch.context() as patched:
-        patched.setattr("tmm_engine.index.store.building._check_new", lambda record, seen: None)
+        patched.setattr("tmm_engine.index.store.embedding._check_new", lambda record, seen: None)
         write_index(Twice(IMAGES[:4], LABELS[:4], ids=["aa", "ab", "ba", "ca"]), tmp_path / "idx", CLASSIFIER)
     [finding] = verify_index(tmp_path / "idx", model=network()).findings
     assert "1 ids are there more than once" in finding.what
