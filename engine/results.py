@@ -73,11 +73,11 @@ class SearchResult:
         true_class: Its name.
         scored: How many exemplars were scored (the candidates, or all).
         exemplars: How many the index holds.
-        config: The TMM configuration with its seed, as plain values (tmm only).
+        config: The settings that had an effect, by name, as plain values (tmm only).
         backend: What computed it: for tmm the backbone's software, precision and device.
         timings: Seconds by step; a step done for several queries together counts as shared equally.
         notes: What a user should know about this answer, in sentences.
-        query_image: uint8 (c, h, w), the query as the model saw it.
+        query_image: uint8 (c, h, w), the query in the index's shape, before its contrast is stretched.
         recognised_as: Id of the exemplar that the query was taken for a copy of, and answered for (`recognised_share`
             is at least a half); else None.
         recognised_share: How far the query's features moved to those of the exemplar nearest to it, in [0, 1]
@@ -109,6 +109,34 @@ class SearchResult:
     def seconds(self) -> float:
         """The whole search's wall time."""
         return sum(self.timings.values())
+
+    @property
+    def score_meaning(self) -> str:
+        """What the hits' scores are; larger is nearer."""
+        if self.config is None:
+            return {"l2": "minus the Euclidean distance between features", "cosine": "cosine similarity of features"}[
+                self.mode
+            ]
+        own, fusion = self.config, self.config["fusion"]
+        if fusion > 0:
+            return f"{self.confidence_word} + {fusion:g} · cosine similarity of features"
+        if own["head"] == "discriminant":
+            return "similarity to the triggered query, decorrelated"
+        return "log-odds of the dummy class" if own["head.score"] == "log-odds" else "logit of the dummy class"
+
+    @property
+    def confidence_word(self) -> str:
+        """What the hits' confidences are called where there is little room."""
+        return "alike" if self.config is not None and self.config["head"] == "discriminant" else "P"
+
+    @property
+    def confidence_meaning(self) -> str | None:
+        """What the hits' confidences are, in [0, 1]; None where they have none."""
+        if self.config is None:
+            return None
+        if self.confidence_word == "P":
+            return "P: the probability that the tuned head gives to the dummy class"
+        return "alike: decorrelated similarity to the triggered query, where positive; 1 is the query itself"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but pixel arrays; one JSON line of ``engine search --json``."""

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.digits import IMAGES as DIGITS
 from tests.digits import LABELS
 from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.rerank import TmmConfig
 from tmm_engine.results import Hit, SearchResult
 from tmm_engine.views.report import CELL, MAX_SHEET_PIXELS, MAX_TEXT, write_html, write_png
 
@@ -46,7 +47,7 @@ def make_result(query: str = "q0", *, mode: str = "l2", k: int = 4, colour: bool
         true_class=None,
         scored=1797,
         exemplars=1797,
-        config={"blend": "printed", "seed": 20} if tmm else None,
+        config=TmmConfig(seed=20).to_json() if tmm else None,
         backend="torch fp32 on cpu",
         timings={"features": 0.25, "search": 1.0},
         notes=("Only some were scored.",) if tmm else (),
@@ -209,7 +210,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         predicted_class=HOSTILE,
         notes=(HOSTILE,),
         recognised_as=HOSTILE,
-        config={HOSTILE: HOSTILE},
+        config=TmmConfig().to_json() | {HOSTILE: HOSTILE},
         backend="torch fp32 on cpu",
         timings={HOSTILE: 1.0},
     )
@@ -358,3 +359,25 @@ def test_sheet_refuses_what_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="write an HTML page instead"):
         write_png([make_result(str(i), k=1) for i in range(rows)], tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "score", "confidence"),
+    [
+        ([], "log-odds of the dummy class", "P: the probability"),
+        (["head.score=logit"], "logit of the dummy class", "P: the probability"),
+        (["fusion=2"], "P + 2 · cosine similarity", "P: the probability"),
+        (["head=discriminant"], "similarity to the triggered query, decorrelated", "alike: decorrelated similarity"),
+        (["head=discriminant", "fusion=4"], "alike + 4 · cosine similarity", "alike: decorrelated similarity"),
+    ],
+)
+def test_page_and_result_say_what_the_numbers_are(tmp_path, settings, score, confidence):
+    found = replace(make_result(mode="tmm"), config=TmmConfig().with_settings(settings).to_json())
+    assert score in found.score_meaning
+    assert found.confidence_meaning is not None
+    assert found.confidence_meaning.startswith(confidence)
+    write_html([found], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert score in page
+    assert confidence in page
+    assert f"{found.confidence_word} 0." in page or f"{found.confidence_word} 1" in page

@@ -240,7 +240,9 @@ def _row(result: SearchResult, *, columns: int, width: int) -> Image.Image:
 
 
 def _hit(hit: Hit, result: SearchResult) -> Image.Image:
-    score = _number(hit.score) if hit.confidence is None else f"{_number(hit.score)}  ·  P {hit.confidence:.2g}"
+    score = _number(hit.score)
+    if hit.confidence is not None:
+        score += f"  ·  {result.confidence_word} {hit.confidence:.2g}"
     name = f"(p) {hit.class_name}" if hit.label_is_predicted else hit.class_name
     texts = [_line(name, width=_TILE, size=_BODY), _line(score, width=_TILE, size=_SMALL, colour=_FAINT)]
     return _below([_framed(_enlarged(hit.image, side=CELL), same=_agrees(hit, result)), *texts], gap=2)
