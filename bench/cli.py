@@ -69,6 +69,12 @@ def train(source: str, out: Path, **options: Any) -> None:
 @bench.command()
 @click.argument("source")
 @classifier_options
+@click.option(
+    "--only",
+    metavar="GROUP,…",
+    default="",
+    help="Of neighbours, triggers, forward, growth, agreement, reference, build.",
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timings of each path.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write raw records, machine and versions.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture of time against exemplars.")
@@ -85,9 +91,10 @@ def latency(source: str, **options: Any) -> None:
     from tmm_engine.cli.display import progress_bar
 
     check_folders(options["json_path"], options["plot"])
+    only = [name.strip() for name in options["only"].split(",") if name.strip()]
     images, classifier = opened(source, options)
     with progress_bar() as progress:
-        measured = LatencyBench(images, classifier, repeats=options["repeats"], progress=progress).run()
+        measured = LatencyBench(images, classifier, repeats=options["repeats"], progress=progress).run(only)
     print_latency(measured)
     if options["json_path"]:
         measured.save(options["json_path"])

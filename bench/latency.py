@@ -9,7 +9,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -27,7 +27,7 @@ from tmm_engine.backends import require_onnx
 from tmm_engine.bench.machine import describe_machine
 from tmm_engine.bench.peak import peak_of_build, peak_of_search
 from tmm_engine.index.batches import forward_batch_size
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import Neighbours
@@ -45,6 +45,9 @@ from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
 from tmm_engine.rerank.settings import DEFAULT_PRESET, QueryTrigger, preset
 from tmm_engine.rerank.tmm import TmmNN
+
+GROUPS = ("card", "neighbours", "triggers", "forward", "growth", "agreement", "reference", "build")
+"""What is measured together; ``card`` on a GPU only."""
 
 SIZES = (2_000, 5_000, 10_000, 20_000, 60_000)
 RATIO_SIZE = 10_000  # exemplars behind the ratios to a forward pass
@@ -138,14 +141,23 @@ class LatencyBench:
         self.size = min(RATIO_SIZE, len(self.store))
         self.queries = self._noisy_exemplars(max(TOGETHER, AGREEMENT_QUERIES))
 
-    def run(self) -> Latency:
-        """Everything, in an order that lets the cheap fail first."""
-        groups = [self.neighbours, self.triggers, self.forward, self.growth, self.agreement, self.reference, self.build]
-        if self.classifier.device.type == "cuda":
-            groups.insert(0, self.card)
-        for done, group in enumerate(groups):
+    def run(self, only: Sequence[str] = ()) -> Latency:
+        """All groups of paths, or some, in an order that lets the cheap fail first. None needs another to have run.
+
+        Args:
+            only: Of `GROUPS`; none given is all that this device has.
+
+        Raises:
+            InputError: no such group.
+        """
+        for name in only:
+            if name not in GROUPS:
+                raise InputError(f"unknown group {name!r}{nearest(name, GROUPS)}; known: {', '.join(GROUPS)}")
+        here = [name for name in GROUPS if name != "card" or self.classifier.device.type == "cuda"]
+        groups = [name for name in here if name in only or not only]
+        for done, name in enumerate(groups):
             self.progress("measuring", done, len(groups))
-            group()
+            getattr(self, name)()
         self.progress("measuring", len(groups), len(groups))
         return self.latency
 
@@ -234,9 +246,14 @@ class LatencyBench:
                 reference_scores, self.classifier, self.queries[0], images, torch.from_numpy(labels), self.config
             )
             self.latency.time(f"reference, batch {batch}", n, partial(search, trigger=trigger, batch_size=batch))
+        tmm = self._tmm(n)
+        for repeat in range(self.repeats + 1):
+            self.latency.time("exact beside reference", n, lambda: tmm.rank(self.queries[0], k=10, config=self.config))
+            if repeat == 0:
+                self._forget("exact beside reference")
         best = min(self.latency.median(f"reference, batch {batch}", n) for batch in REFERENCE_BATCHES)
         without_fisher = best - self.latency.median("reference, Fisher alone", n)
-        exact = self.latency.median("exact", n, without_trigger=True)
+        exact = self.latency.median("exact beside reference", n, without_trigger=True)
         self.latency.figures["reference_over_exact"] = without_fisher / exact
 
     def triggers(self) -> None:

@@ -30,7 +30,7 @@ from tmm_engine.rerank.contrast import stretch_contrast
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.rank import Ranking
-from tmm_engine.rerank.recognise import Recognised, chord
+from tmm_engine.rerank.recognise import Recognised, recognise_nearest
 from tmm_engine.rerank.settings import (
     PRESETS,
     ClosedForm,
@@ -172,14 +172,11 @@ class MetricRetriever:
         return self._nearest(self._features_of(query))
 
     def _nearest(self, features: Float32[Tensor, "d"]) -> Recognised | None:
-        if self._recognition is None or len(self._features) < 2:
+        if self._recognition is None:
             return None
-        scores, length = exact_scores(features.numpy(), self._features, self._metric), float(features.norm()) or 1.0
-        row, other = np.argsort(-scores, kind="stable")[:2].tolist()
-        first, second = (
-            -float(s) / length if self._metric is Metric.L2 else chord(float(s)) for s in scores[[row, other]]
-        )
-        return Recognised.nearest(row, (first, second), threshold=self._recognition)
+        scores = exact_scores(features.numpy(), self._features, self._metric)
+        nearest = [(row, float(scores[row])) for row in np.argsort(-scores, kind="stable")[:2].tolist()]
+        return recognise_nearest(features, nearest, metric=self._metric, threshold=self._recognition)
 
     def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """φ, of the stretched image where the method stretches; for cosine of unit length."""
