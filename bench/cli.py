@@ -1,14 +1,22 @@
 """The commands `engine bench …`. Nothing heavy is imported before one runs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tmm_engine.bench.judge_cli import oracle, semantic
-from tmm_engine.bench.options import check_folders, classifier_options, opened
-from tmm_engine.bench.quality_cli import ablation, ood, radius, robustness
+from tmm_engine.bench.options import check_folders, classifier_options, opened, sized
+from tmm_engine.bench.quality_cli import (
+    ablation,
+    ood,
+    out_option,
+    parse_few,
+    parse_methods,
+    perturbations_option,
+    radius,
+    robustness,
+)
 from tmm_engine.cli.options import device_option, source_options
 from tmm_engine.index.errors import IndexStateError
 
@@ -104,27 +112,29 @@ def latency(source: str, **options: Any) -> None:
 
 @bench.command()
 @click.argument("source")
-@classifier_options
-@click.option("--queries", type=click.IntRange(min=1), default=20, show_default=True, help="Exemplars searched for.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write one JSON line per query and noise.")
+@sized(exemplars=10_000, queries=20)
+@perturbations_option
+@out_option
 def candidates(source: str, **options: Any) -> None:
     """Measure what candidate sets and the global trigger give up against exact search with the query's trigger.
 
     \b
     Example:
-      engine bench candidates mnist --root data --limit 10000 --model resnet18 --weights mnist.safetensors
+      engine bench candidates mnist --root data --model resnet18 --weights mnist.safetensors --out candidates.jsonl
     """
-    from tmm_engine.bench.candidates import measure_candidates, print_candidates
+    from tmm_engine.bench.candidates import KEY, measure_candidates, print_candidates
+    from tmm_engine.bench.loading import load_suite
+    from tmm_engine.bench.records import read_records
     from tmm_engine.cli.display import progress_bar
 
-    check_folders(options["json_path"])
-    images, classifier = opened(source, options)
+    perturbations, methods = parse_few(options["perturbations"]), parse_methods("paper")
+    check_folders(options["out"])
     with progress_bar() as progress:
-        records = measure_candidates(images, classifier, queries=options["queries"], progress=progress)
-    print_candidates(records)
-    if options["json_path"]:
-        lines = (json.dumps(record.to_json(), ensure_ascii=False) for record in records)
-        options["json_path"].write_text("\n".join(lines) + "\n", encoding="utf-8")
+        suite = load_suite(source, options, progress)
+        queries = suite.queries(options["queries"])
+        with suite.records(options["out"], "candidates", methods, KEY) as records:
+            measure_candidates(suite, queries, perturbations, records, progress=progress)
+    print_candidates(read_records(options["out"]).records)
 
 
 @bench.command()

@@ -25,7 +25,7 @@ def write_report(folder: Path, out: Path) -> list[Path]:
             has, an unwritable ``out``, or matplotlib is missing.
     """
     runs, skipped = _runs(folder)
-    methods = list(dict.fromkeys(record["method"] for run in runs for record in run.records))
+    methods = list(dict.fromkeys(record["method"] for run in runs for record in run.records if "method" in record))
     sheet = Sheet(out, styles_of(methods))
     try:
         out.mkdir(parents=True, exist_ok=True)

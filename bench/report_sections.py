@@ -291,6 +291,23 @@ def _oracle(run: Run, _: Sheet) -> list[str]:
     return [table(rows)]
 
 
+def _candidates(run: Run, _: Sheet) -> list[str]:
+    rows = []
+    for (perturbation,), cell in grouped(run.records, "perturbation").items():
+        recalled = {
+            name: [{"query": r["query"], "recall": r["recall"][name]} for r in cell] for name in cell[0]["recall"]
+        }
+        rows.append(
+            {"perturbation": perturbation, "queries": str(count(cell))}
+            | {f"recall, {name}": mean(found, "recall") for name, found in recalled.items()}
+            | {
+                f"median rank, {kind}": f"{np.median([record[f'rank_{kind}'] for record in cell]):,g}"
+                for kind in ("query", "global", "cosine")
+            }
+        )
+    return [table(rows), "Recall: the share of exact TMM's top 10 that is among the M candidates of a prefilter."]
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """Its title, the fields of its records, and what makes a section of one file."""
@@ -317,4 +334,9 @@ BENCHMARKS = {
         "Foreign exemplars", ("query", "method", "foreign", "level", "outranked", "foreign_count", "bound"), _ood
     ),
     "oracle": Benchmark("A judge's view", ("query", "method", "alike", "k", "preferred"), _oracle),
+    "candidates": Benchmark(
+        "Candidate sets",
+        ("query", "perturbation", "recall", "rank_query", "rank_global", "rank_cosine"),
+        _candidates,
+    ),
 }
