@@ -195,6 +195,18 @@ def test_the_head_alone_is_the_fast_path_and_layers_change_it(digits: Suite):
     assert np.abs(deeper - head).max() > 0.05
 
 
+def test_layers_are_tuned_with_the_seed_that_the_base_asks_for(digits: Suite):
+    """A seed of the configuration counts like one that a search adds; it does not raise "no effect"."""
+    [first, *_] = layer_variants(Method.parse(f"{QUICK},seed=5"), digits.classifier)
+    config, plain = first.method.config, Method.parse(QUICK).config
+    assert config is not None and plain is not None and first.layers is not None
+    query = (IMAGES[100, None] / np.float32(255)).astype(np.float32)
+    own = ReferenceRetriever("five", config, first.layers, digits).scores(query)
+    zero = ReferenceRetriever("zero", plain, first.layers, digits)
+    np.testing.assert_array_equal(own, zero.scores(query, seed=5))
+    assert not np.array_equal(own, zero.scores(query))
+
+
 def test_the_reference_is_attacked_by_its_features(digits: Suite):
     method = Method.parse(QUICK)
     assert method.config is not None
