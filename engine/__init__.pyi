@@ -4,7 +4,8 @@ from .options import Mode, Prefilter, SearchOptions
 from .query import Query
 from .results import FailedQuery, Hit, SearchResult
 from .versions import Version
-from .views.report import write_html, write_png
+from .views.page import write_html
+from .views.picture import write_png
 
 __all__ = [
     "Engine",

@@ -27,7 +27,8 @@ from tmm_engine.options import Mode
 from tmm_engine.query import Query
 from tmm_engine.rerank.settings import DEFAULT_PRESET
 from tmm_engine.results import SearchResult
-from tmm_engine.views.report import write_html, write_png
+from tmm_engine.views.page import write_html
+from tmm_engine.views.picture import write_png
 
 EPOCHS = 6
 SEED = 0

@@ -130,7 +130,7 @@ def test_the_wheel_holds_one_package_with_all_its_files(wheel: Path):
     }
     assert {name for name in names if name.endswith(".py")} == modules
     data = ("py.typed", "__init__.pyi", "index/__init__.pyi", "rerank/__init__.pyi", "digits.npz")
-    assert {f"tmm_engine/{name}" for name in (*data, "views/report.html.j2")} <= set(names)
+    assert {f"tmm_engine/{name}" for name in (*data, "views/page.html.j2")} <= set(names)
     assert {f"{metadata}/licenses/{name}" for name in ("LICENSE", "NOTICE")} <= set(names)
 
 

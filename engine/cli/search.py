@@ -224,7 +224,8 @@ def _show(results: "list[SearchResult | FailedQuery]", options: dict[str, Any], 
     """As lines or tables on stdout, and as the files that were asked for."""
     from tmm_engine.cli.display import print_failure, print_result
     from tmm_engine.results import FailedQuery
-    from tmm_engine.views.report import write_html, write_png
+    from tmm_engine.views.page import write_html
+    from tmm_engine.views.picture import write_png
 
     for result in results:
         if options["as_json"]:

@@ -1,0 +1,73 @@
+"""Search results as a self-contained HTML page."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from jinja2 import Environment, StrictUndefined
+
+from tmm_engine.results import Hit, SearchResult
+from tmm_engine.views.showing import (
+    agreeing,
+    agrees,
+    as_picture,
+    by_query,
+    clip,
+    number,
+    png_bytes,
+    seconds,
+    tmm_views,
+    write_file,
+)
+
+
+def write_html(
+    results: Sequence[SearchResult],
+    path: Path,
+    *,
+    title: str = "Nearest neighbours",
+    index_name: str = "",
+) -> None:
+    """Write one HTML page that needs nothing else: no script, no network, images inline at their native size.
+
+    Consecutive results of the same query share a card, one row per result.
+
+    Args:
+        results: At least one; images of 1 or 3 channels.
+        path: The file to write; replaced as a whole or not at all.
+        title: The page's heading.
+        index_name: What the index is called, shown beneath the heading.
+
+    Raises:
+        ImageError: An image has neither 1 nor 3 channels.
+        InputError: There are no results, or the file cannot be written.
+    """
+    blocks = by_query(results)
+    template = _environment().from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
+    page = template.render(blocks=blocks, title=title, index_name=index_name)
+    write_file(path, page.encode("utf-8", errors="backslashreplace"))  # file names may hold lone surrogates
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "agreeing": agreeing,
+        "clip": clip,
+        "data_uri": _data_uri,
+        "metadata": _metadata,
+        "number": number,
+        "seconds": seconds,
+        "tmm_views": tmm_views,
+    }
+    environment.tests["agreeing_with"] = agrees
+    return environment
+
+
+def _data_uri(image: UInt8[np.ndarray, "c h w"]) -> str:
+    return "data:image/png;base64," + base64.b64encode(png_bytes(as_picture(image))).decode("ascii")
+
+
+def _metadata(hit: Hit) -> str:
+    return clip(" · ".join(f"{name}: {value}" for name, value in hit.metadata.items()))

@@ -1,0 +1,105 @@
+"""What page and picture both show, and how: grouped by query, texts cut, numbers rounded, files replaced whole."""
+
+import io
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.files import replacing
+from tmm_engine.results import Hit, SearchResult
+
+MAX_TEXT = 300
+"""Characters of any one text (id, class name, metadata …) that is shown; the rest is an ellipsis."""
+
+
+def by_query(results: Sequence[SearchResult]) -> list[list[SearchResult]]:
+    """Consecutive results of the same query together.
+
+    Raises:
+        InputError: There are no results.
+    """
+    if not results:
+        raise InputError("expected at least one search result to report, got none")
+    return [list(block) for _, block in groupby(results, key=lambda result: result.query)]
+
+
+def agrees(hit: Hit, result: SearchResult) -> bool:
+    """Whether the neighbour has the query's true label or, where that is unknown, the predicted one."""
+    return hit.label == (result.predicted_label if result.true_label is None else result.true_label)
+
+
+def agreeing(result: SearchResult) -> int:
+    """How many neighbours have the query's class."""
+    return sum(agrees(hit, result) for hit in result.hits)
+
+
+def clip(value: object) -> str:
+    """As text of at most `MAX_TEXT` characters."""
+    text = str(value)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def number(value: float) -> str:
+    """Four significant digits, trailing zeros kept, so that scores line up."""
+    return f"{value:#.4g}".rstrip(".")
+
+
+def seconds(value: float) -> str:
+    """With its unit."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+
+
+def tmm_views(result: SearchResult) -> list[tuple[str, UInt8[np.ndarray, "c h w"]]]:
+    """Caption and pixels of the trigger and of the triggered query; nothing in other modes.
+
+    The trigger's colours are symmetric: -max|τ| is 0, zero is mid-grey, max|τ| is 255.
+    """
+    views = []
+    if result.trigger is not None:
+        reach = float(np.abs(result.trigger).max())
+        unit = result.trigger.astype(np.float64) / (reach or 1.0)
+        views.append((f"trigger ±{reach:.2g}", np.rint(127.5 + 127.5 * unit).astype(np.uint8)))
+    if result.triggered_query is not None:
+        views.append(("triggered", np.rint(result.triggered_query.clip(0, 1) * 255).astype(np.uint8)))
+    return views
+
+
+def as_picture(image: UInt8[np.ndarray, "c h w"]) -> Image.Image:
+    """Grey or RGB.
+
+    Raises:
+        ImageError: The image has neither 1 nor 3 channels.
+    """
+    if image.shape[0] not in (1, 3):
+        raise ImageError(f"expected an image of 1 or 3 channels, got {image.shape[0]} (pick or merge channels first)")
+    return Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """As the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace the file as a whole.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"expected a file to write the report to, got {path}, which is a folder or a device")
+        with replacing(path) as written:
+            written.write_bytes(content)
+    except OSError as error:
+        raise InputError(
+            f"expected a file name in an existing, writable folder, got {path} ({error.strerror}; "
+            "make the folder or name another)"
+        ) from error
