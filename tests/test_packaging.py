@@ -1,6 +1,6 @@
 """What is installed: one import name with all its folders and files, also beside packages named like our folders."""
 
-import importlib.util
+import importlib.metadata
 import os
 import re
 import runpy
@@ -67,7 +67,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not name.startswith(("bench/results/", "tests/")) and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
+    isolation = ["--no-build-isolation"] if can_build_here() else []  # else pip fetches setuptools
     pip("wheel", source, "--no-deps", *isolation, "--wheel-dir", folder)
     [built] = folder.glob("*.whl")
     return built
@@ -75,11 +75,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the wheel is installed, beside another package that is called `index`."""
+    """Where the wheel is installed, beside other packages that are called `index`, `rerank` and `bench`."""
     folder = tmp_path_factory.mktemp("site")
     pip("install", wheel, "--no-deps", "--no-index", "--target", folder)
-    (folder / "index").mkdir()
-    (folder / "index" / "__init__.py").write_text(OTHERS)
+    for name in ("index", "rerank", "bench"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(OTHERS)
     return folder
 
 
@@ -94,6 +95,16 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def can_build_here() -> bool:
+    """Whether setuptools is as new as pyproject.toml asks: that of a fresh Python 3.11 is 65."""
+    [requirement] = PYPROJECT["build-system"]["requires"]
+    try:
+        found = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return int(found.partition(".")[0]) >= int(requirement.removeprefix("setuptools>="))
+
+
 def pip(*arguments: str | Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)],
@@ -104,18 +115,22 @@ def pip(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def python(site: Path, work: Path, *arguments: str) -> str:
+def python(site: Path, work: Path, *arguments: str | Path) -> str:
     """Output of Python in `work`, where `tmm_engine` is the one in `site`."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
+    done = run(site, work, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run(site: Path, work: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
         cwd=work,
-        env=os.environ | {"PYTHONPATH": str(site)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, work)))},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -136,13 +151,20 @@ def test_the_wheel_holds_one_package_with_all_its_files(wheel: Path):
 
 @pytest.mark.slow
 def test_the_wheel_works_beside_packages_and_files_named_like_our_folders(site: Path, work: Path):
-    command = ("-m", "tmm_engine.cli.main")
     where = python(site, work, "-c", "import tmm_engine; print(tmm_engine.__file__)").strip()
     assert Path(where) == site / "tmm_engine" / "__init__.py"
-    assert "build-index" in python(site, work, *command, "--help")
+    script, module = (site / "bin" / "engine",), ("-m", "tmm_engine.cli.main")  # -m looks into `work` first
+    for command in (script, module):
+        assert "build-index" in python(site, work, *command, "--help")
+    assert "tmm-engine" in python(site, work, *script, "info", "--system")
     build = ("build-index", "photos", "photos.idx", "--weights", "weights.safetensors", "--set", "trigger.steps=3")
-    python(site, work, *command, *build)
-    assert "digit-" in python(site, work, *command, "search", "photos.idx", "queries", "-k", "3")
+    python(site, work, *module, *build)
+    assert "digit-" in python(site, work, *script, "search", "photos.idx", "queries", "-k", "3")
     python(site, work, "-c", "from tmm_engine.digits import load_digits; assert load_digits()[0].shape == (1797, 8, 8)")
-    with pytest.raises(AssertionError, match="not ours"):  # what else would have been imported
-        python(site, work, "-c", "import index")
+    python(site, work, "-c", "import tmm_engine.bench.peak")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_files_beside_which_the_wheel_works_would_have_been_imported(site: Path, work: Path, name: str):
+    assert "RuntimeError: not ours" in run(site, work, "-c", f"import {name}").stderr
