@@ -69,14 +69,10 @@ class DemoOutcome:
             title=f"Does a query find itself? {queries} of the {self.exemplars:,} exemplars as queries",
             title_justify="left",
         )
-        for heading, justify in (
-            ("query", "left"),
-            ("mode", "left"),
-            ("first", "right"),
-            ("median rank", "right"),
-            ("label@10", "right"),
-        ):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table.add_column("query")
+        table.add_column("mode")
+        for heading in ("first", "median rank", "label@10"):
+            table.add_column(heading, justify="right")
         for perturbation in PERTURBATIONS:
             for mode in Mode:
                 ranks, labels = self.ranks[perturbation, mode], self.labels[perturbation, mode]

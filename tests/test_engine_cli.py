@@ -97,7 +97,7 @@ def test_several_modes_write_tables_a_page_and_a_picture(work: Path, tmp_path: P
     )
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("query-200.png") >= 3
-    assert "confidence" in result.stdout
+    assert "alike + 4 · cosine similarity" in result.stdout
     assert f"wrote {page}" in result.stderr
     assert str(page) not in result.stdout
     assert page.read_text().count("data:image/png") > 9

@@ -1,6 +1,7 @@
-"""What a log file shows of long work: a line now and then, and one when a step ends; nothing of short steps."""
+"""What a terminal shows of an answer; and a log file of long work: a line now and then, one when a step ends."""
 
-from tmm_engine.cli.display import LOG_SECONDS, ProgressLog, progress_bar
+from tests.made_results import make_result
+from tmm_engine.cli.display import LOG_SECONDS, ProgressLog, print_result, progress_bar
 
 
 def lines_of(*calls: tuple[float, str, int, int]) -> list[str]:
@@ -37,3 +38,15 @@ def test_where_there_is_no_terminal_progress_is_a_log(capsys):
         assert isinstance(progress, ProgressLog)
         progress("searching", 1, 1)
     assert capsys.readouterr().err == ""
+
+
+def test_a_table_says_what_its_numbers_are(capsys):
+    tuned, baseline = make_result(mode="tmm"), make_result(mode="l2")
+    printed = []
+    for result in (tuned, baseline):
+        print_result(result)
+        printed.append(" ".join(capsys.readouterr().out.split()))
+    assert "# score P label id 1 -1.5000 0.7500 the 0 digit-0" in printed[0]
+    assert f"score: {tuned.score_meaning}; {tuned.confidence_meaning} note: Only some were scored." in printed[0]
+    assert "# score label id 1 -1.5000 the 0 digit-0" in printed[1]
+    assert printed[1].endswith(f"score: {baseline.score_meaning}")

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pytest
 from tests.made_results import HOSTILE, make_result, make_wordy
 from tests.page import Page
 from tmm_engine.rerank import TmmConfig
-from tmm_engine.results import SearchResult
+from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.views.page import write_html
 from tmm_engine.views.showing import MAX_TEXT
 
 
-def html_of(results: list[SearchResult], folder: Path, **options: str) -> str:
+def html_of(results: Sequence[SearchResult | FailedQuery], folder: Path, **options: str) -> str:
     write_html(results, folder / "page.html", **options)
     return (folder / "page.html").read_text(encoding="utf-8")
 
@@ -96,6 +97,24 @@ def test_page_says_in_a_rows_heading_what_was_recognised(tmp_path: Path) -> None
     assert [heading.count("recognised") for heading in headings] == [0, 1, 0]
 
 
+def test_page_says_why_a_query_could_not_be_answered(tmp_path: Path) -> None:
+    results = [make_result("a"), FailedQuery("b", f"broken: {HOSTILE}"), make_result("c", mode="cosine")]
+    page = Page(html_of(results, tmp_path))
+    assert page.of_class("error") == [f"Cannot be answered: broken: {HOSTILE}"]
+    assert [tag for tag, _ in page.tags].count("article") == 3
+    [lead] = page.of_class("lead")
+    assert lead.split(" · ")[-1] == "1 could not be answered"
+    assert "could not" not in html_of(results[::2], tmp_path)
+    alone = Page(html_of(results[1:2], tmp_path))
+    assert alone.of_class("error") == page.of_class("error")
+    assert not alone.pictures()
+
+
+def test_notes_are_seen_without_opening_details(tmp_path: Path) -> None:
+    source = html_of([make_result(mode="tmm")], tmp_path)
+    assert source.index("<li>Only some were scored.</li>") < source.index("<details>")
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     source = html_of([make_wordy(HOSTILE)], tmp_path, title=HOSTILE, index_name=HOSTILE)
     page = Page(source)
@@ -136,7 +155,7 @@ def test_page_and_result_say_what_the_numbers_are(tmp_path, settings, score, con
     page = (tmp_path / "page.html").read_text()
     assert score in page
     assert confidence in page
-    assert f"{found.confidence_word} 0." in page or f"{found.confidence_word} 1" in page
+    assert page.count(f">{found.confidence_word} 0.75<") == len(found.hits)
 
 
 def test_no_neighbours(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The sheet: its size, its pixels, its frames."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,23 +10,28 @@ from PIL import Image
 
 from tests.made_results import HOSTILE, make_hit, make_result, make_wordy
 from tmm_engine.index.errors import InputError
-from tmm_engine.results import SearchResult
+from tmm_engine.rerank import TmmConfig
+from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.views.picture import CELL, MAX_SHEET_PIXELS, write_png
 
 
-def size_of(results: list[SearchResult], folder: Path, **options: int) -> tuple[int, int]:
+def size_of(results: Sequence[SearchResult | FailedQuery], folder: Path, **options: int) -> tuple[int, int]:
     write_png(results, folder / "sheet.png", **options)
     with Image.open(folder / "sheet.png") as sheet:
         sheet.load()
         return sheet.size
 
 
+def pixels_of(results: Sequence[SearchResult | FailedQuery], folder: Path) -> np.ndarray:
+    write_png(results, folder / "sheet.png")
+    with Image.open(folder / "sheet.png") as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
 def test_sheet_says_in_a_rows_heading_what_was_recognised(tmp_path: Path) -> None:
     def sheet(recognised_as: str | None) -> np.ndarray:
         results = [replace(make_result(mode="cosine"), recognised_as=recognised_as), make_result(mode="l2")]
-        write_png(results, tmp_path / "sheet.png")
-        with Image.open(tmp_path / "sheet.png") as picture:
-            return np.asarray(picture.convert("RGB")).astype(int)
+        return pixels_of(results, tmp_path)
 
     def rows(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return np.flatnonzero(np.abs(one - other).any(axis=(1, 2)))
@@ -36,6 +42,41 @@ def test_sheet_says_in_a_rows_heading_what_was_recognised(tmp_path: Path) -> Non
     assert 0 < np.ptp(heading) < CELL / 4  # one line
     assert 0 < len(rows(seven, nine)) <= len(heading)
     assert sheet(HOSTILE).shape == without.shape
+
+
+def test_notes_and_errors_take_the_lines_they_need(tmp_path: Path) -> None:
+    def height(*results: SearchResult | FailedQuery) -> int:
+        return size_of(results, tmp_path)[1]
+
+    plain, note = make_result(), "An answer with a note."
+    one, two, long = (
+        height(replace(plain, notes=notes)) - height(plain) for notes in ((note,), (note, note), (note * 12,))
+    )
+    assert 0 < one < CELL / 4
+    assert two == 2 * one
+    assert 2 * one < long < CELL
+    failed = height(plain, FailedQuery("b", "broken")) - height(plain)
+    assert 0 < failed < CELL
+    assert height(plain, FailedQuery("b", "broken " * 40)) - height(plain) > failed
+    reds = (pixels_of([FailedQuery("b", "broken")], tmp_path) == (0xC4, 0x34, 0x2D)).all(-1)
+    assert reds.any()
+
+
+def test_legend_says_what_the_numbers_are(tmp_path: Path) -> None:
+    found = make_result(mode="tmm")
+    sheets = [
+        pixels_of([replace(found, config=TmmConfig().with_settings(settings).to_json())], tmp_path)
+        for settings in ([], ["head.score=logit"], [])
+    ]
+    assert np.array_equal(sheets[0], sheets[2])
+    differing = np.flatnonzero((sheets[0] != sheets[1]).any(axis=(1, 2)))
+    assert 0 < np.ptp(differing) < CELL / 4  # one line …
+    assert differing.max() < CELL  # … of the legend
+
+
+def test_signs_that_the_font_lacks_are_replaced(tmp_path: Path) -> None:
+    dashes, plain = (pixels_of([FailedQuery("q", text)], tmp_path) for text in ("8 × 8 − 1–2—3 ß", "8 x 8 - 1-2-3 ss"))
+    assert np.array_equal(dashes, plain)
 
 
 def test_sheet_grows_with_neighbours_modes_and_queries(tmp_path: Path) -> None:

@@ -11,8 +11,63 @@ from hypothesis import strategies as st
 from tests.made_results import make_hit, make_result
 from tests.page import Page
 from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.rerank import TmmConfig
+from tmm_engine.results import FailedQuery
 from tmm_engine.views.page import write_html
 from tmm_engine.views.picture import write_png
+from tmm_engine.views.showing import Block, by_query, confidence, facts, meanings
+
+
+def test_the_same_querys_results_share_a_block_with_its_errors_once() -> None:
+    a, b = make_result("a"), make_result("b", mode="cosine")
+    failed = FailedQuery("b", "broken")
+    assert by_query([a, a, failed, b, failed, a]) == [
+        Block("a", [a, a], []),
+        Block("b", [b], ["broken"]),
+        Block("a", [a], []),
+    ]
+
+
+def test_a_row_says_what_its_querys_heading_does_not() -> None:
+    first = make_result(mode="tmm")  # predicted 2; its neighbours are 0, 1, 2, 3
+    stretched = replace(first, predicted_label=3, predicted_class="the 3")
+    block = Block("q0", [first, stretched], [])
+    assert facts(first, block) == "1 of 4 in the query’s class · 1,797 of 1,797 scored · 1.25 s"
+    assert facts(stretched, block).startswith("here predicted the 3 · 1 of 4 in that class · 1,797")
+    labelled = replace(stretched, true_label=7, true_class="the 7")
+    assert facts(labelled, block).startswith("here predicted the 3 · 0 of 4 in the query’s class · 1,797")
+
+
+def test_recognition_is_said_once() -> None:
+    silent = replace(make_result(), recognised_as="digit-7")
+    noted = replace(silent, notes=("recognised as digit-7: ranked by what is like that exemplar",))
+    assert [facts(each, Block("q0", [each], [])).endswith(" · recognised as digit-7") for each in (silent, noted)] == [
+        True,
+        False,
+    ]
+
+
+def test_meanings_are_those_of_each_mode_and_setting() -> None:
+    tuned, baseline = make_result(mode="tmm"), make_result(mode="l2")
+    fused = replace(tuned, config=TmmConfig().with_settings(["head=discriminant", "fusion=4"]).to_json())
+    blocks = [Block("a", [tuned, baseline, fused], []), Block("b", [tuned], []), Block("c", [], ["broken"])]
+    assert meanings(blocks) == {
+        "tmm": [
+            f"score: {tuned.score_meaning}",
+            tuned.confidence_meaning,
+            f"or, by a row’s own settings, score: {fused.score_meaning}",
+            fused.confidence_meaning,
+        ],
+        "l2": [f"score: {baseline.score_meaning}"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0.00"), (1e-9, "<0.01"), (0.00499, "<0.01"), (0.005, "0.01"), (0.5, "0.50"), (1.0, "1.00")],
+)
+def test_a_small_confidence_is_not_zero(value: float, shown: str) -> None:
+    assert confidence(value) == shown
 
 
 @settings(max_examples=25, deadline=None)

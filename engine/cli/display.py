@@ -100,20 +100,17 @@ def print_result(result: SearchResult) -> None:
         highlight=False,
     )
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for heading, justify in (
-        ("#", "right"),
-        ("score", "right"),
-        ("confidence", "right"),
-        ("label", "left"),
-        ("id", "left"),
-    ):
-        if heading != "confidence" or result.mode == "tmm":
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in ("#", "score", *([result.confidence_word] if result.confidence_meaning else [])):
+        table.add_column(heading, justify="right")
+    table.add_column("label")
+    table.add_column("id")
     for hit in result.hits:
         confidence = [] if hit.confidence is None else [f"{hit.confidence:.4f}"]
         label = escape(hit.class_name) + (" (predicted)" if hit.label_is_predicted else "")
         table.add_row(str(hit.rank + 1), f"{hit.score:.4f}", *confidence, label, escape(hit.id))
     console.print(table)
+    meanings = (f"score: {result.score_meaning}", result.confidence_meaning)
+    console.print(f"[dim]{'; '.join(filter(None, meanings))}[/dim]", highlight=False)
     for note in result.notes:
         console.print(f"[dim]note: {escape(note)}[/dim]")
     console.print()

@@ -234,10 +234,9 @@ def _show(results: "list[SearchResult | FailedQuery]", options: dict[str, Any], 
             print_failure(result)
         else:
             print_result(result)
-    answered = [result for result in results if not isinstance(result, FailedQuery)]
-    if options["html"] and answered:
-        write_html(answered, options["html"], index_name=index_name)
-    if options["png"] and answered:
-        write_png(answered, options["png"])
+    if options["html"]:
+        write_html(results, options["html"], index_name=index_name)
+    if options["png"]:
+        write_png(results, options["png"])
     for path in filter(None, (options["html"], options["png"])):
         click.echo(f"wrote {path}", err=True)

@@ -8,13 +8,15 @@ import numpy as np
 from jaxtyping import UInt8
 from jinja2 import Environment, StrictUndefined
 
-from tmm_engine.results import Hit, SearchResult
+from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import (
-    agreeing,
     agrees,
     as_picture,
     by_query,
     clip,
+    confidence,
+    facts,
+    meanings,
     number,
     png_bytes,
     seconds,
@@ -24,7 +26,7 @@ from tmm_engine.views.showing import (
 
 
 def write_html(
-    results: Sequence[SearchResult],
+    results: Sequence[SearchResult | FailedQuery],
     path: Path,
     *,
     title: str = "Nearest neighbours",
@@ -32,7 +34,8 @@ def write_html(
 ) -> None:
     """Write one HTML page that needs nothing else: no script, no network, images inline at their native size.
 
-    Consecutive results of the same query share a card, one row per result.
+    Consecutive results of the same query share a card, one row per result. A query that could not be answered has a
+    card that says why.
 
     Args:
         results: At least one; images of 1 or 3 channels.
@@ -46,16 +49,23 @@ def write_html(
     """
     blocks = by_query(results)
     template = _environment().from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
-    page = template.render(blocks=blocks, title=title, index_name=index_name)
+    page = template.render(
+        blocks=blocks,
+        meanings=meanings(blocks),
+        exemplars=next((result.exemplars for block in blocks for result in block.results), None),
+        title=title,
+        index_name=index_name,
+    )
     write_file(path, page.encode("utf-8", errors="backslashreplace"))  # file names may hold lone surrogates
 
 
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "agreeing": agreeing,
         "clip": clip,
+        "confidence": confidence,
         "data_uri": _data_uri,
+        "facts": facts,
         "metadata": _metadata,
         "number": number,
         "seconds": seconds,

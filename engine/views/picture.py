@@ -13,16 +13,18 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tmm_engine.index.errors import InputError
-from tmm_engine.results import Hit, SearchResult
+from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import (
-    agreeing,
+    Block,
     agrees,
     as_picture,
     by_query,
     clip,
+    confidence,
+    facts,
+    meanings,
     number,
     png_bytes,
-    seconds,
     tmm_views,
     write_file,
 )
@@ -39,14 +41,20 @@ _TINY, _SMALL, _BODY, _HEADING = 12, 14, 16, 24  # font sizes
 _GAP = 12
 _MARGIN, _STROKE = 9, 4  # around a neighbour: the frame and the white between
 _TILE = CELL + 2 * _MARGIN
+_DRAWN_AS = str.maketrans({"×": "x", "−": "-", "–": "-", "—": "-", "ß": "ss"})  # the font has boxes for them
 _LEAST_COLUMNS = 4  # a sheet of one neighbour still has room for its texts
-_LEGEND = "solid, check mark: the query's class  ·  dashed, cross: another class  ·  (p): predicted, not given"
+_LEGEND = (
+    "solid, check mark: the query’s class  ·  dashed, cross: another class  ·  (p): predicted, not given",
+    "The query’s class is its true label where known, else the model’s prediction. Larger scores are nearer; compare "
+    "them within a row only.",
+)
 
 
-def write_png(results: Sequence[SearchResult], path: Path, *, columns: int = 10) -> None:
+def write_png(results: Sequence[SearchResult | FailedQuery], path: Path, *, columns: int = 10) -> None:
     """Write one picture: a block per query, a row per result, neighbours enlarged and framed by agreement.
 
-    The font is Pillow's own: accents are dropped, and scripts other than Latin show as boxes.
+    A query that could not be answered has a block that says why. The font is Pillow's own: accents are dropped, and
+    scripts other than Latin show as boxes.
 
     Args:
         results: At least one; images of 1 or 3 channels. Consecutive ones of the same query share a block.
@@ -64,10 +72,13 @@ def write_png(results: Sequence[SearchResult], path: Path, *, columns: int = 10)
     write_file(path, png_bytes(_sheet(blocks, columns=columns)))
 
 
-def _sheet(blocks: list[list[SearchResult]], *, columns: int) -> Image.Image:
-    longest = max(len(result.hits) for block in blocks for result in block)
+def _sheet(blocks: list[Block], *, columns: int) -> Image.Image:
+    longest = max((len(result.hits) for block in blocks for result in block.results), default=0)
     width = (_TILE + _GAP) * (1 + max(min(columns, longest), _LEAST_COLUMNS))
-    tiles = [_line(_LEGEND, width=width, size=_BODY, colour=_FAINT)]
+    tiles = []
+    if explained := meanings(blocks):
+        phrases = [f"{mode} · {phrase}" for mode, found in explained.items() for phrase in found]
+        tiles.append(_below([_text(line, width=width, size=_SMALL) for line in (*_LEGEND, *phrases)], gap=2))
     for block in blocks:
         tiles += [Image.new("RGB", (width, 2), _LINE), _block(block, columns=columns, width=width)]
         if (pixels := width * sum(tile.height for tile in tiles)) > MAX_SHEET_PIXELS:
@@ -78,22 +89,25 @@ def _sheet(blocks: list[list[SearchResult]], *, columns: int) -> Image.Image:
     return ImageOps.expand(_below(tiles, gap=_GAP + _GAP // 2), border=2 * _GAP, fill=_PAPER)
 
 
-def _block(block: list[SearchResult], *, columns: int, width: int) -> Image.Image:
-    query = block[0]
-    classes = f"predicted: {query.predicted_class}"
-    if query.true_class is not None:
-        classes += f"  ·  true: {query.true_class}"
-    heading = [_line(query.query, width=width, size=_HEADING), _line(classes, width=width, size=_BODY, colour=_FAINT)]
-    rows = [_row(result, columns=columns, width=width - _TILE - 2 * _GAP) for result in block]
-    body = _beside([_query_column(block), _below(rows, gap=2 * _GAP)], gap=2 * _GAP)
-    return _below([*heading, body], gap=_GAP // 2)
+def _block(block: Block, *, columns: int, width: int) -> Image.Image:
+    tiles = [_line(block.query, width=width, size=_HEADING)]
+    tiles += [_text(failure, width=width, size=_BODY, colour=_OTHER) for failure in block.failures]
+    if block.results:
+        query = block.results[0]
+        classes = f"predicted: {query.predicted_class}"
+        if query.true_class is not None:
+            classes += f"  ·  true: {query.true_class}"
+        rows = [_row(result, block, columns=columns, width=width - _TILE - 2 * _GAP) for result in block.results]
+        tiles.append(_line(classes, width=width, size=_BODY, colour=_FAINT))
+        tiles.append(_beside([_query_column(block.results), _below(rows, gap=2 * _GAP)], gap=2 * _GAP))
+    return _below(tiles, gap=_GAP // 2)
 
 
-def _query_column(block: list[SearchResult]) -> Image.Image:
+def _query_column(results: Sequence[SearchResult]) -> Image.Image:
     """The query and, at half its size, what each TMM result triggered it with."""
-    tiles = [_line("query", width=_TILE, size=_BODY), _enlarged(block[0].query_image, side=CELL)]
+    tiles = [_line("query", width=_TILE, size=_BODY), _enlarged(results[0].query_image, side=CELL)]
     label = partial(_line, width=CELL // 2, size=_TINY, colour=_FAINT)
-    for views in filter(None, map(tmm_views, block)):
+    for views in filter(None, map(tmm_views, results)):
         pair = [
             _below([_enlarged(image, side=CELL // 2), *map(label, caption.split())], gap=2) for caption, image in views
         ]
@@ -101,25 +115,22 @@ def _query_column(block: list[SearchResult]) -> Image.Image:
     return _below(tiles, gap=_GAP // 2)
 
 
-def _row(result: SearchResult, *, columns: int, width: int) -> Image.Image:
-    """One mode's heading, then its neighbours in lines of ``columns``."""
+def _row(result: SearchResult, block: Block, *, columns: int, width: int) -> Image.Image:
+    """One mode's heading and notes, then its neighbours in lines of ``columns``."""
     mode = _line(result.mode, width=width, size=_BODY)
-    facts = f"{agreeing(result)} of {len(result.hits)} in the query's class"
-    facts += f"  ·  {result.scored:,} of {result.exemplars:,} scored  ·  {seconds(result.seconds)}"
-    if result.recognised_as is not None:
-        facts += f"  ·  recognised as {clip(result.recognised_as)}"
     indent = round(ImageFont.load_default(_BODY).getlength(_plain(result.mode))) + _GAP
     if indent < width:
-        mode.paste(_line(facts, width=width - indent, size=_SMALL, colour=_FAINT), (indent, 1))
+        mode.paste(_line(facts(result, block), width=width - indent, size=_SMALL, colour=_FAINT), (indent, 1))
+    notes = [_text(note, width=width, size=_SMALL) for note in result.notes]
     hits = [_hit(hit, result) for hit in result.hits]
     lines = [_beside(hits[start : start + columns], gap=_GAP) for start in range(0, len(hits), columns)]
-    return _below([mode, *lines], gap=_GAP // 2)
+    return _below([mode, *notes, *lines], gap=_GAP // 2)
 
 
 def _hit(hit: Hit, result: SearchResult) -> Image.Image:
     score = number(hit.score)
     if hit.confidence is not None:
-        score += f"  ·  {result.confidence_word} {hit.confidence:.2g}"
+        score += f"  ·  {result.confidence_word} {confidence(hit.confidence)}"
     name = f"(p) {hit.class_name}" if hit.label_is_predicted else hit.class_name
     texts = [_line(name, width=_TILE, size=_BODY), _line(score, width=_TILE, size=_SMALL, colour=_FAINT)]
     return _below([_framed(_enlarged(hit.image, side=CELL), same=agrees(hit, result)), *texts], gap=2)
@@ -174,9 +185,23 @@ def _line(text: str, *, width: int, size: int, colour: str = _INK) -> Image.Imag
     return tile
 
 
+def _text(text: str, *, width: int, size: int, colour: str = _FAINT) -> Image.Image:
+    """As many lines as it takes; a word that is wider than a line is cut."""
+    font = ImageFont.load_default(size)
+    first, *words = _plain(text).split() or [""]
+    lines = [first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return _below([_line(line, width=width, size=size, colour=colour) for line in lines], gap=0)
+
+
 def _plain(text: str) -> str:
     """What the built-in font can draw: no accents, no line breaks, no lone surrogates."""
-    decomposed = unicodedata.normalize("NFKD", clip(text)).replace("...", "…")
+    decomposed = unicodedata.normalize("NFKD", clip(text).translate(_DRAWN_AS)).replace("...", "…")
     return "".join(c if c.isprintable() else " " for c in decomposed if not unicodedata.combining(c))
 
 

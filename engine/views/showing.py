@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -11,13 +12,34 @@ from PIL import Image
 
 from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.files import replacing
-from tmm_engine.results import Hit, SearchResult
+from tmm_engine.results import FailedQuery, Hit, SearchResult
 
 MAX_TEXT = 300
 """Characters of any one text (id, class name, metadata …) that is shown; the rest is an ellipsis."""
 
 
-def by_query(results: Sequence[SearchResult]) -> list[list[SearchResult]]:
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is shown of one query.
+
+    Attributes:
+        query: Its name.
+        results: Its answers.
+        errors: Why it could not be answered, each once.
+    """
+
+    query: str
+    results: list[SearchResult]
+    errors: list[str]
+
+    @property
+    def failures(self) -> list[str]:
+        """The errors as sentences."""
+        what = "Not answered in every mode" if self.results else "Cannot be answered"
+        return [f"{what}: {error}" for error in self.errors]
+
+
+def by_query(results: Sequence[SearchResult | FailedQuery]) -> list[Block]:
     """Consecutive results of the same query together.
 
     Raises:
@@ -25,17 +47,53 @@ def by_query(results: Sequence[SearchResult]) -> list[list[SearchResult]]:
     """
     if not results:
         raise InputError("expected at least one search result to report, got none")
-    return [list(block) for _, block in groupby(results, key=lambda result: result.query)]
+    blocks = []
+    for query, group in groupby(results, key=lambda result: result.query):
+        block = Block(query, [], [])
+        for result in group:
+            if isinstance(result, SearchResult):
+                block.results.append(result)
+            elif result.error not in block.errors:
+                block.errors.append(result.error)
+        blocks.append(block)
+    return blocks
+
+
+def meanings(blocks: Sequence[Block]) -> dict[str, list[str]]:
+    """For each mode, in phrases, what its scores and confidences are; all that they are, where settings differ."""
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    for result in (result for block in blocks for result in block.results):
+        both = result.score_meaning, result.confidence_meaning
+        if both not in found.setdefault(result.mode, []):
+            found[result.mode].append(both)
+    return {
+        mode: [
+            phrase
+            for number, (score, confidence) in enumerate(alternatives)
+            for phrase in (f"{'or, by a row’s own settings, ' if number else ''}score: {score}", confidence)
+            if phrase is not None
+        ]
+        for mode, alternatives in found.items()
+    }
+
+
+def facts(result: SearchResult, block: Block) -> str:
+    """A row's heading: how many agree, what it took, and what is not in the query's heading or in a note."""
+    count = f"{sum(agrees(hit, result) for hit in result.hits)} of {len(result.hits)} in"
+    parts = [f"{count} the query’s class"]
+    if result.predicted_label != block.results[0].predicted_label:  # a row may have stretched the query, or not
+        predicted = f"here predicted {clip(result.predicted_class)}"
+        parts = [predicted, f"{count} that class"] if result.true_label is None else [predicted, *parts]
+    parts += [f"{result.scored:,} of {result.exemplars:,} scored", seconds(result.seconds)]
+    recognised = f"recognised as {result.recognised_as}"
+    if result.recognised_as is not None and not any(note.startswith(recognised) for note in result.notes):
+        parts.append(clip(recognised))
+    return " · ".join(parts)
 
 
 def agrees(hit: Hit, result: SearchResult) -> bool:
     """Whether the neighbour has the query's true label or, where that is unknown, the predicted one."""
     return hit.label == (result.predicted_label if result.true_label is None else result.true_label)
-
-
-def agreeing(result: SearchResult) -> int:
-    """How many neighbours have the query's class."""
-    return sum(agrees(hit, result) for hit in result.hits)
 
 
 def clip(value: object) -> str:
@@ -47,6 +105,11 @@ def clip(value: object) -> str:
 def number(value: float) -> str:
     """Four significant digits, trailing zeros kept, so that scores line up."""
     return f"{value:#.4g}".rstrip(".")
+
+
+def confidence(value: float) -> str:
+    """Of [0, 1], two places; what would round to 0 is told from 0."""
+    return f"{value:.2f}" if value == 0 or value >= 0.005 else "<0.01"
 
 
 def seconds(value: float) -> str:
