@@ -93,7 +93,7 @@ def test_results_carry_what_made_them(memory: Engine, mode: str):
         assert {"embedding", "trigger", "pass", "tuning", "scoring"} <= result.timings.keys()
         assert result.trigger is not None
         assert np.linalg.norm(result.trigger) > 0.5
-        assert all(0 <= hit.confidence <= 1 for hit in result.hits if hit.confidence is not None)
+        assert all(hit.confidence is not None and 0 <= hit.confidence <= 1 for hit in result.hits)
     else:
         assert (result.config, result.trigger) == (None, None)
         assert all(hit.confidence is None for hit in result.hits)

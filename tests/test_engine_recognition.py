@@ -297,7 +297,8 @@ def test_the_command_line_recognises_in_json_in_tables_on_the_page_and_in_the_pi
         assert [hit["id"] for hit in one["hits"]] == [hit["id"] for hit in other["hits"]]
         assert one["notes"] == [f"recognised as {id_of(12)}: ranked by what is like that exemplar"]
         assert other["notes"] == []
-    assert page.count(f"· recognised as {id_of(12)}</span>") == 4
+    assert page.count(f"· recognised as {id_of(12)}</span>") == 2, "the exemplar itself, of which there is no note"
+    assert page.count(f"<li>recognised as {id_of(12)}: ranked by what is like that exemplar</li>") == 2
     for switched_off in ((), ("--recognition", "off"), ("--recognition", "OFF")):
         off = run(*searched, *files, *switched_off, "--json")
         assert [json.loads(line)["recognised_as"] for line in off.stdout.splitlines()] == [None] * 4

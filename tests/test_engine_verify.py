@@ -28,7 +28,6 @@ CLASSIFIER = classifier_of(network())
 N = 40
 FEATURES = (FEATURE, GLOBAL_FEATURE, STRETCHED_FEATURE)
 IMAGES, LABELS = tiny_arrays(1, N)
-FEATURES = ("feature", GLOBAL_FEATURE, STRETCHED_FEATURE)
 
 
 @pytest.fixture(scope="module")
@@ -226,15 +225,19 @@ def test_without_the_users_code_features_are_not_looked_at_and_it_says_so(index)
 def test_commands(index, monkeypatch, tmp_path):
     (tmp_path / "my_net_for_verify.py").write_text("from tests.conftest import network\n")
     monkeypatch.syspath_prepend(tmp_path)
-    sound = run("verify", index)
-    assert (sound.exit_code, "is sound" in sound.stdout) == (0, True)
-    [data] = {path for path in (index / EXEMPLARS / "data").iterdir() if path.stat().st_size == max(
-        each.stat().st_size for each in (index / EXEMPLARS / "data").iterdir()
-    )}  # fmt: skip
-    flip(data, 40)
-    found = run("verify", index, "--json")
+    model = ("--model", "my_net_for_verify:network")
+    for options, computed in (((), 0), (model, N - 1), ((*model, "--sample", 5), 5)):
+        sound = run("verify", index, *options)
+        assert (sound.exit_code, "is sound" in sound.stdout) == (0, True)
+        assert f"{computed} computed again" in sound.stdout
+    damaged = opened(index)[1].features(np.array([7]))
+    flip(data_file(index, damaged), position_of(data_file(index, damaged), damaged) + 6)
+    found = run("verify", index, *model, "--json")
     assert found.exit_code == 1
     assert json.loads(found.stdout.splitlines()[0])["harmless"] is False
     assert "is damaged, see above" in found.stderr
+    repaired = run("repair", index, *model)
+    assert repaired.exit_code == 0, repaired.stderr
+    assert run("verify", index, *model).exit_code == 0
     assert run("verify", tmp_path).exit_code == 1
     assert "is not an index" in run("repair", tmp_path).stderr

@@ -141,10 +141,9 @@ def changed(*changes: tuple[str, Any], seal: bool = True) -> str:
     return json.dumps(content | {"sha256": fitting})
 
 
-def damaged() -> dict[str, str | bytes]:
-    """By name: contents of `index.json` that must be refused."""
-    whole = json.dumps(good())
-    wrong: dict[str, list[Any]] = {  # for every key the values of a wrong type or range
+def wrong_values() -> dict[str, list[Any]]:
+    """For every key the values of a wrong type or range."""
+    return {
         "format": ["other", None, 1],
         "format_version": [0, 1, 2, 4, "2", "3", None, [3]],  # of what is in it not even 2
         "version": [0, -1, 1.5, "1", None],
@@ -189,6 +188,11 @@ def damaged() -> dict[str, str | bytes]:
         + [{"a": {"bytes": math.inf, "sha256": ""}}, {"a": {"bytes": -1, "sha256": ""}}]
         + [{path: {"bytes": 1, "sha256": ""}} for path in ("/etc/passwd", "../x", "a/../../x", "a/..", "..")],
     }
+
+
+def damaged() -> dict[str, str | bytes]:
+    """By name: contents of `index.json` that must be refused."""
+    whole = json.dumps(good())
     cases: dict[str, str | bytes] = {
         "empty": "",
         "cut short": whole[: len(whole) // 2],
@@ -211,7 +215,7 @@ def damaged() -> dict[str, str | bytes]:
         "another value": changed(("exemplars", 8), seal=False),
         "no SHA-256": whole.replace('"sha256"', '"sha-256"', 1),
     }
-    for key, values in wrong.items():
+    for key, values in wrong_values().items():
         cases[f"{key} is missing"] = changed((key, MISSING))
         cases |= {f"{key} = {json.dumps(value)}"[:80]: changed((key, value)) for value in values}
     return cases

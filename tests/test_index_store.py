@@ -93,8 +93,8 @@ def exemplars(draw: st.DrawFn) -> Exemplars:
     return result
 
 
-def write(path: Path, content: Exemplars, *, batch: int = 4) -> int:
-    """Store the exemplars in batches; returns the version."""
+def written(path: Path, content: Exemplars, *, batch: int = 4) -> LanceWriter:
+    """A writer that was given the exemplars in batches, before its commit."""
     writer = LanceWriter(path, exemplar_schema(content.images.shape[1:], content.dims, content.types))
     for rows in (slice(start, start + batch) for start in range(0, len(content), batch)):
         given = {
@@ -104,7 +104,12 @@ def write(path: Path, content: Exemplars, *, batch: int = 4) -> int:
             "image": fixed_size_column(content.images[rows]),
         } | {name: fixed_size_column(features[rows]) for name, features in content.features.items()}
         writer.write(given | {name: values[rows] for name, values in content.columns.items()})
-    return writer.commit()
+    return writer
+
+
+def write(path: Path, content: Exemplars, *, batch: int = 4) -> int:
+    """Store the exemplars in batches; returns the version."""
+    return written(path, content, batch=batch).commit()
 
 
 def read(path: Path, content: Exemplars, version: int) -> LanceStore:
@@ -236,12 +241,15 @@ def test_small_fragments_are_written_as_they_fill(tmp_path, monkeypatch):
     np.testing.assert_array_equal(store.images(rows), content.images[rows])
 
 
-def test_nothing_can_be_read_before_the_commit(tmp_path):
+def test_nothing_can_be_read_before_the_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(lance_store, "FRAGMENT_BYTES", 256)
     content = some()
-    writer = LanceWriter(tmp_path / "x", exemplar_schema((3, 2, 4), {"feature": 5}, {}))
-    del writer
+    writer = written(tmp_path / "x", content)
+    writer.finish()
+    assert list((tmp_path / "x" / "data").iterdir()), "all is on disk"
     with pytest.raises(IndexStateError, match="cannot be read"):
         read(tmp_path / "x", content, 1)
+    assert read(tmp_path / "x", content, writer.commit()).ids.tolist() == content.ids
 
 
 def test_a_reader_keeps_its_version(tmp_path):

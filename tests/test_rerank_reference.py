@@ -131,8 +131,7 @@ def test_a_query_that_is_an_exemplar_is_first_in_closed_form(precise, make_store
 def test_a_query_that_is_an_exemplar(precise, make_store):
     store = make_store(precise, 40)
     query = torch.tensor(store.images(np.array([17]))[0]).double() / 255.0
-    ranking = assert_equal_to_reference(precise, store, query, QUICK)
-    assert 17 in ranking.rows
+    assert_equal_to_reference(precise, store, query, QUICK)
 
 
 def test_the_confidence_is_the_softmax_of_the_dummy_class(precise, make_store, make_queries):

@@ -156,10 +156,9 @@ def test_a_setting_is_taken_where_it_has_an_effect_and_refused_with_the_reason_w
             config.with_settings(given_)
 
 
-@pytest.mark.parametrize("nothing_drawn", [{"trigger": IndexTrigger(), "head": ClosedForm()}])
 @pytest.mark.parametrize("drawn", [{"seed": 1}, {"sample": Sample(companions=3)}, {"sample": Sample(max_exemplars=5)}])
-def test_where_nothing_is_drawn_there_is_neither_seed_nor_sample(nothing_drawn, drawn):
-    config = TmmConfig(**nothing_drawn)
+def test_where_nothing_is_drawn_there_is_neither_seed_nor_sample(drawn):
+    config = TmmConfig(trigger=IndexTrigger(), head=ClosedForm())
     assert not config.draws
     assert config.with_seed(7) is config
     [name] = drawn

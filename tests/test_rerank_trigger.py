@@ -18,7 +18,7 @@ from tmm_engine.rerank.optimisation import make_trigger
 from tmm_engine.rerank.settings import Blend, Blending, FixedPatch, PatchTrigger, QueryTrigger
 from tmm_engine.rerank.trigger import FoundTrigger, find_triggers
 
-OF_INDEX = GlobalTrigger(torch.rand(3, 8, 8), 0.1, Blend.PRINTED, clamp=True, stretch=True)
+OF_INDEX = GlobalTrigger(torch.linspace(0, 1, 192).reshape(3, 8, 8), 0.1, Blend.PRINTED, clamp=True, stretch=True)
 QUICK = flat(trigger_steps=12, seed=3)
 
 

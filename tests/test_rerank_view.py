@@ -17,7 +17,7 @@ from tmm_engine.rerank.trigger import find_triggers
 from tmm_engine.rerank.view import view_queries
 
 QUICK = flat(trigger_steps=12)
-OF_INDEX = GlobalTrigger(torch.rand(3, 8, 8), 0.4, Blend.PRINTED, clamp=True, stretch=True)
+OF_INDEX = GlobalTrigger(torch.linspace(0, 1, 192).reshape(3, 8, 8), 0.4, Blend.PRINTED, clamp=True, stretch=True)
 BY_INDEX = replace(changed(QUICK, stretch=True), trigger=IndexTrigger())
 
 
