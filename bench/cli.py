@@ -5,20 +5,20 @@ from typing import Any
 
 import click
 
-from tmm_engine.bench.judge_cli import oracle, semantic
-from tmm_engine.bench.options import check_folders, classifier_options, opened, sized
-from tmm_engine.bench.quality_cli import (
-    ablation,
-    ood,
-    out_option,
-    parse_few,
-    parse_methods,
-    perturbations_option,
-    radius,
-    robustness,
-)
+from tmm_engine.bench.options import check_folders
+from tmm_engine.bench.registry import SUMMARIES, load
 from tmm_engine.cli.options import device_option, source_options
-from tmm_engine.index.errors import IndexStateError
+
+
+class _Benchmark(click.Command):
+    """Known by its name and its summary: the real command is imported when it is to run, or to show its help."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, short_help=SUMMARIES[name])
+        self._name = name
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        return load(self._name).command.make_context(*args, **kwargs)
 
 
 @click.group()
@@ -75,69 +75,6 @@ def train(source: str, out: Path, **options: Any) -> None:
 
 
 @bench.command()
-@click.argument("source")
-@classifier_options
-@click.option(
-    "--only",
-    metavar="GROUP,…",
-    default="",
-    help="Of neighbours, triggers, forward, growth, agreement, reference, build.",
-)
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timings of each path.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write raw records, machine and versions.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture of time against exemplars.")
-def latency(source: str, **options: Any) -> None:
-    """Time every path side by side in one run over the exemplars in SOURCE: medians, spreads, ratios.
-
-    \b
-    Examples:
-      engine bench latency mnist --root data --model resnet18 --weights mnist.safetensors
-      engine bench latency photos/ --model resnet18 --weights w.safetensors --repeats 3 --json l.json --plot l.png
-    """
-    from tmm_engine.bench.latency import LatencyBench
-    from tmm_engine.bench.latency_report import plot_growth, print_latency
-    from tmm_engine.cli.display import progress_bar
-
-    check_folders(options["json_path"], options["plot"])
-    only = [name.strip() for name in options["only"].split(",") if name.strip()]
-    images, classifier = opened(source, options)
-    with progress_bar() as progress:
-        measured = LatencyBench(images, classifier, repeats=options["repeats"], progress=progress).run(only)
-    print_latency(measured)
-    if options["json_path"]:
-        measured.save(options["json_path"])
-    if options["plot"]:
-        plot_growth(measured, options["plot"])
-
-
-@bench.command()
-@click.argument("source")
-@sized(exemplars=10_000, queries=20)
-@perturbations_option
-@out_option
-def candidates(source: str, **options: Any) -> None:
-    """Measure what candidate sets and the global trigger give up against exact search with the query's trigger.
-
-    \b
-    Example:
-      engine bench candidates mnist --root data --model resnet18 --weights mnist.safetensors --out candidates.jsonl
-    """
-    from tmm_engine.bench.candidates import KEY, measure_candidates, print_candidates
-    from tmm_engine.bench.loading import load_suite
-    from tmm_engine.bench.records import read_records
-    from tmm_engine.cli.display import progress_bar
-
-    perturbations, methods = parse_few(options["perturbations"]), parse_methods("paper")
-    check_folders(options["out"])
-    with progress_bar() as progress:
-        suite = load_suite(source, options, progress)
-        queries = suite.queries(options["queries"])
-        with suite.records(options["out"], "candidates", methods, KEY) as records:
-            measure_candidates(suite, queries, perturbations, records, progress=progress)
-    print_candidates(read_records(options["out"]).records)
-
-
-@bench.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for page and pictures. Default: FOLDER/report.")
 def report(folder: Path, out: Path | None) -> None:
@@ -153,30 +90,5 @@ def report(folder: Path, out: Path | None) -> None:
         click.echo(written)
 
 
-@bench.command()
-@click.option("--trials", type=click.IntRange(min=0), default=200, show_default=True, help="Writers killed.")
-@click.option("--cases", type=click.IntRange(min=0), default=2100, show_default=True, help="Hostile inputs generated.")
-@click.option("--searches", type=click.IntRange(min=1), default=500, show_default=True, help="In one process.")
-@click.option("--rows", type=click.IntRange(min=10), default=2000, show_default=True, help="That a filter leaves.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
-def reliability(*, as_json: bool, **options: int) -> None:
-    """Kill writers, damage files, fill disks, feed hostile input; count what was lost or wrong. Exit code 1 if any.
-
-    \b
-    Examples:
-      engine bench reliability --json
-      engine bench reliability --trials 10 --cases 70 --searches 50 --rows 200
-    """
-    from tmm_engine.bench.reliability.bench import ReliabilityBench, print_reliability
-    from tmm_engine.cli.display import progress_bar
-
-    with progress_bar() as progress:
-        result = ReliabilityBench(**options, progress=progress).run()
-    print_reliability(result, as_json=as_json)
-    if result.failures:
-        raise IndexStateError(f"{len(result.failures)} failures, see above")
-
-
-for command in (robustness, radius, semantic, oracle, ablation, ood):
-    bench.add_command(command)
+for name in SUMMARIES:
+    bench.add_command(_Benchmark(name))

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from tmm_engine.bench.options import opened
+from tmm_engine.backends import choose_device
+from tmm_engine.bench.noise import Family, Perturbation, parse, standard_perturbations
+from tmm_engine.bench.retrievers import Method
 from tmm_engine.bench.suite import Suite
 from tmm_engine.bench.triggers import folder_beside
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.errors import InputError, member
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.opening import open_source
@@ -34,6 +36,44 @@ class HeldOut:
     class_names: tuple[str, ...] | None
     queries: Float32[np.ndarray, "q c h w"]
     labels: Int64[np.ndarray, "q"]
+
+
+def opened(source: str, options: dict[str, Any]) -> tuple[ImageSource, Classifier]:
+    """The source and the classifier that the options name."""
+    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    classifier = Classifier.from_architecture(
+        options["model"],
+        image_shape=images.natural_shape(),
+        weights=options["weights"],
+        mean=options["mean"],
+        std=options["std"],
+    )
+    return images, classifier.to(choose_device(options["device"]))
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Of --methods."""
+    if not (names := [part.strip() for part in text.split(";") if part.strip()]):
+        raise InputError("--methods: expected at least one, got none (try 'l2;cosine;robust')")
+    return [Method.parse(name) for name in names]
+
+
+def parse_perturbations(families: str, levels: tuple[str, ...]) -> list[Perturbation]:
+    """Of --families and --levels."""
+    chosen = [member(Family, name.strip()) for name in families.split(",")]
+    own: dict[Family, tuple[float, ...]] = {}
+    for text in levels:
+        name, _, values = text.partition("=")
+        try:
+            own[member(Family, name.strip())] = tuple(float(value) for value in values.split(","))
+        except ValueError:
+            raise InputError(f"--levels {text}: expected FAMILY=LEVEL,LEVEL,…, as in gaussian=1,2.5") from None
+    return standard_perturbations(chosen, levels=own)
+
+
+def parse_few(text: str) -> list[Perturbation]:
+    """Of --perturbations."""
+    return [parse(part) for part in text.split(",")]
 
 
 def load_suite(source: str, options: dict[str, Any], progress: Progress) -> Suite:

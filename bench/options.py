@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from tmm_engine.cli.options import Command, device_option, joined, numbers, source_options
 from tmm_engine.index.errors import InputError
 
-if TYPE_CHECKING:
-    from tmm_engine.index.models.classifier import Classifier
-    from tmm_engine.index.sources.records import ImageSource
+BASELINES = "l2;cosine;robust"
+FEW_PERTURBATIONS = "clean,brightness 0.5,gaussian 2.5,gaussian 5"
 
 classifier_options = joined(
     click.option("--model", metavar="NAME", required=True, help="Architecture, as for build-index."),
@@ -42,6 +40,27 @@ query_options = joined(
     click.option("--query-split", help="Split that held-out queries are from. Default: test, if they are from SOURCE."),
     click.option("--query-source", help="Where held-out queries are from instead of SOURCE."),
 )
+methods_option = click.option(
+    "--methods",
+    default=BASELINES,
+    show_default=True,
+    help="Separated by semicolons: l2, cosine, a preset; with settings: 'cosine,stretch=true;paper,blend=added'.",
+)
+k_option = click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Neighbours looked at.")
+out_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Records as JSON lines; a rerun goes on with them. Global triggers are kept beside them, in .triggers.",
+)
+perturbations_option = click.option(
+    "--perturbations",
+    default=FEW_PERTURBATIONS,
+    show_default=True,
+    help="Of the queries, each a family and a level, separated by commas.",
+)
+suite_options = joined(sized(exemplars=2000, queries=50), methods_option, k_option, out_option)
+held_out_options = joined(sized(exemplars=2000, queries=50), query_options)
 
 
 def check_folders(*files: Path | None) -> None:
@@ -49,20 +68,3 @@ def check_folders(*files: Path | None) -> None:
     for path in files:
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: its folder does not exist; create it first")
-
-
-def opened(source: str, options: dict[str, Any]) -> "tuple[ImageSource, Classifier]":
-    """The source and the classifier that the options name."""
-    from tmm_engine.backends import choose_device
-    from tmm_engine.index.models.classifier import Classifier
-    from tmm_engine.index.sources.opening import open_source
-
-    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
-    classifier = Classifier.from_architecture(
-        options["model"],
-        image_shape=images.natural_shape(),
-        weights=options["weights"],
-        mean=options["mean"],
-        std=options["std"],
-    )
-    return images, classifier.to(choose_device(options["device"]))

@@ -107,3 +107,8 @@ def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> dict[st
     if panel.falling:
         axes.invert_xaxis()
     return lines
+
+
+def in_rows(panels: Sequence[Panel], columns: int) -> list[Sequence[Panel]]:
+    """So many beside each other."""
+    return [panels[start : start + columns] for start in range(0, len(panels), columns)]

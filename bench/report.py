@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+from tmm_engine.bench.benchmark import Reported, Run, Sheet
 from tmm_engine.bench.plots import styles_of
 from tmm_engine.bench.records import read_records
-from tmm_engine.bench.report_sections import BENCHMARKS, Run, Sheet, figure_3
+from tmm_engine.bench.registry import SUMMARIES, load
 from tmm_engine.bench.tables import count, folded, plain_text, table
 from tmm_engine.index.errors import InputError
 
@@ -37,29 +38,35 @@ def write_report(folder: Path, out: Path) -> list[Path]:
     return [page, *sheet.pictures]
 
 
+def reported_benchmarks() -> dict[str, Reported]:
+    """By name, in the report's order: the benchmarks whose records it reads."""
+    found = {name: load(name).reported for name in SUMMARIES}
+    return {name: reported for name, reported in found.items() if reported is not None}
+
+
 def _blocks(runs: list[Run], skipped: list[str], sheet: Sheet) -> list[str]:
     """The page; the pictures are drawn on the way."""
     blocks = [
         "# Benchmark report",
         "Numbers in brackets, and bands in pictures, are 95 % confidence intervals over queries.",
     ]
-    for name, benchmark in BENCHMARKS.items():
+    for name, reported in reported_benchmarks().items():
         chosen = [run for run in runs if run.content.settings["benchmark"] == name]
         for run in chosen:
-            blocks += [f"## {benchmark.title}: {run.data_set}", *_settings(run), *benchmark.section(run, sheet)]
-        if name == "robustness" and (figure := figure_3(chosen, sheet)):
-            blocks += ["## Brightness and Gaussian noise, all data sets (the paper's Fig. 3)", figure]
+            blocks += [f"## {reported.title}: {run.data_set}", *_settings(run), *reported.section(run, sheet)]
+        if chosen and reported.across is not None:
+            blocks += reported.across(chosen, sheet)
     return blocks + (["Not in this report: " + ", ".join(skipped) + "."] if skipped else [])
 
 
 def _runs(folder: Path) -> tuple[list[Run], list[str]]:
     """Every file of a known benchmark, checked; and the names of the others, with the reason."""
-    runs, skipped = [], []
+    runs, skipped, benchmarks = [], [], reported_benchmarks()
     for path in sorted(folder.glob("*.jsonl")):
         with path.open("rb") as file:
             first = file.readline()
         try:
-            known = json.loads(first)["settings"]["benchmark"] in BENCHMARKS
+            known = json.loads(first)["settings"]["benchmark"] in benchmarks
         except (ValueError, KeyError, TypeError):
             known = False
         if not known:
@@ -67,22 +74,22 @@ def _runs(folder: Path) -> tuple[list[Run], list[str]]:
             continue
         run = Run(path, read_records(path))
         if run.records:
-            _check(run)
+            _check(run, benchmarks)
             runs.append(run)
         else:
             skipped.append(f"{path.name} (no records yet)")
     if not runs:
         raise InputError(
-            f"{folder}: expected *.jsonl files with records of {', '.join(BENCHMARKS)}, got "
+            f"{folder}: expected *.jsonl files with records of {', '.join(benchmarks)}, got "
             f"{', '.join(skipped) or 'none'} (run a benchmark with --out in this folder first)"
         )
     return runs, skipped
 
 
-def _check(run: Run) -> None:
+def _check(run: Run, benchmarks: dict[str, Reported]) -> None:
     if "data_set" not in run.content.settings:
         raise InputError(f"{run.path}: expected the data_set in its settings, got none (measure again)")
-    needed = BENCHMARKS[run.content.settings["benchmark"]].fields
+    needed = benchmarks[run.content.settings["benchmark"]].fields
     for number, record in enumerate(run.records, start=1):
         if missing := [name for name in needed if name not in record]:
             raise InputError(

@@ -10,15 +10,13 @@ from jaxtyping import Int64
 
 from tmm_engine.bench.records import RecordFile, describe_run, read_records
 from tmm_engine.bench.retrievers import BASELINE_SETTINGS, Method, Retriever, make_retrievers
-from tmm_engine.index.batches import forward_batch_size
-from tmm_engine.index.columns import FEATURE, embed
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.rerank.columns import STRETCHED_FEATURE
-from tmm_engine.rerank.contrast import embed_stretched
+from tmm_engine.rerank.columns import StretchedColumn
 from tmm_engine.rerank.settings import TmmConfig, canonical
 
 
@@ -89,16 +87,8 @@ class Suite:
         kept = [records[row] for row in chosen]
         images = np.stack([record.image for record in kept])
         labels = np.array([record.label for record in kept], dtype=np.int64)
-        step = forward_batch_size(classifier.image_shape)
-        starts = range(0, len(images), step)
-        features = [embed(images[start : start + step], classifier) for start in starts]
-        stretched = [embed_stretched(images[start : start + step], classifier) for start in starts]
-        store = MemoryStore(
-            images,
-            {FEATURE: np.concatenate(features), STRETCHED_FEATURE: np.concatenate(stretched)},
-            labels,
-            ids=[record.id for record in kept],
-        )
+        subset = ArraySource(images, labels, ids=[record.id for record in kept], name=source.name)
+        store = MemoryStore.of(subset, classifier, columns=[StretchedColumn(classifier)], progress=progress)
         return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed, triggers)
 
     def queries(self, count: int, *, skip: int = 0) -> Int64[np.ndarray, "q"]:

@@ -3,12 +3,9 @@
 Queries and exemplars alike: a query that is an exemplar must still look like it.
 """
 
-import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
-
-from tmm_engine.index.models.classifier import Classifier
 
 
 def stretch_contrast(images: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h w"]:
@@ -27,10 +24,3 @@ def stretch_contrast(images: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n c h
 def stretch_images(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
     """The same of stored images, rounded to 8 bits again."""
     return (stretch_contrast(images.float() / 255.0) * 255.0).round().to(torch.uint8)
-
-
-def embed_stretched(images: UInt8[np.ndarray, "n c h w"], classifier: Classifier) -> Float32[np.ndarray, "n d"]:
-    """φ of stored images with their contrast stretched, in one pass."""
-    with torch.inference_mode():
-        pixels = torch.from_numpy(images).to(classifier.device).float() / 255.0
-        return classifier.features(stretch_contrast(pixels)).float().cpu().numpy()

@@ -9,7 +9,7 @@ import torch
 
 from tests.builders import tiny_arrays, tiny_classifier
 from tests.digits import IMAGES, LABELS, make_classifier
-from tmm_engine.bench.ablation import (
+from tmm_engine.bench.benchmarks.ablation import (
     LAYERS,
     VALUES,
     ReferenceRetriever,

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.digits import IMAGES, LABELS, make_classifier, write_photos
-from tmm_engine.bench.candidates import KEY, measure_candidates, summarise
+from tmm_engine.bench.benchmarks.candidates import KEY, measure_candidates, summarise
 from tmm_engine.bench.noise import parse
 from tmm_engine.bench.records import read_records
 from tmm_engine.bench.report import write_report
@@ -28,7 +28,7 @@ def measured(tmp_path_factory):
     perturbations = [parse(name) for name in PERTURBATIONS]
     contents = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tmm_engine.bench.candidates.SIZES", SIZES)
+        patch.setattr("tmm_engine.bench.benchmarks.candidates.SIZES", SIZES)
         for _ in range(2):
             with suite.records(path, "candidates", [], KEY) as file:
                 measure_candidates(suite, suite.queries(2), perturbations, file)

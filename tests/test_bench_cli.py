@@ -11,8 +11,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from tests.digits import IMAGES, LABELS, make_classifier, write_photos
+from tmm_engine.bench import benchmarks
 from tmm_engine.bench.cli import bench
-from tmm_engine.bench.quality_cli import FEW_PERTURBATIONS, parse_few, parse_methods, parse_perturbations
+from tmm_engine.bench.loading import parse_few, parse_methods, parse_perturbations
+from tmm_engine.bench.options import FEW_PERTURBATIONS
+from tmm_engine.bench.registry import SUMMARIES, load
 from tmm_engine.cli.main import main
 from tmm_engine.index.models.classifier import Classifier
 
@@ -77,11 +80,21 @@ def test_every_help_has_an_example(command: str):
     assert f"engine bench {command} " in shown
 
 
-def test_help_needs_nothing_heavy():
+def test_summaries_are_the_beginning_of_the_help():
+    for name, summary in SUMMARIES.items():
+        assert load(name).command.help.startswith(summary.rstrip("?")), name
+
+
+def test_every_file_is_registered():
+    files = (path.stem for path in Path(benchmarks.__file__).parent.glob("*.py"))
+    assert set(files) == {"__init__", *SUMMARIES}
+
+
+def test_the_list_of_commands_needs_nothing_heavy():
     code = (
         "import sys\nfrom tmm_engine.bench.cli import bench\n"
-        "for name in bench.commands:\n"
-        "    try: bench([name, '--help'])\n    except SystemExit as end: assert end.code == 0\n"
+        "for arguments in (['--help'], ['train', '--help'], ['report', '--help']):\n"
+        "    try: bench(arguments)\n    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'lance', 'faiss', 'numpy', 'matplotlib', 'openai'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import tiny_arrays, tiny_classifier
 from tests.digits import write_photos
 from tests.fakes import NotAttacked
+from tmm_engine.bench.benchmarks.ood import KEY, foreign_images, measure_foreign, mixed, noise_images, outranking_bound
 from tmm_engine.bench.noise import Perturbation, parse
-from tmm_engine.bench.ood import KEY, foreign_images, measure_foreign, mixed, noise_images, outranking_bound
 from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.retrievers import Method, make_retrievers
 from tmm_engine.bench.suite import Suite
@@ -23,7 +24,7 @@ from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.folders import FolderSource
 from tmm_engine.index.store.embedding import predict
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
-from tmm_engine.rerank.contrast import embed_stretched
+from tmm_engine.rerank.contrast import stretch_contrast
 
 N, M = 20, 6
 scores = st.floats(-100, 100, allow_subnormal=False)
@@ -97,8 +98,11 @@ def test_foreign_exemplars_come_last_and_bear_the_models_labels(suite: Suite):
     np.testing.assert_array_equal(store.features(own), suite.store.features(own))
     features = embed(foreign, suite.classifier)
     np.testing.assert_array_equal(store.features(others), features)
-    stretched = [suite.store.features(own, column=STRETCHED_FEATURE), embed_stretched(foreign, suite.classifier)]
-    np.testing.assert_array_equal(store.features(rows, column=STRETCHED_FEATURE), np.concatenate(stretched))
+    with torch.inference_mode():
+        stretched = suite.classifier.features(stretch_contrast(torch.from_numpy(foreign) / 255))
+    found = store.features(rows, column=STRETCHED_FEATURE)
+    np.testing.assert_array_equal(found[:N], suite.store.features(own, column=STRETCHED_FEATURE))
+    np.testing.assert_allclose(found[N:], stretched, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(store.labels[:N], suite.store.labels)
     np.testing.assert_array_equal(store.labels[N:], predict(features, suite.classifier))
     assert store.label_is_predicted.tolist() == N * [False] + M * [True]

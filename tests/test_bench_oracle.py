@@ -18,19 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.digits import IMAGES, LABELS
-from tmm_engine.bench.oracle import (
+from tmm_engine.bench.benchmarks.oracle import estimate, judge_neighbours
+from tmm_engine.bench.benchmarks.semantic import KEY
+from tmm_engine.bench.judges import (
     OracleError,
     SsimJudge,
     Verdict,
     VisionJudge,
-    estimate,
-    judge_neighbours,
     make_pictures,
     make_question,
     read_verdict,
 )
 from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.semantic import KEY
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.store.memory import MemoryStore
 

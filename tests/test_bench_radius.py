@@ -13,11 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.benchmarks.radius import CONTROL_SEEDS, KEY, MARGIN_SAMPLES, measure_radius
 from tmm_engine.bench.noise import Family, Perturbation
-from tmm_engine.bench.radius import (
-    CONTROL_SEEDS,
-    KEY,
-    MARGIN_SAMPLES,
+from tmm_engine.bench.radii import (
     Radius,
     adversarial_path,
     brightness_path,
@@ -25,7 +23,6 @@ from tmm_engine.bench.radius import (
     empirical_radius,
     gaussian_path,
     margin_radius,
-    measure_radius,
     seed_changes_top,
 )
 from tmm_engine.bench.records import RecordFile, read_records

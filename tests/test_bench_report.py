@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tmm_engine.bench.benchmarks.radius import KINDS, Kind
 from tmm_engine.bench.noise import FAMILIES, Family
 from tmm_engine.bench.plots import Curve, Panel, draw_panels, styles_of
-from tmm_engine.bench.radius import Kind
 from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.report import write_report
-from tmm_engine.bench.report_sections import BENCHMARKS, KINDS
+from tmm_engine.bench.report import reported_benchmarks, write_report
 from tmm_engine.bench.statistics import Interval, bootstrap_interval, by_query, wilson_interval
 from tmm_engine.bench.tables import grouped, mean, plain_text, rate, table
 from tmm_engine.index.errors import InputError
@@ -159,7 +158,10 @@ def test_every_benchmark_has_a_section_with_its_settings(reported):
         "## Self-retrieval under noise: digits",
         "## Self-retrieval under noise: signs",
         "## Brightness and Gaussian noise, all data sets (the paper's Fig. 3)",
-        *(f"## {BENCHMARKS[name].title}: digits" for name in ("radius", "semantic", "ablation", "ood", "oracle")),
+        *(
+            f"## {reported_benchmarks()[name].title}: digits"
+            for name in ("radius", "semantic", "ablation", "ood", "oracle")
+        ),
     ]
     told = {row["setting"]: row["value"] for row in rows_of(page, "setting", "value")}
     assert told["exemplars"] == "1797"

@@ -12,12 +12,14 @@ from PIL import Image
 
 from tests.digits import IMAGES, LABELS
 from tests.fakes import NotAttacked
+from tmm_engine.bench.benchmarks.semantic import KEY, measure_semantic, neighbour_rows, read_neighbours
+from tmm_engine.bench.gallery import SHOWN, draw_gallery
 from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.semantic import AGREES, DIFFERS, KEY, SHOWN, draw_gallery, measure_semantic, read_neighbours
 from tmm_engine.bench.ssim import C1, C2, ssim
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.recognise import Recognised
+from tmm_engine.views.tiles import OTHER, SAME
 
 N, Q, K = 150, 5, 6
 QUERIES = (IMAGES[N : N + Q, None] / np.float32(255)).astype(np.float32)
@@ -212,13 +214,14 @@ def frames(path: Path) -> dict[str, int]:
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     return {
         colour: int((pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1).sum())
-        for colour in (AGREES, DIFFERS)
+        for colour in (SAME, OTHER)
     }
 
 
 def gallery(measured: Path, *, labels: np.ndarray = LABELS[:N], **options: object) -> Path:
     out = measured.with_suffix(".png")
-    draw_gallery(measured, QUERIES, QUERY_LABELS, make_exemplars(labels=labels), out, **options)
+    exemplars = make_exemplars(labels=labels)
+    draw_gallery(neighbour_rows(measured, QUERIES, exemplars), QUERIES, QUERY_LABELS, exemplars, out, **options)
     return out
 
 
@@ -231,9 +234,9 @@ def test_frames_tell_agreement(measured: Path):
     ]
     drawn = frames(gallery(measured))
     assert 0 < sum(shown) < len(shown)
-    assert drawn[AGREES] / sum(drawn.values()) == pytest.approx(np.mean(shown), abs=0.05)
+    assert drawn[SAME] / sum(drawn.values()) == pytest.approx(np.mean(shown), abs=0.05)
     other = frames(gallery(measured, labels=np.full(N, 10), class_names=[*"0123456789", "a very long name of a class"]))
-    assert other[AGREES] == 0 < other[DIFFERS]
+    assert other[SAME] == 0 < other[OTHER]
 
 
 def test_a_gallery_has_a_row_for_each_query_asked_for(measured: Path):
@@ -251,8 +254,8 @@ def test_a_gallery_shows_fewer_than_three_neighbours_where_there_are_no_more(tmp
     assert sum(frames(gallery(tmp_path / "semantic.jsonl")).values()) > 0
 
 
-def test_a_gallery_needs_the_queries_and_exemplars_of_the_records(measured: Path, tmp_path: Path):
+def test_a_gallery_needs_the_queries_and_exemplars_of_the_records(measured: Path):
     with pytest.raises(InputError, match="query 4 and there are only 3"):
-        draw_gallery(measured, QUERIES[:3], QUERY_LABELS[:3], make_exemplars(), tmp_path / "g.png")
+        neighbour_rows(measured, QUERIES[:3], make_exemplars())
     with pytest.raises(InputError, match="no exemplar has the id 'digit"):
-        gallery(measured, labels=LABELS[:20])
+        neighbour_rows(measured, QUERIES, make_exemplars(labels=LABELS[:20]))

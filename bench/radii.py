@@ -12,50 +12,37 @@ Three ways to it, none of which is the whole truth:
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from functools import cached_property, partial
 
 import numpy as np
-import torch
-from jaxtyping import Float32, Float64, Int64, Shaped
+from jaxtyping import Float64, Shaped
 
-from tmm_engine.bench.attack import Embedding, features_of
+from tmm_engine.bench.attack import Embedding
 from tmm_engine.bench.noise import Family, Image, Perturbation, gaussian_reach
-from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.retrievers import Retriever, top
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.metric import Metric
-from tmm_engine.index.progress import Progress, silent
-
-KEY = ("query", "method", "kind", "direction")
-"""What a record is found by: open the `RecordFile` with it."""
 
 GRID = tuple(np.geomspace(1 / 64, 1, 10).tolist())
+
+
 DARKEST = 0.05  # the factor at which `brightness_path` ends
-MARGIN_SAMPLES = 8
-MARGIN_STEP = 0.1  # L2 norm in pixels
+
+
 ROUNDING = 4 * float(np.finfo(np.float32).eps)  # of a score: less than that is no change
-CONTROL_SEEDS = 4
+
+
 NEAR = 1e-6  # of the squared norms: a squared distance below that has lost half its digits to the Gram identity
+
+
 SAME = {Metric.L2: 0.0, Metric.COSINE: 1e-14}  # features of one direction differ by rounding once they are normalised
 
+
 QueryPath = Callable[[float], Image]
+
+
 TopSet = Callable[[Image], frozenset[int]]
-
-
-class Kind(StrEnum):
-    """What a record's radius is."""
-
-    GAUSSIAN = "gaussian"  # `empirical_radius`, in L2 norm of pixels, and the next three
-    BRIGHTNESS = "brightness"
-    ADVERSARIAL = "adversarial"  # towards where PGD has moved φ(x): one path for all methods
-    ADAPTIVE = "adaptive"  # towards where it has moved what the method ranks by
-    FEATURE = "feature"  # `closed_form_radius`, in L2 norm of features
-    MARGIN = "margin"  # `margin_radius`, in L2 norm of pixels
-    SEED = "seed"  # not a radius: `seed_changes_top`, a share in [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +171,7 @@ def closed_form_radius(
     Raises:
         InputError: k is not in [1, n).
     """
-    _require_k(k, len(features))
+    require_k(k, len(features))
     if metric is Metric.L2:
         points = features - feature  # so that rounding is relative to the distances
         potential = -np.einsum("nd,nd->n", points, points) / 2
@@ -225,13 +212,13 @@ def margin_radius(
         InputError: k is not in [1, n), or the image has no room for a perturbation of that norm.
     """
     scores = retriever.scores(image, seed=seed).astype(np.float64)
-    _require_k(k, len(scores))
+    require_k(k, len(scores))
     best = np.argsort(-scores, kind="stable")[: k + 1]
     gap = float(scores[best[-2]] - scores[best[-1]])
     step = Perturbation(Family.GAUSSIAN, step_norm)
     lipschitz, rounding = 0.0, ROUNDING * float(np.abs(scores[best]).max())
     for number in range(samples):
-        nearby = step.apply(image, seed=_derived(seed, number))
+        nearby = step.apply(image, seed=derived(seed, number))
         change = np.abs(retriever.scores(nearby, seed=seed)[best] - scores[best]).max()
         if change > rounding:
             lipschitz = max(lipschitz, float(change) / _distance(nearby, image))
@@ -254,144 +241,19 @@ def seed_changes_top(
         k: Size of the set.
         seeds: Two at least.
     """
-    first, *others = (_top_set(retriever, image, ids=ids, k=k, seed=seed) for seed in seeds)
+    first, *others = (set_of_top(retriever, image, ids=ids, k=k, seed=seed) for seed in seeds)
     return sum(other != first for other in others) / len(others)
 
 
-def measure_radius(
-    retrievers: Sequence[Retriever],
-    images: Float32[np.ndarray, "q c h w"],
-    names: Sequence[str],
-    ids: Shaped[np.ndarray, "n"],
-    record_file: RecordFile,
-    *,
-    classifier: Classifier,
-    features: Float32[np.ndarray, "n d"],
-    numbers: Int64[np.ndarray, "q"],
-    k: int = 10,
-    kinds: Sequence[Kind] = tuple(Kind),
-    directions: int = 3,
-    largest_norm: float = 5.0,
-    tolerance: float = 0.02,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> None:
-    """Append a record for every query, retriever, kind of radius and direction that the file does not have yet.
-
-    A record is ``{"query", "method", "kind", "direction", "radius", "censored", "evaluations"}``. See `Kind` for what
-    ``radius`` is; it is null where it is infinite. ``censored``: the radius is larger than that. ``evaluations``: how
-    often the retriever was run. Only Gaussian noise has more than direction 0.
-
-    Args:
-        retrievers: What is compared; the kind `Kind.FEATURE` is for those named 'l2' and 'cosine' only.
-        images: The queries, in [0, 1]; exemplars or not.
-        names: Of the queries, for the records.
-        ids: Of all exemplars.
-        record_file: Opened with `KEY`.
-        classifier: φ.
-        features: φ of all exemplars.
-        numbers: Of the queries: the seeds of their noise.
-        k: Size of the set; fewer than n.
-        kinds: Of radius.
-        directions: Of Gaussian noise, for each query.
-        largest_norm: L2 norm at which paths of noise end; darkening ends at 0.05 of the brightness.
-        tolerance: Of a radius along a path, in L2 norm.
-        seed: Of directions and retrievers.
-        progress: Told of radii done.
-
-    Raises:
-        InputError: k is not in [1, n), or there is not one name and number per query.
-    """
-    _require_k(k, len(ids))
-    if not len(images) == len(names) == len(numbers):
-        raise InputError(
-            f"expected a name and a number for each of {len(images)} queries, got {len(names)} and {len(numbers)}"
-        )
-    precise = features.astype(np.float64)
-    total = len(images) * sum(len(list(_kinds(retriever, kinds, directions))) for retriever in retrievers)
-    done = 0
-    for number, name, image in zip(numbers.tolist(), names, images, strict=True):
-        query = _Query(image, number, ids, classifier, precise, k, largest_norm, tolerance, seed)
-        for retriever in retrievers:
-            for kind, direction in _kinds(retriever, kinds, directions):
-                key = {"query": name, "method": retriever.name, "kind": str(kind), "direction": direction}
-                if not record_file.done(**key):
-                    radius = query.radius(retriever, kind, direction)
-                    found = {"radius": radius.value, "censored": radius.censored, "evaluations": radius.evaluations}
-                    record_file.append(key | found)
-                done += 1
-                progress("radii", done, total)
-
-
-def _kinds(retriever: Retriever, kinds: Sequence[Kind], directions: int) -> Iterator[tuple[Kind, int]]:
-    for kind in kinds:
-        if kind is not Kind.FEATURE or retriever.name in list(Metric):
-            for direction in range(directions if kind is Kind.GAUSSIAN else 1):
-                yield kind, direction
-
-
-@dataclass(frozen=True)
-class _Query:
-    image: Image
-    number: int
-    ids: Shaped[np.ndarray, "n"]
-    classifier: Classifier
-    features: Float64[np.ndarray, "n d"]
-    k: int
-    largest_norm: float
-    tolerance: float
-    seed: int
-
-    @cached_property
-    def adversarial(self) -> QueryPath:
-        return adversarial_path(self.image, embedding=features_of(self.classifier), largest_norm=self.largest_norm)
-
-    @cached_property
-    def feature(self) -> Float64[np.ndarray, "d"]:
-        with torch.no_grad():
-            return features_of(self.classifier)(torch.tensor(self.image)[None])[0].double().cpu().numpy()
-
-    def radius(self, retriever: Retriever, kind: Kind, direction: int) -> Radius:
-        match kind:
-            case Kind.FEATURE:
-                metric = Metric(retriever.name)
-                value = closed_form_radius(self.feature, self.features, k=self.k, metric=metric)
-                return Radius(value, censored=False, evaluations=0)
-            case Kind.MARGIN:
-                margin = margin_radius(
-                    retriever, self.image, k=self.k, samples=MARGIN_SAMPLES, step_norm=MARGIN_STEP, seed=self.seed
-                )
-                return Radius(margin.value, censored=False, evaluations=1 + MARGIN_SAMPLES)
-            case Kind.SEED:
-                seeds = range(self.seed, self.seed + CONTROL_SEEDS)
-                share = seed_changes_top(retriever, self.image, ids=self.ids, k=self.k, seeds=seeds)
-                return Radius(share, censored=False, evaluations=CONTROL_SEEDS)
-            case _:
-                return self._along(self._path(retriever, kind, direction), retriever)
-
-    def _path(self, retriever: Retriever, kind: Kind, direction: int) -> QueryPath:
-        match kind:
-            case Kind.GAUSSIAN:
-                noise = _derived(self.seed, self.number, direction)
-                return gaussian_path(self.image, seed=noise, largest_norm=self.largest_norm)
-            case Kind.BRIGHTNESS:
-                return brightness_path(self.image)
-            case Kind.ADVERSARIAL:
-                return self.adversarial
-            case Kind.ADAPTIVE:
-                return adversarial_path(self.image, embedding=retriever.embedding, largest_norm=self.largest_norm)
-        raise AssertionError(f"{kind} is not found along a path")
-
-    def _along(self, path: QueryPath, retriever: Retriever) -> Radius:
-        top_set = partial(_top_set, retriever, ids=self.ids, k=self.k, seed=self.seed)
-        return empirical_radius(top_set, path, tolerance=self.tolerance)
-
-
-def _top_set(retriever: Retriever, image: Image, *, ids: Shaped[np.ndarray, "n"], k: int, seed: int) -> frozenset[int]:
+def set_of_top(
+    retriever: Retriever, image: Image, *, ids: Shaped[np.ndarray, "n"], k: int, seed: int
+) -> frozenset[int]:
+    """The rows of the top k: what a radius is measured by."""
     return frozenset(top(retriever.scores(image, seed=seed), ids, k).tolist())
 
 
-def _require_k(k: int, n: int) -> None:
+def require_k(k: int, n: int) -> None:
+    """Refuse a k that leaves no exemplar outside, as an `InputError`."""
     if not 1 <= k < n:
         raise InputError(f"expected k in [1, {n - 1}], fewer than the {n} exemplars, got {k}")
 
@@ -400,6 +262,6 @@ def _distance(image: Image, other: Image) -> float:
     return float(np.linalg.norm(image.astype(np.float64) - other))
 
 
-def _derived(*numbers: int) -> int:
+def derived(*numbers: int) -> int:
     """A seed for the combination of these."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

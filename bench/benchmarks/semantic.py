@@ -6,32 +6,72 @@ A held-out query has no true exemplar to find, so what counts is whether its nei
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import click
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64
 
-from tmm_engine.bench.records import RecordFile, read_records
+from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
+from tmm_engine.bench.gallery import SHOWN, draw_gallery
+from tmm_engine.bench.loading import load_held_out, parse_methods
+from tmm_engine.bench.options import check_folders, held_out_options, k_option, methods_option, out_option
+from tmm_engine.bench.records import Record, RecordFile, read_records
 from tmm_engine.bench.retrievers import Recogniser, Retriever, top
 from tmm_engine.bench.ssim import ssim
+from tmm_engine.bench.tables import NONE, count, grouped, mean, rate, table
+from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.sources.images import to_uint8
 from tmm_engine.index.store.exemplars import ExemplarStore
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 KEY = ("query", "method")
-"""What tells the records of `measure_semantic` and of `bench.oracle` apart."""
-
-SHOWN = 3  # neighbours of each method that SSIM and the gallery look at
-CELL_INCHES = 0.78
-LONGEST_NAME = 12  # characters of a class name that fit below a picture
-AGREES, DIFFERS, INK = "#1a7f4b", "#c4342d", "#16181d"
+"""What tells the records of `measure_semantic` and of the oracle apart."""
 
 Neighbours = Mapping[int, Mapping[str, Sequence[str]]]
 """Query -> method -> ids of its neighbours, nearest first."""
+
+
+@click.command("semantic")
+@click.argument("source")
+@held_out_options
+@methods_option
+@k_option
+@click.option(
+    "--gallery", type=click.Path(path_type=Path), help="Write a picture of the first queries' top 3 (Fig. 4)."
+)
+@out_option
+def command(source: str, **options: Any) -> None:
+    """Do held-out queries find their own kind? Label precision, k-NN accuracy, SSIM, and a gallery (Fig. 4).
+
+    \b
+    Examples:
+      engine bench semantic mnist --root data --model resnet18 --weights mnist.safetensors --out semantic.jsonl
+      engine bench semantic photos/ --query-source more-photos/ --model resnet18 --weights w.safetensors \\
+          --methods 'cosine;paper' --queries 20 --gallery gallery.png --out runs/semantic.jsonl
+    """
+    methods = parse_methods(options["methods"])
+    check_folders(options["out"], options["gallery"])
+    with progress_bar() as progress:
+        held = load_held_out(source, options, progress)
+        settings = {"k": options["k"], "query_source": held.source}
+        with held.suite.records(options["out"], "semantic", methods, KEY, **settings) as records:
+            measure_semantic(
+                held.suite.retrievers(methods, progress=progress),
+                held.queries,
+                held.labels,
+                held.suite.store,
+                records,
+                k=options["k"],
+                seed=options["seed"],
+                progress=progress,
+            )
+    if options["gallery"]:
+        sets = neighbour_rows(options["out"], held.queries, held.suite.store)
+        draw_gallery(
+            sets, held.queries, held.labels, held.suite.store, options["gallery"], class_names=held.class_names
+        )
+    click.echo(f"{options['out']}: {len(held.queries)} queries from {held.source}, {len(methods)} methods")
 
 
 def measure_semantic(
@@ -115,58 +155,18 @@ def rows_of(ids: Sequence[str], rows: Mapping[str, int]) -> Int64[np.ndarray, "k
         ) from None
 
 
-def draw_gallery(
-    semantic: Path,
-    queries: Float32[np.ndarray, "q c h w"],
-    labels: Int64[np.ndarray, "q"],
-    exemplars: ExemplarStore,
-    out: Path,
-    *,
-    rows: int = 8,
-    class_names: Sequence[str] | None = None,
-) -> None:
-    """A picture: the first queries as rows, the nearest three of every method as columns, framed by label agreement.
-
-    Args:
-        semantic: Records of `measure_semantic`.
-        queries: As measured, pixels in [0, 1].
-        labels: One per query.
-        exemplars: As measured.
-        out: The file to write; its suffix is the format.
-        rows: How many queries are shown.
-        class_names: One per class; by default its number.
+def neighbour_rows(
+    semantic: Path, queries: Float32[np.ndarray, "q c h w"], exemplars: ExemplarStore
+) -> dict[int, dict[str, Int64[np.ndarray, "k"]]]:
+    """As `read_neighbours`, each set as rows of the exemplars.
 
     Raises:
-        InputError: matplotlib is not installed, or the records are not of these queries and exemplars.
+        InputError: as `read_neighbours`, or the records are not of these queries and exemplars.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("pictures need the 'bench' extra: pip install 'tmm-engine[bench]'") from None
-    sets = dict(list(read_neighbours(semantic).items())[:rows])
-    check_queries(sets, queries)
+    found = read_neighbours(semantic)
+    check_queries(found, queries)
     row_of = {name: row for row, name in enumerate(exemplars.ids)}
-    methods = list(next(iter(sets.values())))
-    firsts = [2 + (SHOWN + 1) * number for number in range(len(methods))]  # each method's first column
-    widths = [1.0] + len(methods) * ([0.3] + SHOWN * [1.0])
-    height = CELL_INCHES * 1.3 * len(sets) + 0.5
-    margins = {"left": 0.01, "right": 0.99, "bottom": 0.25 / height, "top": 1 - 0.35 / height}
-    spacing = {"width_ratios": widths, "wspace": 0.14, "hspace": 0.3}
-    figure = Figure(figsize=(CELL_INCHES * 1.08 * sum(widths), height))
-    cells = figure.subplots(len(sets), len(widths), squeeze=False, gridspec_kw=margins | spacing)
-    for cell in cells.flat:
-        cell.axis("off")
-    for first, title in zip((0, *firsts), ("query", *methods), strict=True):
-        cells[0, first].set_title(title, loc="left", fontsize=9, fontweight="bold", color=INK, pad=6)
-    names = class_names or [str(label) for label in range(max(labels.max(), exemplars.labels.max()) + 1)]
-    for row, (query, found) in zip(cells, sets.items(), strict=True):
-        label = int(labels[query])
-        _draw(row[0], to_uint8(queries[query][None])[0], names[label], None)
-        for method, first in zip(methods, firsts, strict=True):
-            near = rows_of(found[method][:SHOWN], row_of)
-            for cell, image, own in zip(row[first:], exemplars.images(near), exemplars.labels[near], strict=False):
-                _draw(cell, image, names[own], bool(own == label))
-    figure.savefig(out, dpi=150)
+    return {query: {method: rows_of(ids, row_of) for method, ids in sets.items()} for query, sets in found.items()}
 
 
 def check_queries(sets: Neighbours, queries: Float32[np.ndarray, "q c h w"]) -> None:
@@ -180,6 +180,22 @@ def check_queries(sets: Neighbours, queries: Float32[np.ndarray, "q c h w"]) -> 
             f"expected the queries that the records were made with, but they have query {max(sets)} and there are only "
             f"{len(queries)}; give the same source, number and seed"
         )
+
+
+def section(run: Run, _: Sheet) -> list[str]:
+    """A row for each method."""
+    rows = [
+        {
+            "method": method,
+            "queries": str(count(cell)),
+            "label precision": mean(cell, "label_precision"),
+            "k-NN accuracy": rate([bool(record["knn_correct"]) for record in cell], cell),
+            "SSIM of the top 3": mean(cell, "ssim"),
+            "taken for copies": _taken_for_copies(cell),
+        }
+        for (method,), cell in grouped(run.records, "method").items()
+    ]
+    return [table(rows)]
 
 
 def _recognised(retriever: Retriever, image: Float32[np.ndarray, "c h w"]) -> bool | None:
@@ -209,15 +225,10 @@ def _check(retrievers: Sequence[Retriever], exemplars: ExemplarStore, k: int) ->
         raise InputError(f"expected k from 1 to {len(exemplars)}, the number of exemplars, got {k}")
 
 
-def _draw(axes: "Axes", image: UInt8[np.ndarray, "c h w"], name: str, agrees: bool | None) -> None:
-    """One picture, its label below; framed and marked where it agrees (or not) with the query."""
-    axes.axis("on")
-    axes.imshow(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1), cmap="gray", vmin=0, vmax=255)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    mark, colour = {None: ("", INK), True: ("✓ ", AGREES), False: ("✗ ", DIFFERS)}[agrees]
-    axes.set_xlabel(mark + (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"))
-    axes.xaxis.label.set(fontsize=8, color=colour)
-    axes.xaxis.labelpad = 3
-    for side in axes.spines.values():
-        side.set(color=colour, linewidth=0.6 if agrees is None else 2.5)
+def _taken_for_copies(cell: list[Record]) -> str:
+    asked = [record for record in cell if record.get("recognised") is not None]
+    return rate([record["recognised"] for record in asked], asked) if asked else NONE
+
+
+FIELDS = ("query", "method", "label_precision", "knn_correct", "ssim")
+BENCHMARK = Benchmark(command, Reported("Held-out queries", KEY, FIELDS, section))

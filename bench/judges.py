@@ -8,27 +8,20 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from openai import APIStatusError, OpenAIError
+from openai.types.chat import ChatCompletionContentPartParam
 from PIL import Image, ImageOps
 
-from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.semantic import Neighbours, check_queries, read_neighbours, rows_of
 from tmm_engine.bench.ssim import ssim
 from tmm_engine.index.errors import InputError, TmmEngineError
-from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.images import to_uint8
-from tmm_engine.index.store.exemplars import ExemplarStore
-
-if TYPE_CHECKING:
-    from openai import APIStatusError
-    from openai.types.chat import ChatCompletionContentPartParam
 
 QUESTION = """\
 You compare image retrieval systems. The first picture is the query. After it come the answers of {n} systems, sets \
@@ -40,17 +33,31 @@ background and position.
 Answer with JSON only, in this form: {example}"""
 """What the judge is asked. The wording is ours: the paper reports the judgement, not its prompt."""
 
+
 COLUMNS = 5  # neighbours beside each other in the picture of a set
+
+
 GAP = 8
+
+
 SMALLEST, LARGEST = 128, 256  # pixels that an image's longer side is brought to: 28 are too few to see, 1,000 too many
-CHARACTERS_PER_TOKEN = 4
-PICTURE_TOKENS, TILE_TOKENS, TILE = 85, 170, 512  # OpenAI's rule for GPT-4o, the dearest of the usual ones
+
+
 RETRIES = 6  # after 0.5, 1, 2, 4, 8 and 8 seconds, or what the server asks for
+
+
 TIMEOUT = 120.0  # seconds
+
+
 LONGEST_REASON = 200
+
+
 ROUNDING = 1e-9  # of a mean SSIM: the same neighbours in another order are as good
 
+
 Query = Float32[np.ndarray, "c h w"]
+
+
 NeighbourSet = UInt8[np.ndarray, "k c h w"]
 
 
@@ -83,23 +90,6 @@ class Judge(Protocol):
         Raises:
             OracleError: asking again would be as futile.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What asking a vision-language model would take.
-
-    Attributes:
-        requests: One per query.
-        pictures: Of all requests.
-        input_tokens: Of all requests; providers count differently, by up to a factor of three.
-        price: For the input, in the currency of the price per million tokens; answers are some 50 tokens each.
-    """
-
-    requests: int
-    pictures: int
-    input_tokens: int
-    price: float
 
 
 class SsimJudge:
@@ -159,7 +149,7 @@ class VisionJudge:
         Raises:
             OracleError: the server refuses the key, the model or the request, or speaks another protocol.
         """
-        from openai import APIStatusError, OpenAIError
+        from openai import APIStatusError
 
         content = make_content(query, sets)
         try:
@@ -197,83 +187,6 @@ class VisionJudge:
             f"the judge cannot be asked: {error.message[:LONGEST_REASON]}; check --judge-model ({self.model}), "
             f"--base-url ({self._client.base_url}) and what the account may use"
         ) from None
-
-
-def judge_neighbours(
-    semantic: Path,
-    queries: Float32[np.ndarray, "q c h w"],
-    exemplars: ExemplarStore,
-    judge: Judge,
-    record_file: RecordFile,
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> None:
-    """Have the neighbour sets in the records of the semantic benchmark judged; append a record per query and method.
-
-    A record holds ``query``, ``method``, ``alike`` (count, or None without a verdict), ``k``, ``preferred`` (bool or
-    None), ``order`` (the methods as shown: A, B, C, …) and ``reason`` (why there is no verdict, or None).
-
-    Args:
-        semantic: Records of `bench.semantic.measure_semantic`.
-        queries: As measured there, pixels in [0, 1].
-        exemplars: As measured there.
-        judge: Asked once per query, unless the file has its records already.
-        record_file: Keyed by `bench.semantic.KEY`.
-        seed: Of the order in which each query's sets are shown.
-        progress: Told of the queries judged.
-
-    Raises:
-        InputError: the records are not of these queries and exemplars.
-        OracleError: the judge cannot be asked; what it said before is in the file.
-    """
-    found = read_neighbours(semantic)
-    shown = _shown(found, queries, exemplars, seed=seed)
-    for done, (query, order, sets) in enumerate(shown, start=1):
-        missing = [method for method in order if not record_file.done(query=query, method=method)]
-        if missing:
-            verdict = judge.judge(queries[query], sets)
-        for method in missing:
-            place = order.index(method)
-            record_file.append(
-                {
-                    "query": query,
-                    "method": method,
-                    "alike": None if verdict.alike is None else verdict.alike[place],
-                    "k": len(sets[place]),
-                    "preferred": None if verdict.preferred is None else verdict.preferred[place],
-                    "order": order,
-                    "reason": verdict.reason,
-                }
-            )
-        progress("judging", done, len(found))
-
-
-def estimate(
-    semantic: Path,
-    queries: Float32[np.ndarray, "q c h w"],
-    exemplars: ExemplarStore,
-    *,
-    price_per_million: float,
-) -> Estimate:
-    """What `judge_neighbours` with a `VisionJudge` would send, from the first query's request; nothing is sent.
-
-    Args:
-        semantic: Records of `bench.semantic.measure_semantic`.
-        queries: As measured there, pixels in [0, 1].
-        exemplars: As measured there.
-        price_per_million: Price of a million input tokens.
-
-    Raises:
-        InputError: the records are not of these queries and exemplars.
-    """
-    found = read_neighbours(semantic)
-    query, _, sets = next(_shown(found, queries, exemplars, seed=0))
-    pictures = make_pictures(queries[query], sets)
-    tiles = [-(-picture.width // TILE) * -(-picture.height // TILE) for picture in pictures]
-    text = len(make_question(len(sets), len(sets[0]))) // CHARACTERS_PER_TOKEN
-    tokens = len(found) * (text + sum(PICTURE_TOKENS + TILE_TOKENS * number for number in tiles))
-    return Estimate(len(found), len(found) * len(pictures), tokens, tokens * price_per_million / 1e6)
 
 
 def make_question(sets: int, k: int) -> str:
@@ -327,20 +240,6 @@ def read_verdict(answer: str, *, sets: int, k: int) -> Verdict:
 
 def _none(reason: str) -> Verdict:
     return Verdict(None, None, reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 1] + "…")
-
-
-def _shown(
-    found: Neighbours, queries: Float32[np.ndarray, "q c h w"], exemplars: ExemplarStore, *, seed: int
-) -> Iterator[tuple[int, list[str], list[NeighbourSet]]]:
-    """Each query with the methods in the order in which they are shown, and their neighbours' images."""
-    check_queries(found, queries)
-    row_of = {name: row for row, name in enumerate(exemplars.ids)}
-    for query, sets in found.items():
-        if len(sets) > len(ascii_uppercase) or len({len(ids) for ids in sets.values()}) != 1:
-            raise InputError("expected at most 26 methods with equally many neighbours each; measure them in one run")
-        methods = sorted(sets)
-        order = [methods[place] for place in np.random.default_rng((seed, query)).permutation(len(methods))]
-        yield query, order, [exemplars.images(rows_of(sets[method], row_of)) for method in order]
 
 
 def _enlarged(image: UInt8[np.ndarray, "c h w"]) -> Image.Image:

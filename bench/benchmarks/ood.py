@@ -21,29 +21,83 @@ nothing, and is 1.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
+from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
+from tmm_engine.bench.loading import load_suite, parse_few, parse_methods
 from tmm_engine.bench.noise import Perturbation
+from tmm_engine.bench.options import check_folders, perturbations_option, suite_options
 from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.retrievers import Retriever, rank_of
+from tmm_engine.bench.retrievers import Retriever, make_retrievers, rank_of
 from tmm_engine.bench.self_retrieval import scores_under
 from tmm_engine.bench.suite import Suite
-from tmm_engine.index.batches import forward_batch_size
-from tmm_engine.index.columns import FEATURE, embed
+from tmm_engine.bench.tables import count, grouped, mean, plain_text, rate, table
+from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
-from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.index.types import ImageShape
-from tmm_engine.rerank.columns import STRETCHED_FEATURE
-from tmm_engine.rerank.contrast import embed_stretched
+from tmm_engine.rerank.columns import StretchedColumn
 
 KEY = ("query", "level", "method", "foreign")
 NOISE = "noise"  # the name of foreign exemplars of uniform noise
+
+
+@click.command("ood")
+@click.argument("source")
+@suite_options
+@click.option("--foreign", required=True, metavar="OTHER", help="Images that do not belong: a source, or 'noise'.")
+@click.option("--foreign-split", metavar="SPLIT", help="Split of OTHER. Default: train.")
+@click.option("--foreign-root", type=click.Path(path_type=Path), help="Where OTHER is, if it is a data set's name.")
+@click.option("--foreign-count", type=click.IntRange(min=1), default=500, show_default=True, help="A random subset.")
+@perturbations_option
+def command(source: str, **options: Any) -> None:
+    """How often does a foreign exemplar outrank the true one? Beside it, the paper's bound (§3.4.6).
+
+    OTHER is brought to the shape of SOURCE; 'noise' means images of uniform noise.
+
+    \b
+    Examples:
+      engine bench ood mnist --root data --model resnet18 --weights mnist.safetensors --foreign noise --out noise.jsonl
+      engine bench ood mnist --root data --model resnet18 --weights mnist.safetensors --foreign cifar10/ \\
+          --methods 'cosine;paper' --queries 20 --out runs/foreign.jsonl
+    """
+    perturbations, methods = parse_few(options["perturbations"]), parse_methods(options["methods"])
+    check_folders(options["out"])
+    other, count, seed = options["foreign"], options["foreign_count"], options["seed"]
+    where = {"split": options["foreign_split"], "root": options["foreign_root"]}
+    foreign = None if other == NOISE else open_source(other, **where)
+    with progress_bar() as progress:
+        suite = load_suite(source, options, progress)
+        shape, queries = suite.classifier.image_shape, suite.queries(options["queries"])
+        if foreign is None:
+            images = noise_images(count, shape, seed=seed)
+        else:
+            images = foreign_images(foreign, count, shape, seed=seed, progress=progress)
+        store = mixed(suite, images)
+        with suite.records(options["out"], "ood", methods, KEY, foreign_count=len(images)) as records:
+            measure_foreign(
+                make_retrievers(methods, suite.classifier, store, triggers=suite.triggers, progress=progress),
+                queries,
+                store,
+                perturbations,
+                records,
+                foreign=foreign.name if foreign else NOISE,
+                foreign_count=len(images),
+                classifier=suite.classifier,
+                seed=seed,
+                progress=progress,
+            )
+    click.echo(f"{options['out']}: {len(queries)} queries, {len(images)} foreign exemplars, {len(methods)} methods")
 
 
 def noise_images(count: int, shape: ImageShape, *, seed: int) -> UInt8[np.ndarray, "m c h w"]:
@@ -71,20 +125,18 @@ def foreign_images(
 
 def mixed(suite: Suite, foreign: UInt8[np.ndarray, "m c h w"]) -> MemoryStore:
     """The suite's exemplars in their rows, and behind them the foreign ones, labelled as the model sees them."""
-    store, step = suite.store, forward_batch_size(suite.classifier.image_shape)
-    rows = np.arange(len(store))
-    parts = [foreign[start : start + step] for start in range(0, len(foreign), step)]
-    features = np.concatenate([embed(part, suite.classifier) for part in parts])
-    stretched = np.concatenate([embed_stretched(part, suite.classifier) for part in parts])
+    store, source = suite.store, ArraySource(foreign, ids=[f"foreign/{row:08d}" for row in range(len(foreign))])
+    others = MemoryStore.of(source, suite.classifier, columns=[StretchedColumn(suite.classifier)])
+    rows, other_rows = np.arange(len(store)), np.arange(len(others))
     return MemoryStore(
         np.concatenate([store.images(rows), foreign]),
         {
-            FEATURE: np.concatenate([store.features(rows), features]),
-            STRETCHED_FEATURE: np.concatenate([store.features(rows, column=STRETCHED_FEATURE), stretched]),
+            name: np.concatenate([store.features(rows, column=name), others.features(other_rows, column=name)])
+            for name in store.feature_columns
         },
-        np.concatenate([store.labels, predict(features, suite.classifier)]),
-        ids=[*(str(id_) for id_ in store.ids), *(f"foreign/{number:08d}" for number in range(len(foreign)))],
-        label_is_predicted=np.arange(len(store) + len(foreign)) >= len(store),
+        np.concatenate([store.labels, others.labels]),
+        ids=[*map(str, store.ids), *map(str, others.ids)],
+        label_is_predicted=np.concatenate([store.label_is_predicted, others.label_is_predicted]),
     )
 
 
@@ -151,3 +203,29 @@ def measure_foreign(
                 record_file.append(key | {"method": retriever.name} | found)
             done += 1
             progress("searching", done, total)
+
+
+def section(run: Run, _: Sheet) -> list[str]:
+    """Observed rates beside the bound."""
+    records = [record | {"rate": record["outranked"] / record["foreign_count"]} for record in run.records]
+    rows = [
+        {
+            "foreign": plain_text(foreign),
+            "level": plain_text(level),
+            "method": method,
+            "queries": str(count(cell)),
+            "observed rate": mean(cell, "rate", spec="z.3f"),
+            "mean bound": mean(cell, "bound", spec="z.3f"),
+            "queries with any": rate([record["outranked"] > 0 for record in cell], cell),
+        }
+        for (foreign, level, method), cell in grouped(records, "foreign", "level", "method").items()
+    ]
+    note = (
+        "Rate: the share of foreign exemplars that are ahead, as a mean over queries, for the pairs of one query are "
+        "not independent. The last column: the share of queries for which any foreign exemplar is."
+    )
+    return [table(rows), note]
+
+
+FIELDS = ("query", "method", "foreign", "level", "outranked", "foreign_count", "bound")
+BENCHMARK = Benchmark(command, Reported("Foreign exemplars", KEY, FIELDS, section))

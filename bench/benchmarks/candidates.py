@@ -6,6 +6,7 @@ And what the global trigger gives up: the rank at which it, and the query's own 
 from collections.abc import Sequence
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -13,9 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
+from tmm_engine.bench.loading import load_suite, parse_few, parse_methods
 from tmm_engine.bench.noise import Image, Perturbation
-from tmm_engine.bench.records import Record, RecordFile
+from tmm_engine.bench.options import check_folders, out_option, perturbations_option, sized
+from tmm_engine.bench.records import Record, RecordFile, read_records
 from tmm_engine.bench.suite import Suite
+from tmm_engine.bench.tables import count, grouped, mean, table
+from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
 from tmm_engine.index.neighbours.search import Neighbours
@@ -30,8 +36,29 @@ from tmm_engine.rerank.tmm import TmmNN
 TOP = 10
 SIZES = (200, 1_000, 5_000)
 """M, the numbers of candidates."""
-
 KEY = ("query", "perturbation")
+
+
+@click.command("candidates")
+@click.argument("source")
+@sized(exemplars=10_000, queries=20)
+@perturbations_option
+@out_option
+def command(source: str, **options: Any) -> None:
+    """What do candidate sets and the global trigger give up? Beside exact search with the query's own trigger.
+
+    \b
+    Example:
+      engine bench candidates mnist --root data --model resnet18 --weights mnist.safetensors --out candidates.jsonl
+    """
+    perturbations, methods = parse_few(options["perturbations"]), parse_methods("paper")
+    check_folders(options["out"])
+    with progress_bar() as progress:
+        suite = load_suite(source, options, progress)
+        queries = suite.queries(options["queries"])
+        with suite.records(options["out"], "candidates", methods, KEY) as records:
+            measure_candidates(suite, queries, perturbations, records, progress=progress)
+    print_candidates(read_records(options["out"]).records)
 
 
 def measure_candidates(
@@ -132,3 +159,25 @@ def print_candidates(records: Sequence[Record]) -> None:
         f"{columns[0]['queries']} queries; recall of exact TMM's top {TOP} in the candidates; rank 0 is first",
         highlight=False,
     )
+
+
+def section(run: Run, _: Sheet) -> list[str]:
+    """Recall of each prefilter, and ranks, for each perturbation."""
+    rows = []
+    for (perturbation,), cell in grouped(run.records, "perturbation").items():
+        recalled = {
+            name: [{"query": r["query"], "recall": r["recall"][name]} for r in cell] for name in cell[0]["recall"]
+        }
+        rows.append(
+            {"perturbation": perturbation, "queries": str(count(cell))}
+            | {f"recall, {name}": mean(found, "recall") for name, found in recalled.items()}
+            | {
+                f"median rank, {kind}": f"{np.median([record[f'rank_{kind}'] for record in cell]):,g}"
+                for kind in ("query", "global", "cosine")
+            }
+        )
+    return [table(rows), "Recall: the share of exact TMM's top 10 that is among the M candidates of a prefilter."]
+
+
+FIELDS = ("query", "perturbation", "recall", "rank_query", "rank_global", "rank_cosine")
+BENCHMARK = Benchmark(command, Reported("Candidate sets", KEY, FIELDS, section))

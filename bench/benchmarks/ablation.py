@@ -8,17 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
+from tmm_engine.bench.loading import load_suite, parse_few
 from tmm_engine.bench.noise import Perturbation
+from tmm_engine.bench.options import check_folders, k_option, out_option, perturbations_option, sized
 from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.retrievers import Method, Retriever
-from tmm_engine.bench.self_retrieval import measure_self_retrieval
+from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
 from tmm_engine.bench.suite import Suite
+from tmm_engine.bench.tables import count, grouped, mean, plain_text, rate, table
+from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
@@ -27,6 +33,8 @@ from tmm_engine.rerank.reference import reference_scores
 from tmm_engine.rerank.settings import Blend, IndexTrigger, Score, TmmConfig, Trigger, TunedHead, Tuning, canonical
 
 EXEMPLARS = "exemplars"
+
+
 VALUES: dict[str, tuple[str, ...]] = {
     "trigger": tuple(Trigger),
     "blend": tuple(Blend),
@@ -44,8 +52,56 @@ VALUES: dict[str, tuple[str, ...]] = {
     EXEMPLARS: ("250", "500", "1000"),  # and all of them, which is the base
 }
 """The values that each setting takes, as `TmmConfig.with_settings` reads them."""
-
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+@click.command("ablation")
+@click.argument("source")
+@sized(exemplars=1000, queries=5)
+@k_option
+@click.option("--base", default="paper", show_default=True, help="The preset that is varied, one setting at a time.")
+@click.option("--set", "base_settings", multiple=True, metavar="NAME=VALUE", help="Changed in the base; repeatable.")
+@click.option("--settings", help="Which settings, separated by commas. Default: all that matter to the base.")
+@click.option(
+    "--layers", is_flag=True, help="Instead: which layers are tuned, by the slow reference. For tiny sizes only."
+)
+@perturbations_option
+@out_option
+def command(source: str, **options: Any) -> None:
+    """What is each choice in TMM-NN worth? One setting at a time is moved away from a base (Figs. 7–10, §4.8).
+
+    \b
+    Examples:
+      engine bench ablation mnist --root data --model resnet18 --weights mnist.safetensors --out ablation.jsonl
+      engine bench ablation mnist --root data --model resnet18 --weights mnist.safetensors --base robust \\
+          --settings fusion,shrinkage,exemplars --exemplars 2000 --queries 20 --out runs/robust.jsonl
+      engine bench ablation mnist --root data --model resnet18 --weights mnist.safetensors --layers \\
+          --set tuning_batch=32 --exemplars 200 --queries 1 --perturbations 'gaussian 2.5' --out runs/layers.jsonl
+    """
+    perturbations = parse_few(options["perturbations"])
+    base = Method.parse(",".join((options["base"], *options["base_settings"])))
+    chosen = [name.strip() for name in options["settings"].split(",")] if options["settings"] else None
+    variants_of(base, chosen, exemplars=options["exemplars"])  # whatever is wrong with them, before images are read
+    check_folders(options["out"])
+    with progress_bar() as progress:
+        suite = load_suite(source, options, progress)
+        if options["layers"]:
+            variants = layer_variants(base, suite.classifier)
+        else:
+            variants = variants_of(base, chosen, exemplars=len(suite.store))
+        methods = [variant.method for variant in variants]
+        suite.queries(options["queries"])  # too many fail before there is a file
+        with suite.records(options["out"], "ablation", methods, KEY, k=options["k"]) as records:
+            measure_ablation(
+                suite,
+                variants,
+                perturbations,
+                records,
+                queries=options["queries"],
+                k=options["k"],
+                progress=progress,
+            )
+    click.echo(f"{options['out']}: {options['queries']} queries, {len(variants)} configurations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +168,9 @@ def variants_of(base: Method, settings: Sequence[str] | None, *, exemplars: int)
         if setting not in VALUES:
             raise InputError(f"unknown setting {setting!r}{nearest(setting, VALUES)}; known: {', '.join(VALUES)}")
         if setting == EXEMPLARS:
-            counts = [int(value) for value in VALUES[EXEMPLARS] if int(value) < exemplars]
+            sizes = [int(value) for value in VALUES[EXEMPLARS] if int(value) < exemplars]
             variants += [
-                Variant(setting, count, replace(base, name=f"{base.name}; {count} exemplars"), count)
-                for count in counts
+                Variant(setting, size, replace(base, name=f"{base.name}; {size} exemplars"), size) for size in sizes
             ]
             continue
         for value in VALUES[setting]:
@@ -185,8 +240,8 @@ def measure_ablation(
             f"expected at most {fewest} queries and k below that, for the smallest set has {fewest} exemplars, got "
             f"{queries} queries and k = {k} (leave out the setting {EXEMPLARS!r}, or ask for less)"
         )
-    for count, group in groups.items():
-        part = beginning(suite, count)
+    for size, group in groups.items():
+        part = beginning(suite, size)
         extra: dict[str, dict[str, Any]] = {
             variant.method.name: {"setting": variant.setting, "value": variant.value} for variant in group
         }
@@ -202,6 +257,27 @@ def measure_ablation(
             extra=extra,
             progress=progress,
         )
+
+
+def section(run: Run, _: Sheet) -> list[str]:
+    """A row for each value of each setting."""
+    rows = []
+    for (setting, value, method), cell in grouped(run.records, "setting", "value", "method").items():
+        clean = [record for record in cell if record["perturbation"] == "clean"]
+        noisy = [record for record in cell if record["perturbation"] != "clean"]
+        rows.append(
+            {
+                "setting": setting,
+                "value": plain_text(value),
+                "method": method,
+                "queries": str(count(cell)),
+                "MRR, clean": mean(clean, "reciprocal_rank"),
+                "MRR, noise": mean(noisy, "reciprocal_rank"),
+                "top-1, noise": rate([record["rank"] == 0 for record in noisy], noisy),
+                "label precision, noise": mean(noisy, "label_precision"),
+            }
+        )
+    return [table(rows)]
 
 
 def beginning(suite: Suite, exemplars: int) -> Suite:
@@ -237,3 +313,7 @@ def _steps(config: TmmConfig, setting: str, value: str) -> tuple[str, ...]:
     if setting != "tuning_epochs" or not isinstance(config.head, TunedHead):
         return ()
     return (f"tuning_min_steps={config.head.min_steps * int(value) // max(config.head.epochs, 1)}",)
+
+
+FIELDS = ("setting", "value", "query", "perturbation", "method", "rank", "reciprocal_rank", "label_precision")
+BENCHMARK = Benchmark(command, Reported("Ablation", KEY, FIELDS, section))
