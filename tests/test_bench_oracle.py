@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.requests.append((self.path, dict(self.headers), body))
+        self.server.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
         replies = self.server.replies
         reply = replies.pop(0) if len(replies) > 1 else replies[0]
         status, headers, text = reply(body) if callable(reply) else reply

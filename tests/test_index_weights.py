@@ -178,6 +178,7 @@ def test_nan_and_infinity_are_named(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are:UserWarning")  # what older versions of torch say
 @pytest.mark.parametrize(
     "tensor",
     [torch.zeros(1).expand(1 << 40), torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)],

@@ -51,8 +51,8 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
             _recover(target)
             check_target(target, overwrite=overwrite)
             staging = _beside(target, "building")
-            staging.mkdir()
             try:
+                staging.mkdir()
                 yield staging
                 _swap(staging, target)
             finally:
