@@ -34,8 +34,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def member(kind: type[Choice], value: str) -> Choice:
+def member(kind: type[Choice], value: str, *, name: str | None = None) -> Choice:
     """The member of an enumeration that has this value.
+
+    Args:
+        kind: The enumeration.
+        value: The member's.
+        name: What the user calls the choice; by default as the enumeration is called.
 
     Raises:
         InputError: none has; the message suggests the nearest and lists all.
@@ -45,5 +50,5 @@ def member(kind: type[Choice], value: str) -> Choice:
     except ValueError:
         known = [str(choice) for choice in kind]
         raise InputError(
-            f"unknown {kind.__name__.lower()} {str(value)!r}{nearest(str(value), known)}; known: {', '.join(known)}"
+            f"unknown {name or kind.__name__.lower()} {str(value)!r}{nearest(str(value), known)}; known: {', '.join(known)}"
         ) from None

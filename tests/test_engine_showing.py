@@ -90,6 +90,10 @@ class TestBoth:
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
+    def test_a_path_may_be_text(self, write, tmp_path: Path) -> None:
+        write([make_result()], str(tmp_path / "answer"))
+        assert (tmp_path / "answer").stat().st_size > 0
+
     def test_inputs_are_not_changed(self, write, tmp_path: Path) -> None:
         result = make_result(mode="tmm")
         arrays = (result.query_image, result.trigger, result.triggered_query, result.hits[0].image)

@@ -251,9 +251,10 @@ def test_other_spellings_are_those_of_settings_and_names_are_their_own():
         ("=1", "unknown TMM setting ''"),
         ("", "unknown TMM setting ''"),
         ("blend=addd", r"unknown blend 'addd' \(did you mean 'added'\?\); known: printed, swapped, scaled, added"),
-        ("blend", "unknown blend ''"),
+        ("blend", "blend: expected blend=VALUE, got no value"),
+        ("head=adem", r"unknown head 'adem' \(did you mean 'adam'\?\)"),
         ("trigger=fixedpatch", r"unknown trigger 'fixedpatch' \(did you mean 'fixed-patch'\?\)"),
-        ("score=logits", r"unknown score 'logits' \(did you mean 'logit'\?\)"),
+        ("score=logits", r"unknown head.score 'logits' \(did you mean 'logit'\?\)"),
         ("tuning=discrimant", r"'discrimant' \(did you mean 'discriminant'\?\); known: adam, discriminant"),
         ("stretch=maybe", "stretch: cannot read 'maybe' as bool"),
         ("stretch=none", "stretch: cannot read 'none' as bool"),
@@ -384,6 +385,8 @@ def test_a_recipe_is_made_of_its_words_too(recipe, order):
     order.shuffle(shuffled)
     assert GlobalRecipe().with_settings(shuffled) == recipe
     assert GlobalRecipe.of(recipe) is recipe
+    with pytest.raises(InputError, match="expected a QueryTrigger, got FixedPatch"):
+        GlobalRecipe(trigger=FixedPatch())
 
 
 @settings(max_examples=50, deadline=None)

@@ -27,7 +27,7 @@ from tmm_engine.views.showing import (
 
 def write_html(
     results: Sequence[SearchResult | FailedQuery],
-    path: Path,
+    path: Path | str,
     *,
     title: str = "Nearest neighbours",
     index_name: str = "",

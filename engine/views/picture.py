@@ -52,7 +52,7 @@ _LEGEND = (
 )
 
 
-def write_png(results: Sequence[SearchResult | FailedQuery], path: Path, *, columns: int = 10) -> None:
+def write_png(results: Sequence[SearchResult | FailedQuery], path: Path | str, *, columns: int = 10) -> None:
     """Write one picture: a block per query, a row per result, neighbours enlarged and framed by agreement.
 
     A query that could not be answered has a block that says why. The font is Pillow's own: accents are dropped, and

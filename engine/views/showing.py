@@ -150,12 +150,13 @@ def png_bytes(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path | str, content: bytes) -> None:
     """Replace the file as a whole.
 
     Raises:
         InputError: It cannot be written.
     """
+    path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"expected a file to write the report to, got {path}, which is a folder or a device")

@@ -151,6 +151,8 @@ class GlobalRecipe:
 
     def __post_init__(self) -> None:
         checked(_field("seed"), self.seed)
+        if not isinstance(self.trigger, QueryTrigger):
+            raise InputError(f"a global trigger is optimised: expected a QueryTrigger, got {self.trigger}")
 
     @classmethod
     def of(cls, config: "TmmConfig | GlobalRecipe") -> "GlobalRecipe":
@@ -209,7 +211,12 @@ Staged = TypeVar("Staged", TmmConfig, GlobalRecipe)
 
 
 def _with_settings(owner: Staged, settings: Iterable[str]) -> Staged:
-    texts = {canonical(name): text.strip() for name, _, text in (setting.partition("=") for setting in settings)}
+    texts = {}
+    for name, equals, text in (setting.partition("=") for setting in settings):
+        known = canonical(name)
+        if not equals:
+            raise InputError(f"{known}: expected {known}=VALUE, got no value")
+        texts[known] = text.strip()
     if isinstance(owner, TmmConfig):
         owner = _of_kinds(owner, {stage: texts.pop(stage) for stage in KINDS if stage in texts})
     for name in texts:
@@ -222,7 +229,7 @@ def _of_kinds(config: TmmConfig, kinds: Mapping[str, str]) -> TmmConfig:
     """The configuration with other ways to do its stages; what the old and the new way have in common stays."""
     changed: dict[str, Any] = {}
     for stage, kind in kinds.items():
-        chosen, old = member(KINDS[stage], kind), getattr(config, stage)
+        chosen, old = member(KINDS[stage], kind, name=stage), getattr(config, stage)
         way = next(way for way in STAGES[stage] if _kind(way) is chosen)
         names = [each.name for each in way.settings()]
         changed[stage] = way(**{name: getattr(old, name) for name in names if hasattr(old, name)})

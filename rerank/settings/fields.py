@@ -84,7 +84,7 @@ def checked(each: Field[Any], value: Any) -> Any:
     """A setting's value, of its type and in its range."""
     name, low, high = (each.metadata[key] for key in ("name", "low", "high"))
     if isinstance(each.default, StrEnum):
-        return member(type(each.default), value)
+        return member(type(each.default), value, name=name)
     if each.type is bool:
         if not isinstance(value, bool):
             raise InputError(f"{name}: expected True or False, got {value!r}")
@@ -108,7 +108,7 @@ def parsed(each: Field[Any], text: str) -> Any:
     """
     name = each.metadata["name"]
     if isinstance(each.default, StrEnum):
-        return member(type(each.default), text)
+        return member(type(each.default), text, name=name)
     try:
         if each.type is bool:
             return {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}[text.lower()]
