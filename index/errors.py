@@ -50,5 +50,6 @@ def member(kind: type[Choice], value: str, *, name: str | None = None) -> Choice
     except ValueError:
         known = [str(choice) for choice in kind]
         raise InputError(
-            f"unknown {name or kind.__name__.lower()} {str(value)!r}{nearest(str(value), known)}; known: {', '.join(known)}"
+            f"unknown {name or kind.__name__.lower()} {str(value)!r}{nearest(str(value), known)}; "
+            f"known: {', '.join(known)}"
         ) from None

@@ -385,8 +385,12 @@ def test_a_recipe_is_made_of_its_words_too(recipe, order):
     order.shuffle(shuffled)
     assert GlobalRecipe().with_settings(shuffled) == recipe
     assert GlobalRecipe.of(recipe) is recipe
-    with pytest.raises(InputError, match="expected a QueryTrigger, got FixedPatch"):
-        GlobalRecipe(trigger=FixedPatch())
+
+
+def test_a_recipe_optimises():
+    code = "from tmm_engine.rerank.settings import *\nGlobalRecipe(trigger=FixedPatch())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # without beartype
+    assert "a global trigger is optimised: expected a QueryTrigger, got FixedPatch()" in done.stderr
 
 
 @settings(max_examples=50, deadline=None)
