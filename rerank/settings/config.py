@@ -212,7 +212,7 @@ Staged = TypeVar("Staged", TmmConfig, GlobalRecipe)
 
 def _with_settings(owner: Staged, settings: Iterable[str]) -> Staged:
     texts = {}
-    for name, equals, text in (setting.partition("=") for setting in settings):
+    for name, equals, text in (each.partition("=") for each in settings):
         known = canonical(name)
         if not equals:
             raise InputError(f"{known}: expected {known}=VALUE, got no value")
