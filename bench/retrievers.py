@@ -26,7 +26,7 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, GlobalColumn
-from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.rank import Ranking

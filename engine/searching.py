@@ -17,7 +17,7 @@ from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.options import Mode, Prefilter, SearchOptions
 from tmm_engine.query import Query
-from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.recognise import Recognised
 from tmm_engine.rerank.timing import Timings

@@ -14,7 +14,7 @@ from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.types import ImageShape
 from tmm_engine.rerank.backbone import specialised
 from tmm_engine.rerank.blending import apply_trigger
-from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 
 GLOBAL_FEATURE = "global_feature"

@@ -13,8 +13,8 @@ from tmm_engine.bench.noise import Family, Perturbation
 from tmm_engine.bench.retrievers import Method, Retriever, TmmRetriever
 from tmm_engine.bench.self_retrieval import scores_under
 from tmm_engine.bench.suite import Suite
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.rerank.contrast import stretch_contrast
 
 N = 40
 METHODS = (

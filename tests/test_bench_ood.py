@@ -19,12 +19,12 @@ from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.retrievers import Method, make_retrievers
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.columns import embed
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.folders import FolderSource
 from tmm_engine.index.store.embedding import predict
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
-from tmm_engine.rerank.contrast import stretch_contrast
 
 N, M = 20, 6
 scores = st.floats(-100, 100, allow_subnormal=False)

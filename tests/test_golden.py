@@ -9,10 +9,13 @@ from tests.golden import GROUPS, RECORDED, Search, close, environment, hangs_on_
 
 GOLDEN = json.loads(RECORDED.read_text())
 EXACT = GOLDEN["environment"] == environment()
+OF_ITS_TORCH = ("transformer", "in_format_2")  # whose random weights, and whose printed form, are another torch's own
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_answers_are_the_recorded_ones(group: str, tmp_path: Path):
+    if group in OF_ITS_TORCH and GOLDEN["environment"]["torch"] != environment()["torch"]:
+        pytest.skip(f"recorded with torch {GOLDEN['environment']['torch']}, which makes another {group}")
     recorded, searches = GOLDEN["answers"][group], list(GROUPS[group](tmp_path))
     assert [each.name for each in searches] == list(recorded)
     wrong = [each.name for each in searches if not agree(each, recorded[each.name], group)]

@@ -233,6 +233,9 @@ def test_code_of_the_users_has_to_be_named_again(tmp_path, factory):
         Classifier.load(path, model=wider)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # torch says it of itself
 def test_wrappers_are_taken_off():
     plain = small_model()
     compiled = torch.compile(plain)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.configs import changed, flat
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.errors import InputError
 from tmm_engine.rerank import view as module
-from tmm_engine.rerank.contrast import stretch_contrast
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.recognise import Recognised
 from tmm_engine.rerank.settings import Blend, IndexTrigger

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tmm_engine.rerank.contrast import stretch_contrast
+from tmm_engine.index.contrast import stretch_contrast
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
 PIXELS = SHAPES.flatmap(lambda shape: hnp.arrays(np.uint8, shape)).map(lambda image: torch.from_numpy(image / 255.0))
