@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from tmm_engine.bench.triggers import global_trigger, optimisation
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FEATURE
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.metric import Metric
@@ -26,7 +27,6 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, GlobalColumn
-from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.rank import Ranking

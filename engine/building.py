@@ -1,18 +1,15 @@
-"""Build an index that the default search works with: exemplars, features, and a global trigger with its features."""
+"""Build an index: exemplars, features, descriptors that hold under noise, and, where asked for, a global trigger."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from tmm_engine.index.columns import FeatureColumn
+from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.building import check_build, write_index
 from tmm_engine.index.store.embedding import BuildReport
-from tmm_engine.rerank.columns import robust_columns
-from tmm_engine.rerank.global_trigger import make_global_trigger
-from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig, preset
+from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig
 
 
 def build_index(
@@ -20,6 +17,8 @@ def build_index(
     index: Path,
     classifier: Classifier,
     *,
+    views: int = DEFAULT_VIEWS,
+    recogniser: str | None = None,
     global_trigger: GlobalRecipe | TmmConfig | str | None = DEFAULT_PRESET,
     overwrite: bool = False,
     neighbours: str = EXACT,
@@ -32,6 +31,10 @@ def build_index(
         source: The exemplars.
         index: A folder that does not exist yet, or an index to replace.
         classifier: Computes the features.
+        views: Symmetric views that the descriptors of mode ``robust`` are the mean of, 1 to 10: so many more passes
+            of the network over the images. 0: no descriptors.
+        recogniser: The layer that recognises copies, as in ``layer2:4x4``, or ``pixels``; None: the one that does best
+            on a sample of the images.
         global_trigger: A recipe, or the preset or configuration that is to be searched with: what the trigger and the
             exemplars' features under it are made with. None: without; the default search then fails.
         overwrite: Replace an index that is there; it stays usable until the new one is whole.
@@ -45,16 +48,14 @@ def build_index(
             range, the images are such that `make_global_trigger` refuses them, or, with `strict`, one is unreadable.
     """
     check_build(source, index, classifier, overwrite=overwrite, neighbours=neighbours)
-    columns: Sequence[FeatureColumn] = ()
-    if global_trigger is not None:
-        config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
-        trigger = make_global_trigger(source, classifier, config, progress=progress)
-        columns = robust_columns(trigger, classifier)
+    described = describe(
+        source, classifier, views=views, recogniser=recogniser, global_trigger=global_trigger, progress=progress
+    )
     return write_index(
         source,
         index,
         classifier,
-        columns=columns,
+        columns=described.columns,
         overwrite=overwrite,
         neighbours=neighbours,
         strict=strict,

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from tmm_engine.backends import Backend, compare_backends
+from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.errors import ImageError, InputError, member
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
@@ -17,17 +18,19 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact, delete_exemplars
+from tmm_engine.index.store.embedding import check_fit
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import Manifest
+from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.index.store.target import locked
 from tmm_engine.index.store.where import shortened
 from tmm_engine.index.types import ImageLike
-from tmm_engine.opening import Opening, index_in_memory
+from tmm_engine.opening import Opening
 from tmm_engine.options import SearchKeywords, SearchOptions
 from tmm_engine.query import Query, as_query
 from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
-from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig, preset
+from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig
 from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.snapshot import Snapshot
 from tmm_engine.versions import Version, versions_of
@@ -108,6 +111,8 @@ class Engine:
         class_names: Sequence[str] | None = None,
         metadata: dict[str, Sequence[Any]] | None = None,
         neighbours: str = EXACT,
+        views: int = DEFAULT_VIEWS,
+        recogniser: str | None = None,
         global_trigger: GlobalRecipe | TmmConfig | str | None = DEFAULT_PRESET,
         progress: Progress = silent,
     ) -> "Engine":
@@ -121,6 +126,8 @@ class Engine:
             class_names: In label order; default: the classifier's.
             metadata: Columns of n values.
             neighbours: FAISS factory string.
+            views: As `build_index`, and so is the recogniser.
+            recogniser: Of copies.
             global_trigger: A recipe, or the preset or configuration that is to be searched with: the default search
                 needs a global trigger and the exemplars' features under it. None: without.
             progress: Told of images done.
@@ -129,10 +136,20 @@ class Engine:
             InputError: shapes, lengths, labels or ids that do not fit.
         """
         source = ArraySource(images, labels, ids=ids, class_names=class_names, metadata=metadata)
-        recipe = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
-        store, shared = index_in_memory(source, classifier, global_trigger=recipe, progress=progress)
-        names = class_names or classifier.class_names
-        return cls(Snapshot.of(classifier, store, class_names=names, neighbours=neighbours, global_trigger=shared))
+        check_fit(source, classifier)
+        described = describe(
+            source, classifier, views=views, recogniser=recogniser, global_trigger=global_trigger, progress=progress
+        )
+        store = MemoryStore.of(source, classifier, columns=described.columns, progress=progress)
+        snapshot = Snapshot.of(
+            classifier,
+            store,
+            class_names=class_names or classifier.class_names,
+            neighbours=neighbours,
+            global_trigger=described.global_trigger,
+            describer=described.describer,
+        )
+        return cls(snapshot)
 
     def close(self) -> None:
         """Let go of exemplars and caches; nothing can be asked of a closed engine."""

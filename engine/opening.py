@@ -1,4 +1,4 @@
-"""What an engine is made of: the parts of an index on disk, each checked, or those of an index in memory."""
+"""What an engine is made of: the parts of an index on disk, each checked."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,21 +6,16 @@ from pathlib import Path
 from torch import nn
 
 from tmm_engine.backends import Backend, choose_backbone, choose_device
-from tmm_engine.index.columns import FeatureColumn
+from tmm_engine.index.descriptors.columns import ROBUST_FEATURE, Describer, describer_of
 from tmm_engine.index.errors import ModelError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.progress import Progress
-from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.store.embedding import check_fit
 from tmm_engine.index.store.lance_store import LanceStore
 from tmm_engine.index.store.manifest import EXEMPLARS, MODEL, Manifest
-from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.index.store.target import recover
 from tmm_engine.rerank.backbone import Backbone, Precision
-from tmm_engine.rerank.columns import GLOBAL_FEATURE, robust_columns, trigger_of
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, trigger_of
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
-from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
-from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
+from tmm_engine.rerank.global_trigger import GlobalTrigger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +28,7 @@ class Parts:
         store: The exemplars.
         backbone: In ONNX Runtime; None for PyTorch.
         global_trigger: The index's, if it has one.
+        describer: Of its descriptors, if it has them.
     """
 
     manifest: Manifest
@@ -40,6 +36,7 @@ class Parts:
     store: LanceStore
     backbone: Backbone | None
     global_trigger: GlobalTrigger | None
+    describer: Describer | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,26 +75,5 @@ def open_parts(path: Path, opening: Opening) -> Parts:
     manifest.check_exemplars(path, len(store), store.files)
     backbone = choose_backbone(path, manifest, classifier, backend=opening.backend, precision=opening.precision)
     trigger = trigger_of(path, manifest.image_shape) if GLOBAL_FEATURE in manifest.columns else None
-    return Parts(manifest, classifier, store, backbone, trigger)
-
-
-def index_in_memory(
-    source: ArraySource, classifier: Classifier, *, global_trigger: GlobalRecipe | TmmConfig | None, progress: Progress
-) -> tuple[MemoryStore, GlobalTrigger | None]:
-    """The exemplars of a source with their features, and a global trigger with theirs.
-
-    Args:
-        source: Images and what is known of them.
-        classifier: Computes the features.
-        global_trigger: What the trigger is made with; None: without.
-        progress: Told of images done.
-
-    Raises:
-        InputError: a source that does not fit the classifier; or as `make_global_trigger`.
-    """
-    check_fit(source, classifier)
-    shared, columns = None, tuple[FeatureColumn, ...]()
-    if global_trigger is not None:
-        shared = make_global_trigger(source, classifier, global_trigger, progress=progress)
-        columns = robust_columns(shared, classifier)
-    return MemoryStore.of(source, classifier, columns=columns, progress=progress), shared
+    describer = describer_of(path, classifier) if ROBUST_FEATURE in manifest.columns else None
+    return Parts(manifest, classifier, store, backbone, trigger, describer)

@@ -21,8 +21,9 @@ from tmm_engine.rerank.settings import (
 
 
 class Mode(StrEnum):
-    """How exemplars are ranked: by TMM-NN, or by distance between features."""
+    """How exemplars are ranked: by descriptors that hold under noise, by TMM-NN, or by distance between features."""
 
+    ROBUST = "robust"
     TMM = "tmm"
     L2 = "l2"
     COSINE = "cosine"
@@ -35,6 +36,10 @@ class Prefilter(StrEnum):
     COSINE = "cosine"
     UNION = "union"  # both rankings, taken in turn
     GLOBAL = "global"  # TMM-NN with the index's global trigger
+
+
+RECOGNITION = 0.8
+"""The ratio of distances below which mode ``robust`` takes a query for a copy of an exemplar (Lowe, IJCV 2004)."""
 
 
 class SearchKeywords(TypedDict, total=False):
@@ -58,7 +63,7 @@ class SearchOptions:
 
     Attributes:
         k: How many exemplars, at least 1; all are returned (and a note says so) where there are fewer.
-        mode: ``tmm``, ``l2`` or ``cosine``.
+        mode: ``robust``, ``tmm``, ``l2`` or ``cosine``.
         candidates: For ``tmm``: score only so many exemplars, at least 1, chosen by the prefilter. None scores all.
         prefilter: Of the candidates: ``l2``, ``cosine``, ``union`` of both, or ``global``, where the index has a global
             trigger. None is ``union``.
@@ -68,10 +73,11 @@ class SearchOptions:
             several times as fast. Without it each answer is bit for bit what it is alone; with it triggers differ
             slightly, since the optimisation amplifies rounding.
         stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the original
-            was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``.
+            was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``; ``robust`` always does.
         recognition: Answer for a query as for the exemplar nearest to it, where that one's distance is a smaller part
             of the second nearest's than this, in (0, 1] (`rerank.recognise`). Among candidates, if there are any.
-            False: never. None: as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
+            False: never. None: 0.8 for ``robust``, as the configuration says for ``tmm``, never for ``l2`` and
+            ``cosine``.
         where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
             tuned on, as if the index did not have them.
 
@@ -116,13 +122,15 @@ class SearchOptions:
     def stretches(self) -> bool:
         """Whether queries and exemplars have their contrast stretched."""
         if self.stretch is None:
-            return self.mode == Mode.TMM and self._configured.view.stretch
+            return self.mode == Mode.ROBUST or (self.mode == Mode.TMM and self._configured.view.stretch)
         return self.stretch
 
     @property
     def threshold(self) -> float | None:
         """The ratio of recognition; None: no query is recognised."""
         if self.recognition is None:
+            if self.mode == Mode.ROBUST:
+                return RECOGNITION
             return self._configured.rank.recognition if self.mode == Mode.TMM else None
         return None if self.recognition is False else self.recognition
 
@@ -139,6 +147,8 @@ class SearchOptions:
                 value = getattr(self, name)
                 if value is not None and value is not False:  # the label 0 is one
                     raise InputError(f"{name} has no effect in mode {str(self.mode)!r}: leave it out, or search by tmm")
+            if self.mode == Mode.ROBUST and self.stretch is False:
+                raise InputError("stretch=False has no effect in mode 'robust', which always stretches: leave it out")
             return
         config = self._configured
         if self.together and isinstance(config.trigger, IndexTrigger | FixedPatch):

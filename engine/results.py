@@ -20,7 +20,7 @@ class Hit:
         class_name: The class's name (the index as text where no names are known).
         label_is_predicted: True if the source had no labels and the model's prediction stands in.
         score: Log-odds, logit, similarity or a fusion (tmm, as its configuration says), minus the L2 distance (l2),
-            cosine similarity (cosine).
+            cosine similarity of features (cosine) or of descriptors (robust).
         confidence: In [0, 1] for tmm, None otherwise: P(dummy class), or with a head in closed form the positive part
             of the decorrelated similarity, which is 1 for the query itself. Recognition does not change it.
         metadata: The source's other columns; ``path`` where it had files.
@@ -65,7 +65,7 @@ class SearchResult:
 
     Attributes:
         query: The query's name: its path, its id, or its position in the list that was passed.
-        mode: ``tmm``, ``l2`` or ``cosine``.
+        mode: ``robust``, ``tmm``, ``l2`` or ``cosine``.
         hits: At most k hits, best first; ties in order of id.
         predicted_label: The model's prediction on the query.
         predicted_class: Its name.
@@ -114,9 +114,11 @@ class SearchResult:
     def score_meaning(self) -> str:
         """What the hits' scores are; larger is nearer."""
         if self.config is None:
-            return {"l2": "minus the Euclidean distance between features", "cosine": "cosine similarity of features"}[
-                self.mode
-            ]
+            return {
+                "robust": "cosine similarity of robust descriptors",
+                "l2": "minus the Euclidean distance between features",
+                "cosine": "cosine similarity of features",
+            }[self.mode]
         own, fusion = self.config, self.config["fusion"]
         if fusion > 0:
             return f"{self.confidence_word} + {fusion:g} · cosine similarity of features"

@@ -1,4 +1,4 @@
-"""A search: from queries and options to answers, by TMM-NN or by plain neighbours."""
+"""A search: from queries and options to answers, by descriptors, by TMM-NN or by plain neighbours."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 
 from tmm_engine.baselines import Baselines
+from tmm_engine.index.contrast import stretch_contrast
+from tmm_engine.index.descriptors.columns import Describer
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.cache import FaissCache
@@ -17,13 +19,13 @@ from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.options import Mode, Prefilter, SearchOptions
 from tmm_engine.query import Query
-from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.recognise import Recognised
 from tmm_engine.rerank.timing import Timings
 from tmm_engine.rerank.tmm import Choose, TmmNN
 from tmm_engine.rerank.view import QueryView
 from tmm_engine.results import Hit, SearchResult
+from tmm_engine.robust import RobustSearch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,11 +50,12 @@ class _Found:
 
 
 class Searcher:
-    """Answers searches over one store's exemplars: L2 and cosine with FAISS, or TMM-NN.
+    """Answers searches over one store's exemplars: descriptors, L2 and cosine with FAISS, or TMM-NN.
 
     Args:
         classifier: Embeds the queries as it embedded the exemplars: unlike `tmm.classifier`, without any rearrangement.
         tmm: Ranks the exemplars of its store.
+        describer: Of the store's descriptors, if it has them.
         class_names: In label order.
         neighbours: FAISS factory string.
         cache: Where FAISS indexes are kept, if anywhere.
@@ -62,14 +65,16 @@ class Searcher:
         self,
         classifier: Classifier,
         tmm: TmmNN,
+        describer: Describer | None,
         *,
         class_names: tuple[str, ...],
         neighbours: str,
         cache: FaissCache | None,
     ) -> None:
         self._classifier, self._tmm, self._store = classifier, tmm, tmm.store
-        self._class_names = class_names
+        self._class_names, self._describer = class_names, describer
         self._baselines = Baselines(tmm.store, factory=neighbours, cache=cache)
+        self._robust = RobustSearch(tmm.store, factory=neighbours, cache=cache)
 
     @property
     def backend(self) -> str:
@@ -79,11 +84,13 @@ class Searcher:
     def over(self, store: ExemplarStore) -> "Searcher":
         """The same over other exemplars with features of the same classifier; L2 and cosine are exact there."""
         tmm = self._tmm.over(store)
-        return Searcher(self._classifier, tmm, class_names=self._class_names, neighbours=EXACT, cache=None)
+        names = self._class_names
+        return Searcher(self._classifier, tmm, self._describer, class_names=names, neighbours=EXACT, cache=None)
 
     def close(self) -> None:
         """Let go of the FAISS indexes."""
         self._baselines.close()
+        self._robust.close()
 
     def search(self, queries: list[Query], options: SearchOptions, progress: Progress) -> list[SearchResult]:
         """An answer to every query, in their order.
@@ -99,6 +106,8 @@ class Searcher:
         timings = Timings(len(queries))
         if options.mode == Mode.TMM:
             found = self._by_tmm(queries, options, timings, progress)
+        elif options.mode == Mode.ROBUST:
+            found = self._by_descriptor(queries, options, timings)
         else:
             found = self._by_metric(queries, options, timings)
         return [
@@ -122,6 +131,29 @@ class Searcher:
             stretch=options.stretches,
             threshold=options.threshold,
             timings=timings,
+        )
+        return [
+            _Found(own.rows, own.scores, said, len(self._store), own.recognised)
+            for own, said in zip(nearest, predicted, strict=True)
+        ]
+
+    def _by_descriptor(self, queries: list[Query], options: SearchOptions, timings: Timings) -> list[_Found]:
+        """By descriptors; queries are described one by one, so that none depends on its neighbours in the list."""
+        describer = self._describer
+        if describer is None:
+            raise InputError(
+                "the index has no descriptors, which the mode 'robust' needs: build it again (with views=1 or more), "
+                "or search in another mode"
+            )
+        copies, robust, predicted = [], [], []
+        for position, query in enumerate(queries):
+            with timings.step("embedding", [position]), torch.inference_mode():
+                views = describer.views(self._pixels([query]))
+                copies.append(describer.described(views, describer.descriptors.recogniser))
+                robust.append(describer.described(views, describer.descriptors.robust))
+                predicted.append(describer.predicted(views))
+        nearest = self._robust.search(
+            np.concatenate(copies), np.concatenate(robust), k=options.k, threshold=options.threshold, timings=timings
         )
         return [
             _Found(own.rows, own.scores, said, len(self._store), own.recognised)

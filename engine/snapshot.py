@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tmm_engine.index.descriptors.columns import Describer
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.cache import FaissCache
@@ -64,6 +65,7 @@ class Snapshot:
         precision: Precision = Precision.FP32,
         backbone: Backbone | None = None,
         global_trigger: GlobalTrigger | None = None,
+        describer: Describer | None = None,
         manifest: Manifest | None = None,
         path: Path | None = None,
     ) -> "Snapshot":
@@ -78,6 +80,7 @@ class Snapshot:
             precision: Of the pass over the exemplars.
             backbone: What passes exemplars through φ instead of PyTorch.
             global_trigger: The index's, if it has one.
+            describer: Of its descriptors, if it has them.
             manifest: Of an index on disk.
             path: Its folder.
 
@@ -93,7 +96,9 @@ class Snapshot:
             global_trigger=global_trigger,
         )
         cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
-        searcher = Searcher(classifier, tmm, class_names=tuple(class_names), neighbours=neighbours, cache=cache)
+        searcher = Searcher(
+            classifier, tmm, describer, class_names=tuple(class_names), neighbours=neighbours, cache=cache
+        )
         return cls(
             classifier, store, tuple(class_names), searcher, _rows(store), global_trigger, manifest=manifest, path=path
         )
@@ -111,6 +116,7 @@ class Snapshot:
             precision=opening.precision,
             backbone=parts.backbone,
             global_trigger=parts.global_trigger,
+            describer=parts.describer,
             manifest=parts.manifest,
             path=path,
         )

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float32
 from torch import nn
 
-import tmm_engine.rerank.columns  # noqa: F401 - makes the columns known
+import tmm_engine.index.descriptors.columns
+import tmm_engine.rerank.columns  # noqa: F401 - both make columns known
 from tmm_engine.backends import damaged_graphs
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import is_registered, load_columns

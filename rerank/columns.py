@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FeatureColumn, registered
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.types import ImageShape
 from tmm_engine.rerank.backbone import specialised
 from tmm_engine.rerank.blending import apply_trigger
-from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 
 GLOBAL_FEATURE = "global_feature"

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from tmm_engine.index.contrast import stretch_images
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.rerank.backbone import Backbone
 from tmm_engine.rerank.columns import GLOBAL_FEATURE
-from tmm_engine.index.contrast import stretch_images
 from tmm_engine.rerank.exemplars import ExemplarTensors
 from tmm_engine.rerank.score import Scorer, Scores
 from tmm_engine.rerank.settings import IndexTrigger, TmmConfig

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.recognise import Recognised
 from tmm_engine.rerank.settings import TmmConfig

@@ -61,7 +61,7 @@ def test_the_global_trigger_may_be_another_or_none(tmp_path: Path, classifier: C
     build_index(source(), tmp_path / "added.idx", classifier, global_trigger=other)
     kept = GlobalTrigger.load(tmp_path / "added.idx" / GLOBAL_TRIGGER)
     assert (kept.blend, kept.stretch) == (Blend.ADDED, False)
-    build_index(source(), tmp_path / "plain.idx", classifier, global_trigger=None)
+    build_index(source(), tmp_path / "plain.idx", classifier, views=0, global_trigger=None)
     assert [*Manifest.read(tmp_path / "plain.idx").columns] == ["feature"]
     write_index(source(), tmp_path / "same.idx", classifier)
     every = np.arange(N)

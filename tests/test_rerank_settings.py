@@ -387,12 +387,6 @@ def test_a_recipe_is_made_of_its_words_too(recipe, order):
     assert GlobalRecipe.of(recipe) is recipe
 
 
-def test_a_recipe_optimises():
-    code = "from tmm_engine.rerank.settings import *\nGlobalRecipe(trigger=FixedPatch())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # without beartype
-    assert "a global trigger is optimised: expected a QueryTrigger, got FixedPatch()" in done.stderr
-
-
 @settings(max_examples=50, deadline=None)
 @given(config=configs())
 def test_the_recipe_of_a_configuration_has_what_both_have(config):

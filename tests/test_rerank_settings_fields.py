@@ -12,6 +12,7 @@ from tmm_engine.rerank.settings import (
     Blend,
     Blending,
     ClosedForm,
+    FixedPatch,
     GlobalRecipe,
     PatchTrigger,
     QueryTrigger,
@@ -109,8 +110,13 @@ def test_switches_are_true_or_false(unchecked, way, name, value):
 def test_choices_are_members(unchecked, value):
     with pytest.raises(InputError, match=r"unknown blend .*; known: printed, swapped, scaled, added"):
         Blending(formula=value)
-    with pytest.raises(InputError, match=r"unknown score .*; known: log-odds, logit"):
+    with pytest.raises(InputError, match=r"unknown head.score .*; known: log-odds, logit"):
         TunedHead(score=value)
+
+
+def test_a_recipe_optimises(unchecked):
+    with pytest.raises(InputError, match="optimised: expected a QueryTrigger, got FixedPatch"):
+        GlobalRecipe(trigger=FixedPatch())
 
 
 def test_choices_may_be_given_by_value(unchecked):

@@ -12,7 +12,7 @@ from tmm_engine.index.errors import nearest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-MODES = ("tmm", "l2", "cosine")
+MODES = ("robust", "tmm", "l2", "cosine")
 
 
 def joined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

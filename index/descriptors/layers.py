@@ -1,0 +1,214 @@
+"""What a network computes between its input and its head: found by hooks, pooled to a small grid."""
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from tmm_engine.index.errors import InputError, ModelError, nearest
+from tmm_engine.index.models.classifier import Classifier
+
+GRID = 4
+"""Cells in a row and in a column that a map is averaged over."""
+
+PIXELS, PIXEL_GRID = "pixels", 8
+PER_SHAPE, MAX_LAYERS = 4, 12  # candidates among modules whose outputs are alike, and of a whole network
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Layer:
+    """A layer's output, averaged over a grid of cells; as text ``layer2:4x4``.
+
+    Attributes:
+        name: Dotted name of a module of the network, or ``pixels``.
+        grid: Cells in a row and in a column.
+    """
+
+    name: str
+    grid: int = GRID
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.grid}x{self.grid}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Layer":
+        """From ``layer2:4x4``, or ``layer2`` for the usual grid.
+
+        Raises:
+            InputError: another form, or a grid that is not square, or not in [1, 64].
+        """
+        found = re.fullmatch(r"\s*([^\s:]+)(?::(\d{1,4})x(\d{1,4}))?\s*", text)
+        grid = int(found[2]) if found and found[2] else (PIXEL_GRID if found and found[1] == PIXELS else GRID)
+        if found is None or (found[2] != found[3]) or not 1 <= grid <= 64:
+            raise InputError(f"expected a layer such as 'layer2' or 'layer2:4x4' (a square grid), got {text!r}")
+        return cls(found[1], grid)
+
+
+PIXEL_LAYER = Layer(PIXELS, PIXEL_GRID)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations:
+    """What one pass over images gives.
+
+    Attributes:
+        features: φ(x).
+        layers: By layer, its pooled output as one row for each image.
+    """
+
+    features: Float[Tensor, "n d"]
+    layers: dict[Layer, Float[Tensor, "n _"]]
+
+
+class Taps:
+    """A classifier whose layers can be looked at. It has a copy of the network of its own, with hooks.
+
+    Args:
+        classifier: Stays as it is.
+        layers: What is looked at.
+
+    Raises:
+        InputError: the network has no module of that name; the message suggests the nearest.
+        ModelError: a module's output is not a map (n, c, h, w) or tokens (n, t, d).
+    """
+
+    def __init__(self, classifier: Classifier, layers: Sequence[Layer]) -> None:
+        self.classifier = classifier.to(classifier.device)  # a copy
+        self.layers = tuple(layers)
+        network = _network(self.classifier)
+        self._seen = threading.local()  # searches in several threads do not see each other's
+        modules = dict(network.named_modules())
+        for layer in self.layers:
+            if layer.name == PIXELS:
+                continue
+            if not layer.name or layer.name not in modules:
+                known = [str(found) for found in find_layers(classifier)]
+                raise InputError(
+                    f"the network has no layer {layer.name!r}{nearest(layer.name, modules)}; some that it has: "
+                    f"{', '.join(known) or 'none'}"
+                )
+            modules[layer.name].register_forward_hook(self._hook(layer))
+        self._probe()
+
+    def __call__(self, images: Float[Tensor, "n c h w"]) -> Activations:
+        """One pass.
+
+        Args:
+            images: Pixels in [0, 1], on the classifier's device.
+        """
+        self._seen.layers = {}
+        try:
+            features = self.classifier.features(images)
+            seen = self._seen.layers
+        finally:
+            del self._seen.layers
+        pixels = {layer: pooled(images, layer.grid) for layer in self.layers if layer.name == PIXELS}
+        return Activations(features, seen | pixels)
+
+    def _hook(self, layer: Layer) -> Any:
+        def keep(_: nn.Module, __: object, output: object) -> None:
+            if (seen := getattr(self._seen, "layers", None)) is not None:
+                if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+                    raise ModelError(f"{layer}: expected a map (n, c, h, w) or tokens (n, t, d), got {_form(output)}")
+                seen[layer] = pooled(output, layer.grid)
+
+        return keep
+
+    def _probe(self) -> None:
+        with torch.no_grad():
+            self(torch.zeros(1, *self.classifier.image_shape, device=self.classifier.device))
+
+
+def pooled(output: Float[Tensor, "n *rest"], grid: int) -> Float[Tensor, "n _"]:
+    """Means over the cells of a grid, as one row for each image.
+
+    Maps are (n, c, h, w), or (n, h, w, c) where only the middle two are alike. Tokens (n, t, d) are taken for a map
+    where they are a square, or a square behind one class token, which is left out; else their mean is taken.
+    """
+    if output.ndim == 3:
+        tokens, side = output, round((output.shape[1] - 1) ** 0.5)
+        if side > 0 and side * side == output.shape[1] - 1:
+            tokens = output[:, 1:]
+        else:
+            side = round(output.shape[1] ** 0.5)
+        if side * side != tokens.shape[1]:
+            return output.mean(1).float()
+        output = tokens.transpose(1, 2).unflatten(2, (side, side))
+    elif output.shape[1] == output.shape[2] != output.shape[3]:
+        output = output.permute(0, 3, 1, 2)
+    height, width = output.shape[-2:]
+    return adaptive_avg_pool2d(output, (min(grid, height), min(grid, width))).flatten(1).float()
+
+
+def find_layers(classifier: Classifier) -> list[Layer]:
+    """The layers that a recogniser may look at, in the order in which they are computed; none where there is no map.
+
+    What is looked at are the network's own modules and the blocks of its sequences, not what is inside a block. Of
+    those with outputs of one shape, as a stage of blocks or a transformer has, the last is taken, and of four and more
+    up to four, evenly; single operations only where no block gives that shape. Outputs of a single cell are left out.
+    """
+    network = _network(classifier)
+    outputs = _outputs(classifier, list(_blocks(network, "", within_sequence=False)))
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, shape in outputs.items():
+        shapes.setdefault(shape, []).append(name)
+    chosen = set()
+    for names in shapes.values():
+        blocks = [name for name in names if any(True for _ in network.get_submodule(name).children())] or names[-1:]
+        count = min(PER_SHAPE, max(1, len(blocks) // 2))
+        chosen |= {blocks[len(blocks) - 1 - place * len(blocks) // count] for place in range(count)}
+    ordered = [name for name in outputs if name in chosen]
+    if len(ordered) > MAX_LAYERS:
+        ordered = [ordered[round(place * (len(ordered) - 1) / (MAX_LAYERS - 1))] for place in range(MAX_LAYERS)]
+    return [Layer(name) for name in ordered]
+
+
+def _blocks(module: nn.Module, name: str, *, within_sequence: bool) -> Iterator[str]:
+    """Names of modules, but of none inside a block: a member of a sequence that is not a sequence itself."""
+    if name:
+        yield name
+    sequence = isinstance(module, nn.Sequential | nn.ModuleList)
+    if sequence or not within_sequence:
+        for child_name, child in module.named_children():
+            yield from _blocks(child, f"{name}.{child_name}" if name else child_name, within_sequence=sequence)
+
+
+def _outputs(classifier: Classifier, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """In the order in which they are computed: the shape of one image's output of each module that gives a map."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def watch(name: str) -> Any:
+        def note(_: nn.Module, __: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.ndim in (3, 4) and output.is_floating_point():
+                middle_alike = output.ndim == 4 and output.shape[1] == output.shape[2] != output.shape[3]
+                extents = (
+                    output.shape[1:2] if output.ndim == 3 else output.shape[1:3] if middle_alike else output.shape[2:]
+                )
+                if max(extents) > 1:
+                    found[name] = tuple(output.shape[1:])
+
+        return note
+
+    network = _network(classifier)
+    hooks = [network.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    try:
+        with torch.no_grad():
+            classifier.features(torch.zeros(2, *classifier.image_shape, device=classifier.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _network(classifier: Classifier) -> nn.Module:
+    return classifier.backbone.get_submodule("network")
+
+
+def _form(output: object) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__

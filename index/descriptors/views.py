@@ -1,0 +1,58 @@
+"""Symmetric views: the same few changed copies of query and exemplar alike, whose features are averaged.
+
+What a small shift or a little blur does to a feature is then much the same on both sides, and matters less.
+"""
+
+from collections.abc import Iterator
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+from torchvision.transforms.functional import gaussian_blur
+
+from tmm_engine.index.contrast import stretch_contrast
+
+BLUR = 1 / 40
+"""σ, as a share of the shorter side: 0.8 pixels of 32."""
+
+SHIFT = 1 / 16
+"""As a share of each side: 2 pixels of 32."""
+
+ORDER = tuple((y, x, blurred) for blurred in (False, True) for y, x in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)))
+"""(down, right, whether blurred) of each view: the first is the image itself."""
+
+MAX_VIEWS = len(ORDER)
+
+
+def symmetric_views(images: Float[Tensor, "n c h w"], count: int) -> Iterator[Float[Tensor, "n c h w"]]:
+    """The first so many views of images, their contrast stretched.
+
+    Args:
+        images: Pixels in [0, 1].
+        count: 1 to `MAX_VIEWS`; 1 is the stretched image alone.
+    """
+    stretched = stretch_contrast(images)
+    height, width = images.shape[-2:]
+    down, right = (max(1, round(SHIFT * side)) for side in (height, width))
+    for y, x, blurred in ORDER[:count]:
+        view = shifted(stretched, y * down, x * right) if y or x else stretched
+        yield blur(view, BLUR * min(height, width)) if blurred else view
+
+
+def shifted(images: Float[Tensor, "n c h w"], down: int, right: int) -> Float[Tensor, "n c h w"]:
+    """Moved by whole pixels; what comes in repeats the edge."""
+    height, width = images.shape[-2:]
+    room = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))  # left, right, top, bottom
+    wider = pad(images, room, mode="replicate")
+    top, left = max(-down, 0), max(-right, 0)
+    return wider[..., top : top + height, left : left + width]
+
+
+def blur(images: Float[Tensor, "n c h w"], sigma: float) -> Float[Tensor, "n c h w"]:
+    """Gaussian, of a standard deviation in pixels; edges are mirrored."""
+    reach = max(1, round(2.5 * sigma))
+    reach = min(reach, min(images.shape[-2:]) - 1)
+    if reach < 1:
+        return images
+    blurred: Tensor = gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
+    return blurred

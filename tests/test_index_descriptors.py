@@ -1,0 +1,275 @@
+"""Descriptors: views are what they say, layers are found in any network, the choice is measured, files are whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.digits import IMAGES, LABELS, make_classifier
+from tmm_engine.index.columns import load_columns
+from tmm_engine.index.contrast import stretch_contrast
+from tmm_engine.index.descriptors.calibration import CHANGES, FEWEST, calibrate, sample_size
+from tmm_engine.index.descriptors.columns import (
+    COPY_FEATURE,
+    DESCRIPTORS,
+    ROBUST_FEATURE,
+    Describer,
+    Descriptors,
+    descriptor_columns,
+)
+from tmm_engine.index.descriptors.descriptor import FEATURES, PROBABILITIES
+from tmm_engine.index.descriptors.layers import PIXEL_LAYER, Layer, Taps, find_layers, pooled
+from tmm_engine.index.descriptors.projection import Projection
+from tmm_engine.index.descriptors.views import MAX_VIEWS, blur, shifted, symmetric_views
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError
+from tmm_engine.index.models.classifier import Classifier
+
+N = 200
+DIGITS = IMAGES[:N, None]
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return make_classifier()
+
+
+@pytest.fixture(scope="module")
+def descriptors(classifier: Classifier) -> Descriptors:
+    chosen = calibrate(DIGITS, LABELS[:N], classifier, queries=20)
+    return Descriptors(chosen.recogniser, chosen.robust, 3, chosen.report)
+
+
+# ----------------------------------------------------------------------------------------------- views
+
+
+def test_the_first_view_is_the_stretched_image_and_all_differ():
+    images = 0.5 * torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    views = list(symmetric_views(images, MAX_VIEWS))
+    assert len(views) == MAX_VIEWS
+    torch.testing.assert_close(views[0], stretch_contrast(images), rtol=0, atol=0)
+    assert all(not torch.equal(a, b) for place, a in enumerate(views) for b in views[:place])
+    assert all(view.shape == images.shape for view in views)
+
+
+def test_darkening_changes_no_view():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for bright, dark in zip(symmetric_views(images, 4), symmetric_views(0.3 * images + 0.1, 4), strict=True):
+        torch.testing.assert_close(bright, dark, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("down", "right"), [(2, 0), (-2, 0), (0, 3), (0, -3), (1, -1), (0, 0)])
+def test_a_shift_moves_pixels_and_repeats_the_edge(down: int, right: int):
+    image = torch.arange(64.0).reshape(1, 1, 8, 8)
+    rows, columns = (torch.arange(8) - down).clamp(0, 7), (torch.arange(8) - right).clamp(0, 7)
+    assert torch.equal(shifted(image, down, right)[0, 0], image[0, 0][rows][:, columns])
+
+
+def test_blur_keeps_the_mean_of_a_flat_image_and_lessens_differences():
+    image = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert blur(image, 1.0).std() < image.std()
+    torch.testing.assert_close(blur(torch.full((1, 1, 16, 16), 0.3), 1.0), torch.full((1, 1, 16, 16), 0.3))
+    assert blur(torch.ones(1, 1, 1, 1), 1.0).shape == (1, 1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+def of(architecture: str, side: int = 32) -> Classifier:
+    return Classifier.from_architecture(architecture, image_shape=(3, side, side), seed=0, num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("resnet18", ["relu", "layer1", "layer2", "layer3"]),
+        ("vit_tiny_32", ["conv_proj", "encoder.layers.encoder_layer_1", "encoder"]),
+        ("mobilenet_v3_small", ["features.0", "features.1", "features.3"]),
+    ],
+)
+def test_layers_are_found_in_any_network(architecture: str, expected: list[str]):
+    found = [layer.name for layer in find_layers(of(architecture))]
+    assert set(expected) <= set(found)
+    assert found.index(expected[0]) < found.index(expected[-1])
+    assert len(found) == len(set(found)) <= 12
+
+
+def test_a_network_without_maps_has_no_layers_and_pixels_serve():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    classifier = Classifier.from_module(model, image_shape=(1, 8, 8))
+    assert find_layers(classifier) == []
+    chosen = calibrate(DIGITS, LABELS[:N], classifier, queries=10)
+    assert chosen.report["recogniser"] == "pixels:8x8"
+    assert {FEATURES, PROBABILITIES} <= {part.source for part in chosen.robust.parts}
+
+
+def test_taps_see_what_the_module_gives(classifier: Classifier):
+    images, layer = torch.from_numpy(DIGITS[:5]).float() / 255, Layer("layer1", 2)
+    seen = []
+    network = classifier.backbone.get_submodule("network")
+    with torch.no_grad():
+        hook = network.get_submodule("layer1").register_forward_hook(lambda *found: seen.append(found[2]))
+        features = classifier.features(images)
+        hook.remove()
+        taps = Taps(classifier, [layer, PIXEL_LAYER])
+        found = taps(images)
+    torch.testing.assert_close(found.features, features)
+    height = seen[0].shape[-1] // 2
+    cell = seen[0][:, :, :height, :height].mean((2, 3))
+    torch.testing.assert_close(found.layers[layer].reshape(5, -1, 2, 2)[:, :, 0, 0], cell, rtol=1e-4, atol=1e-5)
+    assert found.layers[PIXEL_LAYER].shape == (5, 64)
+    assert not network.get_submodule("layer1")._forward_hooks  # the user's network has none of ours
+
+
+def test_pooling_takes_maps_and_tokens():
+    maps = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
+    tokens = maps.flatten(2).transpose(1, 2)
+    expected = pooled(maps, 2)
+    assert torch.equal(pooled(tokens, 2), expected)
+    assert torch.equal(pooled(torch.cat([torch.ones(2, 1, 3), tokens], 1), 2), expected)  # a class token
+    assert torch.equal(pooled(maps.permute(0, 2, 3, 1), 2), expected)  # channels last
+    assert torch.equal(pooled(tokens[:, :7], 2), tokens[:, :7].mean(1))  # no square
+
+
+@pytest.mark.parametrize("text", ["layer2", "layer2:4x4", " layer2:4x4 "])
+def test_a_layer_is_read_from_its_text(text: str):
+    assert Layer.parse(text) == Layer("layer2", 4)
+    assert Layer.parse("pixels") == PIXEL_LAYER
+    assert str(Layer.parse("a.b:2x2")) == "a.b:2x2"
+
+
+@pytest.mark.parametrize("text", ["", "layer2:", "layer2:4", "layer2:4x3", "layer2:0x0", "layer2:99x99", "a b"])
+def test_other_texts_are_no_layers(text: str):
+    with pytest.raises(InputError, match="expected a layer such as 'layer2'"):
+        Layer.parse(text)
+
+
+def test_a_layer_that_is_not_there_is_named_with_the_nearest(classifier: Classifier):
+    with pytest.raises(
+        InputError, match=r"no layer 'layr2' \(did you mean 'layer2'\?\); some that it has: .*layer1:4x4"
+    ):
+        Taps(classifier, [Layer("layr2")])
+    with pytest.raises(ModelError, match=r"avgpool.* expected a map|expected a map"):
+        Taps(classifier, [Layer("fc")])
+
+
+# ------------------------------------------------------------------------------------------ projection
+
+
+def test_a_whitening_projection_has_equal_variances_and_a_rotation_keeps_distances():
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(400, 6, generator=generator) * torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25])
+    white = (sample - sample.mean(0)) @ Projection.fit(sample, power=0.5).matrix
+    spread = white.std(0)
+    assert spread.max() / spread[:4].min() < 1.1
+    rotated = (sample - sample.mean(0)) @ Projection.fit(sample, power=0.0).matrix
+    torch.testing.assert_close(torch.cdist(rotated, rotated), torch.cdist(sample, sample), rtol=1e-3, atol=0.02)
+    assert Projection.fit(sample, power=0.5, dimensions=2).matrix.shape == (6, 2)
+
+
+def test_constant_samples_do_not_break_it():
+    found = Projection.fit(torch.ones(10, 4), power=0.5)(torch.ones(3, 4))
+    assert found.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------- calibration
+
+
+def test_the_report_says_how_it_was_chosen(descriptors: Descriptors):
+    report = descriptors.report
+    assert report["sample"] == N
+    assert report["changes"] == list(CHANGES)
+    found = {each["layer"]: each["mrr"] for each in report["recognisers"]}
+    assert {"layer1:4x4", "layer2:4x4", "pixels:8x8"} <= set(found)
+    assert all(0.0 < mrr <= 1.0 for mrr in found.values())
+    assert found[report["recogniser"]] >= max(found.values()) - 0.01
+    assert len(report["mixtures"]) > 10
+    plain, *mixtures = report["mixtures"]
+    assert plain["features"] == 1.0
+    assert max(each["overlap"] for each in mixtures) > plain["overlap"]
+
+
+def test_a_recogniser_can_be_asked_for(classifier: Classifier):
+    chosen = calibrate(DIGITS, None, classifier, queries=10, recogniser=Layer("layer1", 2))
+    assert chosen.report["recogniser"] == "layer1:2x2"
+
+
+def test_few_images_have_the_documented_default(classifier: Classifier):
+    chosen = calibrate(DIGITS[: FEWEST - 1], None, classifier, queries=10)
+    assert chosen.report["changed"] == 0
+    assert chosen.report["recognisers"] == chosen.report["mixtures"] == []
+    assert chosen.recogniser.parts[0].projection is None
+
+
+def test_constant_images_do_not_break_it(classifier: Classifier):
+    flat = np.full((60, 1, 8, 8), 90, dtype=np.uint8)
+    chosen = calibrate(flat, None, classifier, queries=5)
+    describer = Describer(Descriptors(chosen.recogniser, chosen.robust, 2, chosen.report), classifier)
+    for column in descriptor_columns(describer, classifier):
+        assert np.isfinite(column.compute(flat)).all()
+
+
+@pytest.mark.parametrize("exemplars", [1, 60, 200, 2000, 60_000, 1_000_000])
+@pytest.mark.parametrize("views", [1, 5, 10])
+def test_measuring_takes_a_tenth_of_building_at_most(exemplars: int, views: int):
+    looked_at, changed = sample_size(exemplars, views)
+    assert 1 <= changed <= looked_at <= exemplars
+    passes = looked_at + len(CHANGES) * changed
+    assert passes <= max(200, 0.1 * (1 + views) * exemplars) + len(CHANGES)
+
+
+# --------------------------------------------------------------------------------------------- columns
+
+
+def test_columns_are_unit_vectors_and_survive_the_disk(
+    descriptors: Descriptors, classifier: Classifier, tmp_path: Path
+):
+    columns = descriptor_columns(Describer(descriptors, classifier), classifier)
+    for column in columns:
+        column.save(tmp_path)
+    loaded = load_columns(tmp_path, [COPY_FEATURE, ROBUST_FEATURE], classifier)
+    assert loaded[0].describer is loaded[1].describer  # one pass for both
+    for before, after in zip(columns, loaded, strict=True):
+        found = before.compute(DIGITS[:30])
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
+        assert found.shape == (30, before.dimension)
+        np.testing.assert_allclose(after.compute(DIGITS[:30]), found, rtol=0, atol=1e-6)
+    assert Descriptors.load(tmp_path / DESCRIPTORS, device=torch.device("cpu")).report == descriptors.report
+
+
+def test_both_columns_take_one_pass_a_view(descriptors: Descriptors, classifier: Classifier):
+    describer = Describer(descriptors, classifier)
+    passed = []
+    describer._taps.classifier.backbone.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
+    columns = descriptor_columns(describer, classifier)
+    images = DIGITS[:7].copy()
+    for column in columns:
+        column.compute(images)
+    assert sum(passed) == 7 * descriptors.views
+
+
+def test_one_image_and_many_are_described_alike(descriptors: Descriptors, classifier: Classifier):
+    describer = Describer(descriptors, classifier)
+    pixels = torch.from_numpy(DIGITS[:9]).float() / 255
+    with torch.inference_mode():
+        many = describer.described(describer.views(pixels), descriptors.robust)
+        one = describer.described(describer.views(pixels[4:5]), descriptors.robust)
+    np.testing.assert_allclose(one[0], many[4], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "views", "source"])
+def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Path, damage: str):
+    path = tmp_path / DESCRIPTORS
+    descriptors.save(path)
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-5])
+    elif damage == "views":
+        path.write_bytes(content.replace(b'\\"views\\": 3', b'\\"views\\": 0'))
+    else:
+        path.write_bytes(content.replace(b'\\"features\\"', b'\\"feat:res\\"'))
+    with pytest.raises(IndexStateError, match="build the index again"):
+        Descriptors.load(path, device=torch.device("cpu"))
