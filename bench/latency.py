@@ -43,7 +43,7 @@ from tmm_engine.rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
 from tmm_engine.rerank.optimisation import make_trigger
 from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.reference import LiteralModel, reference_fisher, reference_scores, reference_trigger
-from tmm_engine.rerank.settings import DEFAULT_PRESET, QueryTrigger, preset
+from tmm_engine.rerank.settings import GLOBAL_PRESET, QueryTrigger, preset
 from tmm_engine.rerank.tmm import TmmNN
 
 GROUPS = ("card", "neighbours", "triggers", "forward", "growth", "agreement", "reference", "build")
@@ -134,7 +134,7 @@ class LatencyBench:
         self.classifier, self.repeats, self.progress = classifier, repeats, progress
         self.config = preset("paper")
         self.latency = Latency(device=str(classifier.device))
-        self.default = preset(DEFAULT_PRESET)
+        self.default = preset(GLOBAL_PRESET)
         self.global_trigger = make_global_trigger(source, classifier, self.default)
         self.store = MemoryStore.of(source, classifier, columns=robust_columns(self.global_trigger, classifier))
         self.sizes = sorted({min(size, len(self.store)) for size in SIZES})

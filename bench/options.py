@@ -44,7 +44,7 @@ methods_option = click.option(
     "--methods",
     default=BASELINES,
     show_default=True,
-    help="Separated by semicolons: l2, cosine, a preset; with settings: 'cosine,stretch=true;paper,blend=added'.",
+    help="Separated by semicolons: l2, cosine, robust, a preset; with settings: 'cosine,stretch=true;robust,views=1'.",
 )
 k_option = click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Neighbours looked at.")
 out_option = click.option(

@@ -15,16 +15,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tmm_engine.bench.triggers import global_trigger, optimisation
+from tmm_engine.describing import DEFAULT_VIEWS, chosen_descriptors
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.contrast import stretch_contrast
+from tmm_engine.index.descriptors.columns import Describer
+from tmm_engine.index.descriptors.layers import Layer
+from tmm_engine.index.descriptors.views import MAX_VIEWS
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
 from tmm_engine.index.neighbours.search import exact_scores
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.options import RECOGNITION
 from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, GlobalColumn
 from tmm_engine.rerank.discriminant import Discriminant
@@ -69,6 +75,15 @@ class Recogniser(Protocol):
 
 
 BASELINE_SETTINGS = ("stretch", "recognition")
+ROBUST = "robust"
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorOptions:
+    """Of mode robust: so many symmetric views, and what recognises copies; None is what does best."""
+
+    views: int
+    recogniser: Layer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +91,24 @@ class Method:
     """A way to retrieve, by name.
 
     Attributes:
-        name: As it was given: ``l2``, ``cosine``, ``cosine,stretch=true``, or a preset with settings, as
-            ``paper,blend=added,score=logit``.
-        metric: Of a baseline; None for TMM-NN.
+        name: As it was given: ``l2``, ``cosine``, ``cosine,stretch=true``, ``robust``, ``robust,views=1``, or a preset
+            with settings, as ``paper,blend=added,score=logit``.
+        metric: Of a baseline, else None.
         stretch: Whether a baseline compares images with their contrast stretched.
         recognition: Below which ratio of distances a baseline takes the query for a copy of an exemplar
-            (`rerank.recognise`); None never.
-        config: Of TMM-NN; None for a baseline.
-        recipe: What its global trigger is made with, where it has one: ``robust,trigger.steps=50`` says it.
+            (`rerank.recognise`), and so for mode robust; None never.
+        config: Of TMM-NN, else None.
+        recipe: What its global trigger is made with, where it has one: ``fast,trigger.steps=50`` says it.
+        described: Of mode robust, else None.
     """
 
     name: str
-    metric: Metric | None
-    stretch: bool
-    recognition: float | None
-    config: TmmConfig | None
+    metric: Metric | None = None
+    stretch: bool = False
+    recognition: float | None = None
+    config: TmmConfig | None = None
     recipe: GlobalRecipe | None = None
+    described: DescriptorOptions | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Method":
@@ -107,11 +124,29 @@ class Method:
                     f"{text}: a baseline takes {' and '.join(BASELINE_SETTINGS)}, got {', '.join(unknown)}"
                 )
             config = TmmConfig().with_settings(settings)
-            return cls(text, Metric(kind), config.view.stretch, config.rank.recognition, None)
+            return cls(text, Metric(kind), config.view.stretch, config.rank.recognition)
+        if kind == ROBUST:
+            return cls._robust(text, settings)
         if kind not in PRESETS:
-            known = [*map(str, Metric), *PRESETS]
+            known = [*map(str, Metric), ROBUST, *PRESETS]
             raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
-        return cls(text, None, False, None, *_with_recipe(preset(kind), settings))
+        config, recipe = _with_recipe(preset(kind), settings)
+        return cls(text, config=config, recipe=recipe)
+
+    @classmethod
+    def _robust(cls, text: str, settings: Sequence[str]) -> "Method":
+        given = dict(setting.partition("=")[::2] for setting in settings)
+        if unknown := given.keys() - {"views", "recogniser", "recognition"}:
+            raise InputError(
+                f"{text}: robust takes views, recogniser and recognition, got {', '.join(sorted(unknown))}"
+            )
+        views = given.get("views", str(DEFAULT_VIEWS))
+        if not views.isdecimal() or not 1 <= int(views) <= MAX_VIEWS:
+            raise InputError(f"{text}: views: expected 1 to {MAX_VIEWS}, got {views!r}")
+        layer = Layer.parse(given["recogniser"]) if "recogniser" in given else None
+        ratio = given.get("recognition", str(RECOGNITION))
+        threshold = TmmConfig().with_settings([f"recognition={ratio}"]).rank.recognition
+        return cls(text, recognition=threshold, described=DescriptorOptions(int(views), layer))
 
     def varied(self, *settings: str) -> "Method":
         """The same with other settings; what ends one kind of trigger and begins another keeps how it is optimised.
@@ -134,7 +169,11 @@ class Method:
         """For the records."""
         if self.config is not None:
             return self.config.to_json() | (self.recipe.to_json() if self.recipe else {})
-        return {"stretch": self.stretch} | ({} if self.recognition is None else {"recognition": self.recognition})
+        recognition = {} if self.recognition is None else {"recognition": self.recognition}
+        if self.described is not None:
+            layer = self.described.recogniser
+            return {"views": self.described.views, "recogniser": layer and str(layer)} | recognition
+        return {"stretch": self.stretch} | recognition
 
 
 def _with_recipe(config: TmmConfig, settings: Sequence[str]) -> tuple[TmmConfig, GlobalRecipe | None]:
@@ -190,6 +229,51 @@ class MetricRetriever:
     def _embedded(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         pixels = pixels.to(self._classifier.head.weight)
         return self._classifier.features(stretch_contrast(pixels) if self._stretch else pixels)
+
+
+class DescriptorRetriever:
+    """Mode robust: the slow, plain version of its search, in float64."""
+
+    def __init__(self, method: Method, describer: Describer, store: MemoryStore) -> None:
+        self.name, self._recognition, self._describer = method.name, method.recognition, describer
+        images = store.images(np.arange(len(store)))
+        step = forward_batch_size(store.image_shape)
+        parts = [images[start : start + step] for start in range(0, len(images), step)]
+        known = describer.descriptors
+        both = [[describer.of_stored(part, which) for which in (known.recogniser, known.robust)] for part in parts]
+        self._copies, self._robust = (np.concatenate(column) for column in zip(*both, strict=True))
+
+    def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
+        """Cosine similarity of descriptors, where the query is recognised with the exemplar's in its place."""
+        copy, robust = self._described(query)
+        recognised = self._nearest(copy)
+        if recognised is not None:
+            robust = recognised.moved(torch.from_numpy(robust), torch.from_numpy(self._robust[recognised.row])).numpy()
+        return exact_scores(robust, self._robust, Metric.COSINE)
+
+    def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
+        """The exemplar nearest to the query, where the method recognises copies."""
+        return self._nearest(self._described(query)[0])
+
+    def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e"]:
+        """Both descriptors side by side: an attack on it aims at the gate as well."""
+        describer, known = self._describer, self._describer.descriptors
+        views = describer.views(pixels.to(describer.classifier.head.weight))
+        head = describer.classifier.head
+        return torch.cat([known.recogniser(views, head), known.robust(views, head)], dim=1)
+
+    def _described(self, query: Image) -> list[Float32[np.ndarray, "_"]]:
+        describer, known = self._describer, self._describer.descriptors
+        with torch.inference_mode():
+            views = describer.views(torch.from_numpy(query)[None].to(describer.classifier.device))
+            return [describer.described(views, which)[0] for which in (known.recogniser, known.robust)]
+
+    def _nearest(self, copy: Float32[np.ndarray, "c"]) -> Recognised | None:
+        if self._recognition is None:
+            return None
+        scores = exact_scores(copy, self._copies, Metric.COSINE)
+        nearest = [(row, float(scores[row])) for row in np.argsort(-scores, kind="stable")[:2].tolist()]
+        return recognise_nearest(torch.from_numpy(copy), nearest, metric=Metric.COSINE, threshold=self._recognition)
 
 
 class TmmRetriever:
@@ -272,11 +356,17 @@ def make_retrievers(
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise InputError(f"expected different methods, got {', '.join(names)}")
+    describers: dict[DescriptorOptions, Describer] = {}
     engines: dict[Any, TmmNN] = {}
     optimised: dict[Any, GlobalTrigger] = {}
     retrievers: list[Retriever] = []
     for method in methods:
         config = method.config
+        if method.described is not None:
+            if method.described not in describers:
+                describers[method.described] = _describer(method.described, classifier, store, progress)
+            retrievers.append(DescriptorRetriever(method, describers[method.described], store))
+            continue
         if config is None:
             retrievers.append(MetricRetriever(method, classifier, store))
             continue
@@ -295,6 +385,13 @@ def make_retrievers(
             )
         retrievers.append(TmmRetriever(method, engines[kind]))
     return retrievers
+
+
+def _describer(options: DescriptorOptions, classifier: Classifier, store: MemoryStore, progress: Progress) -> Describer:
+    """As an index of these exemplars would have it."""
+    source = ArraySource(store.images(np.arange(len(store))), store.labels)
+    chosen = chosen_descriptors(source, classifier, options.views, options.recogniser, progress)
+    return Describer(chosen, classifier)
 
 
 def scores_of_all(retrievers: Sequence[Retriever], query: Image) -> Iterator[tuple[Retriever, Float[np.ndarray, "n"]]]:

@@ -150,7 +150,7 @@ def _in_terms_of(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str,
 
     A setting that came later had its default.
     """
-    if before.keys() & BASELINE_SETTINGS and len(before) <= len(BASELINE_SETTINGS):
+    if "views" in before or (before.keys() & BASELINE_SETTINGS and len(before) <= len(BASELINE_SETTINGS)):
         return dict(before)
     defaults, known = TmmConfig().to_json(), {canonical(name): value for name, value in before.items()}
     return {name: known.get(name, defaults.get(name)) for name in now}

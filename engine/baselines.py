@@ -126,8 +126,8 @@ class Baselines:
     def _neighbours(self, metric: Metric, column: str, timings: Timings) -> Neighbours:
         if column not in self._store.feature_columns:
             raise InputError(
-                "the index has no features of images with their contrast stretched: build it with a global trigger "
-                "(global_trigger=…), or search with stretch=False"
+                "the index has no features of images with their contrast stretched: build it with descriptors (views=1 "
+                "or more) or a global trigger (global_trigger=…), or search with stretch=False"
             )
         if (metric, column) not in self._made:
             with timings.step("loading features"):

@@ -9,7 +9,7 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.building import check_build, write_index
 from tmm_engine.index.store.embedding import BuildReport
-from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig
+from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 
 
 def build_index(
@@ -19,7 +19,7 @@ def build_index(
     *,
     views: int = DEFAULT_VIEWS,
     recogniser: str | None = None,
-    global_trigger: GlobalRecipe | TmmConfig | str | None = DEFAULT_PRESET,
+    global_trigger: GlobalRecipe | TmmConfig | str | None = None,
     overwrite: bool = False,
     neighbours: str = EXACT,
     strict: bool = False,
@@ -35,8 +35,8 @@ def build_index(
             of the network over the images. 0: no descriptors.
         recogniser: The layer that recognises copies, as in ``layer2:4x4``, or ``pixels``; None: the one that does best
             on a sample of the images.
-        global_trigger: A recipe, or the preset or configuration that is to be searched with: what the trigger and the
-            exemplars' features under it are made with. None: without; the default search then fails.
+        global_trigger: For mode ``tmm`` with the preset ``fast``: that name, or a recipe or configuration that is to be
+            searched with, by which the trigger and the exemplars' features under it are made. None: without.
         overwrite: Replace an index that is there; it stays usable until the new one is whole.
         neighbours: FAISS factory string.
         strict: Fail at an unreadable image instead of skipping it.

@@ -1,4 +1,4 @@
-"""`engine demo`: handwritten digits, a small ResNet, an index, and the three modes side by side on clean and darkened
+"""`engine demo`: handwritten digits, a small ResNet, an index, and the modes side by side on clean and darkened
 queries.
 """
 
@@ -25,7 +25,7 @@ from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.embedding import predict
 from tmm_engine.options import Mode
 from tmm_engine.query import Query
-from tmm_engine.rerank.settings import DEFAULT_PRESET
+from tmm_engine.rerank.settings import GLOBAL_PRESET
 from tmm_engine.results import SearchResult
 from tmm_engine.views.page import write_html
 from tmm_engine.views.picture import write_png
@@ -79,15 +79,14 @@ class DemoOutcome:
                 first = sum(rank == 0 for rank in ranks)
                 cells = (f"{first}/{queries}", f"{np.median(ranks) + 1:g}", f"{np.mean(labels):.2f}")
                 table.add_row(
-                    perturbation if mode is Mode.TMM else "", str(mode), *cells, end_section=mode is Mode.COSINE
+                    perturbation if mode is Mode.ROBUST else "", str(mode), *cells, end_section=mode is Mode.COSINE
                 )
         console.print(f"classifier: {self.accuracy:.1%} of unseen digits right")
         console.print(table)
         console.print(
             f"first: ranked at the top; median rank: 1 is best; label@10: share of the top 10 with the query's label.\n"
             f"A handful of queries on a toy data set: an illustration, not a measurement. tmm is the preset "
-            f"{DEFAULT_PRESET!r}; it stretches a query's contrast first and recognises copies, as --stretch and "
-            f"--recognition do for l2 and cosine."
+            f"{GLOBAL_PRESET!r}; like robust it stretches a query's contrast first and recognises copies."
         )
         for name, path in (
             ("page", self.html),
@@ -112,7 +111,7 @@ def run_demo(out: Path, *, queries: int, progress: Progress) -> DemoOutcome:
     accuracy = _accuracy(classifier, images[EXEMPLARS:], labels[EXEMPLARS:])
     index = out / "digits.idx"
     source = ArraySource(images[:EXEMPLARS], labels[:EXEMPLARS], class_names=[str(digit) for digit in range(10)])
-    build_index(source, index, classifier, overwrite=True, progress=progress)
+    build_index(source, index, classifier, global_trigger=GLOBAL_PRESET, overwrite=True, progress=progress)
     with Engine.open(index, device="cpu") as engine:
         chosen = np.random.default_rng(SEED).choice(EXEMPLARS, queries, replace=False)
         results = _search(engine, [str(engine.store.ids[row]) for row in chosen], progress)
@@ -173,7 +172,8 @@ def _search(engine: Engine, ids: list[str], progress: Progress) -> list[tuple[in
             pixels = _perturbed(original.pixels, perturbation, seed=number)
             query = Query(f"{id_}, {perturbation}", pixels, original.label)
             for mode in Mode:
-                everything = engine.search(query, k=len(engine), mode=mode)
+                config = GLOBAL_PRESET if mode is Mode.TMM else None
+                everything = engine.search(query, k=len(engine), mode=mode, config=config)
                 rank = next(hit.rank for hit in everything.hits if hit.id == id_)
                 answers.append((number, perturbation, replace(everything, hits=everything.hits[:SHOWN_HITS]), rank))
                 progress("searching", len(answers), total)

@@ -14,7 +14,7 @@ from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.sources.sampling import sampled
-from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.columns import StretchedColumn, robust_columns
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig, preset
 
@@ -65,18 +65,24 @@ def describe(
     columns, describer, trigger = tuple[FeatureColumn, ...](), None, None
     if views:
         layer = None if recogniser is None else Layer.parse(recogniser)
-        describer = Describer(_chosen(source, classifier, views, layer, progress), classifier)
-        columns += descriptor_columns(describer, classifier)
+        describer = Describer(chosen_descriptors(source, classifier, views, layer, progress), classifier)
+        columns += (*descriptor_columns(describer, classifier), StretchedColumn(classifier, describer))
     if global_trigger is not None:
         config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
         trigger = make_global_trigger(source, classifier, config, progress=progress)
-        columns += robust_columns(trigger, classifier)
+        own = robust_columns(trigger, classifier)
+        columns += tuple(column for column in own if column.name not in [known.name for known in columns])
     return Described(columns, describer, trigger)
 
 
-def _chosen(
+def chosen_descriptors(
     source: ImageSource, classifier: Classifier, views: int, recogniser: Layer | None, progress: Progress
 ) -> Descriptors:
+    """Measured on a sample of the source; the same every time.
+
+    Raises:
+        InputError: no such layer, or no image can be read.
+    """
     size, queries = sample_size(len(source), views)
     sample = sampled(source, classifier.image_shape, size, progress=progress)
     labels = [record.label for record in sample]

@@ -30,7 +30,7 @@ from tmm_engine.options import SearchKeywords, SearchOptions
 from tmm_engine.query import Query, as_query
 from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
-from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, TmmConfig
+from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.snapshot import Snapshot
 from tmm_engine.versions import Version, versions_of
@@ -113,7 +113,7 @@ class Engine:
         neighbours: str = EXACT,
         views: int = DEFAULT_VIEWS,
         recogniser: str | None = None,
-        global_trigger: GlobalRecipe | TmmConfig | str | None = DEFAULT_PRESET,
+        global_trigger: GlobalRecipe | TmmConfig | str | None = None,
         progress: Progress = silent,
     ) -> "Engine":
         """An index in memory, with the same methods.
@@ -128,8 +128,7 @@ class Engine:
             neighbours: FAISS factory string.
             views: As `build_index`, and so is the recogniser.
             recogniser: Of copies.
-            global_trigger: A recipe, or the preset or configuration that is to be searched with: the default search
-                needs a global trigger and the exemplars' features under it. None: without.
+            global_trigger: As `build_index`.
             progress: Told of images done.
 
         Raises:

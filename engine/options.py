@@ -67,7 +67,7 @@ class SearchOptions:
         candidates: For ``tmm``: score only so many exemplars, at least 1, chosen by the prefilter. None scores all.
         prefilter: Of the candidates: ``l2``, ``cosine``, ``union`` of both, or ``global``, where the index has a global
             trigger. None is ``union``.
-        config: For ``tmm``: a preset's name or a configuration. None is the default preset.
+        config: For ``tmm``: a preset's name or a configuration. None is ``paper``.
         label: For ``tmm`` with a head tuned by steps: y_q; None takes the model's prediction.
         together: For ``tmm`` with triggers of the queries' own, and a list of them: optimise the triggers jointly,
             several times as fast. Without it each answer is bit for bit what it is alone; with it triggers differ
@@ -87,7 +87,7 @@ class SearchOptions:
     """
 
     k: int = 10
-    mode: str = Mode.TMM
+    mode: str = Mode.ROBUST
     candidates: int | None = None
     prefilter: str | None = None
     config: TmmConfig | str | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FeatureColumn, registered
 from tmm_engine.index.contrast import stretch_contrast
+from tmm_engine.index.descriptors.columns import Describer
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.types import ImageShape
@@ -24,15 +25,23 @@ GLOBAL_TRIGGER = "global_trigger.safetensors"
 
 @registered
 class StretchedColumn(FeatureColumn):
-    """φ of x with its contrast stretched."""
+    """φ of x with its contrast stretched.
+
+    Args:
+        classifier: The index's.
+        describer: Of the index, if it has one: what it has computed anyway is not computed again.
+    """
 
     name = STRETCHED_FEATURE
 
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__(specialised(classifier))
+    def __init__(self, classifier: Classifier, describer: Describer | None = None) -> None:
+        super().__init__(classifier if describer else specialised(classifier))
+        self._describer = describer
 
     def compute(self, images: UInt8[np.ndarray, "n c h w"]) -> Float32[np.ndarray, "n d"]:
         """As stored: uint8."""
+        if self._describer is not None:
+            return self._describer.stretched(images)
         return _features(self.classifier, stretch_contrast(_pixels(images, self.classifier)))
 
 
@@ -90,9 +99,9 @@ def trigger_of(index: Path, image_shape: ImageShape) -> GlobalTrigger:
 
 
 def robust_columns(trigger: GlobalTrigger, classifier: Classifier) -> tuple[FeatureColumn, ...]:
-    """What the default search needs of an index beside φ(x)."""
-    fast = specialised(classifier)  # once for both
-    return GlobalColumn(trigger, fast), StretchedColumn(fast)
+    """What the preset ``fast`` needs of an index beside φ(x)."""
+    network = specialised(classifier)  # once for both
+    return GlobalColumn(trigger, network), StretchedColumn(network)
 
 
 def _pixels(images: UInt8[np.ndarray, "n c h w"], classifier: Classifier) -> Float32[Tensor, "n c h w"]:

@@ -11,7 +11,7 @@ from tmm_engine.rerank.settings import GlobalRecipe, preset
 IMAGES, LABELS = load_digits()  # (1797, 8, 8), (1797,)
 
 SHORT = ("--set", "trigger.steps=10")  # of build-index: a global trigger that is good enough for a test
-SHORTLY = GlobalRecipe.of(preset("robust")).with_settings(["trigger.steps=10"])  # the same in Python
+SHORTLY = GlobalRecipe.of(preset("fast")).with_settings(["trigger.steps=10"])  # the same in Python
 
 
 def make_classifier(*, seed: int = 0) -> Classifier:

@@ -4,7 +4,7 @@ from typing import Any
 
 from tmm_engine.rerank.settings import TmmConfig, preset
 
-MODES = ("tmm", "l2", "cosine")
+MODES = ("robust", "tmm", "l2", "cosine")
 
 
 def quick(*, trigger_steps: int, head_steps: int) -> TmmConfig:

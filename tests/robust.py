@@ -15,7 +15,7 @@ from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.settings import ClosedForm, QueryTrigger, TunedHead
 
 N = 60
-ROBUST = changed(preset("robust"), fusion=4.0, recognition=None)
+ROBUST = changed(preset("fast"), fusion=4.0, recognition=None)
 OWN = replace(ROBUST, trigger=QueryTrigger(steps=20))
 RECIPE = replace(GlobalRecipe.of(ROBUST), trigger=QueryTrigger(steps=20))
 HEADS = (TunedHead(min_steps=10), ROBUST.head)

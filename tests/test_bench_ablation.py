@@ -52,7 +52,7 @@ def measure(path: Path, suite: Suite, variants: list, **options: int) -> list[di
 # --------------------------------------------------------------------------------------------- what is varied
 
 
-@pytest.mark.parametrize("base", ["paper", "robust", "paper,tuning=discriminant,trigger=patch", QUICK])
+@pytest.mark.parametrize("base", ["paper", "fast", "paper,tuning=discriminant,trigger=patch", QUICK])
 def test_one_setting_differs_from_the_base(base: str):
     first, *others = variants_of(Method.parse(base), None, exemplars=600)
     assert (first.setting, first.value, first.method.name) == ("base", base, base)
@@ -94,7 +94,7 @@ def test_epochs_bring_their_steps():
         ("cosine", None, "expected a preset"),
         ("paper", ["blnd"], "unknown setting 'blnd' \\(did you mean 'blend'\\?\\)"),
         ("paper", ["shrinkage"], "head.shrinkage has no effect with head=adam: leave it out, or add head=discriminant"),
-        ("robust", ["blend", "ewc_lambda"], "head.ewc_lambda has no effect with head=discriminant"),
+        ("fast", ["blend", "ewc_lambda"], "head.ewc_lambda has no effect with head=discriminant"),
     ],
 )
 def test_what_cannot_be_varied_is_refused(base: str, settings: list[str] | None, message: str):
@@ -218,6 +218,6 @@ def test_the_reference_is_attacked_by_its_features(digits: Suite):
 def test_layers_need_a_resnet_and_what_the_reference_can_do(suite: Suite, digits: Suite):
     with pytest.raises(InputError, match="expected a model with layer1"):
         layer_variants(Method.parse("paper"), suite.classifier)
-    for base in ("robust", "paper,fusion=1", "paper,tuning=discriminant", "paper,trigger=global"):
+    for base in ("fast", "paper,fusion=1", "paper,tuning=discriminant", "paper,trigger=global"):
         with pytest.raises(InputError, match="slow reference"):
             layer_variants(Method.parse(base), digits.classifier)

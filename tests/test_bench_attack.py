@@ -22,9 +22,9 @@ METHODS = (
     "cosine",
     "l2,stretch=true",
     "cosine,stretch=true",
-    "robust,trigger_steps=10",
-    "robust,trigger_steps=10,fusion=0",
-    "robust,trigger_steps=10,tuning=adam,fusion=9,tuning_min_steps=5",
+    "fast,trigger_steps=10",
+    "fast,trigger_steps=10,fusion=0",
+    "fast,trigger_steps=10,tuning=adam,fusion=9,tuning_min_steps=5",
     "paper",
 )
 BY_STEPS = METHODS[6]

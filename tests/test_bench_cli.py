@@ -19,7 +19,7 @@ from tmm_engine.bench.registry import SUMMARIES, load
 from tmm_engine.cli.main import main
 from tmm_engine.index.models.classifier import Classifier
 
-METHODS = "l2;robust,trigger_steps=2;paper,trigger_steps=2,tuning_min_steps=2"
+METHODS = "l2;fast,trigger_steps=2;paper,trigger_steps=2,tuning_min_steps=2"
 QUICK = ("--set", "trigger_steps=2", "--set", "tuning_min_steps=2")
 
 
@@ -167,12 +167,12 @@ def test_ablation(work: Path):
 
 
 def test_ablation_of_recognition(work: Path):
-    options = ("--base", "robust", "--set", "trigger_steps=2", "--settings", "recognition", "--perturbations", "clean")
+    options = ("--base", "fast", "--set", "trigger_steps=2", "--settings", "recognition", "--perturbations", "clean")
     done = measured(work, "ablation", *options, out="recognition.jsonl")
     assert done.exit_code == 0, done.stderr
     varied = {(one["setting"], one["value"]) for one in records(work, "recognition.jsonl", benchmark="ablation")}
     values = {("recognition", "none"), ("recognition", 0.6), ("recognition", 0.7), ("recognition", 0.9)}
-    assert varied == {("base", "robust,trigger_steps=2"), *values}  # which has 0.8
+    assert varied == {("base", "fast,trigger_steps=2"), *values}  # which has 0.8
 
 
 def test_ablation_of_layers(work: Path):
@@ -196,7 +196,7 @@ def test_ood(work: Path, foreign: str):
 
 
 def test_global_triggers_are_kept_beside_the_records(work: Path):
-    kept, method = work / "kept" / ".triggers", ("--methods", "robust,trigger_steps=3")
+    kept, method = work / "kept" / ".triggers", ("--methods", "fast,trigger_steps=3")
     kept.parent.mkdir()
     files = dict[str, int]()
     for command, options, exemplar_sets in (
@@ -205,7 +205,7 @@ def test_global_triggers_are_kept_beside_the_records(work: Path):
         ("semantic", (*held_out(work), *method), 1),
         (
             "ablation",
-            ("--base", "robust", "--set", "trigger_steps=3", "--settings", "fusion", "--perturbations", "clean"),
+            ("--base", "fast", "--set", "trigger_steps=3", "--settings", "fusion", "--perturbations", "clean"),
             2,
         ),
         ("ood", (*method, "--foreign", "noise", "--foreign-count", 7, "--perturbations", "clean"), 3),
@@ -270,7 +270,7 @@ def test_train(work: Path):
         ("ablation", ("--set", "blend=mixed"), "unknown blend"),
         ("ablation", ("--settings", "colour"), "unknown setting 'colour'"),
         ("ablation", ("--perturbations", "gaussian"), "like 'gaussian 2.5', got 'gaussian'"),
-        ("ablation", ("--layers", "--base", "robust"), "slow reference"),
+        ("ablation", ("--layers", "--base", "fast"), "slow reference"),
         ("ablation", ("--queries", 41), "expected at most 40 queries"),
         ("ood", ("--foreign", "nosie"), "expected a path or a data set's name .*got nosie"),
         ("ood", ("--foreign", "noise", "--queries", 41), "expected at most 40 queries"),

@@ -167,12 +167,12 @@ def test_a_rerun_measures_what_is_missing(suite: Suite, tmp_path: Path):
 
 def test_real_methods_tell_noise_from_exemplars(suite: Suite, tmp_path: Path):
     store = mixed(suite, noise_images(M, (3, 8, 8), seed=0))
-    names = ("l2", "cosine", "robust", "paper,trigger_steps=2,tuning_min_steps=2")
+    names = ("l2", "cosine", "fast", "paper,trigger_steps=2,tuning_min_steps=2")
     retrievers = make_retrievers([Method.parse(name) for name in names], suite.classifier, store)
     found = measure(tmp_path / "o.jsonl", suite, *retrievers, levels=("clean", "gaussian 1"))
     assert len(found) == 3 * 2 * len(names)
     for record in found:
         assert 0 <= record["outranked"] <= M
         assert 0 <= record["bound"] <= 1
-        if record["method"] in ("l2", "cosine", "robust") and record["level"] == "clean":
+        if record["method"] in ("l2", "cosine", "fast") and record["level"] == "clean":
             assert record["outranked"] == 0

@@ -36,7 +36,7 @@ BY_STEPS = ",tuning_min_steps=4,tuning_batch=16"
 
 def quick(name: str) -> str:
     """A method with few steps of whatever it does by steps."""
-    closed = name.startswith("robust") or "tuning=discriminant" in name
+    closed = name.startswith("fast") or "tuning=discriminant" in name
     return f"{name},trigger_steps=3{'' if closed else BY_STEPS}"
 
 
@@ -178,7 +178,7 @@ def test_tmm_scores_are_the_rerankers_in_row_order(suite: Suite, query: np.ndarr
 
 
 def test_scores_of_all_equal_each_ones_own(suite: Suite, query: np.ndarray):
-    names = ["paper,score=logit", "l2", "paper", "robust,fusion=1", "paper,tuning=discriminant", "robust", "cosine"]
+    names = ["paper,score=logit", "l2", "paper", "fast,fusion=1", "paper,tuning=discriminant", "fast", "cosine"]
     methods = [Method.parse(name if name in ("l2", "cosine") else quick(name)) for name in names]
     retrievers = suite.retrievers(methods)
     together = {retriever.name: scores for retriever, scores in scores_of_all(retrievers, query)}
@@ -191,7 +191,7 @@ def test_scores_of_all_equal_each_ones_own(suite: Suite, query: np.ndarray):
 
 
 def test_methods_with_the_same_global_trigger_share_it(suite: Suite):
-    names = ["robust", "robust,fusion=0", "robust,intensity=0.2", "paper"]
+    names = ["fast", "fast,fusion=0", "fast,intensity=0.2", "paper"]
     found = suite.retrievers([Method.parse(quick(name)) for name in names])
     one, same, other, own = (retriever.tmm for retriever in found if isinstance(retriever, TmmRetriever))
     assert one is same
@@ -200,12 +200,12 @@ def test_methods_with_the_same_global_trigger_share_it(suite: Suite):
     assert other.global_trigger is not None
     assert (one.global_trigger.intensity, other.global_trigger.intensity) == (0.1, 0.2)
     assert own.global_trigger is None
-    assert isinstance(preset("robust").trigger, IndexTrigger)
+    assert isinstance(preset("fast").trigger, IndexTrigger)
 
 
 def test_a_query_that_is_an_exemplar_finds_itself(suite: Suite):
     image = (suite.store.images(np.array([7]))[0] / np.float32(255)).astype(np.float32)
-    for retriever in suite.retrievers([Method.parse(name) for name in ("l2", "cosine", quick("robust"))]):
+    for retriever in suite.retrievers([Method.parse(name) for name in ("l2", "cosine", quick("fast"))]):
         assert rank_of(retriever.scores(image), suite.store.ids, 7) == 0
 
 
@@ -291,7 +291,7 @@ def test_records_from_before_a_setting_was_there_go_on(suite: Suite, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
-        ("robust", {"recognition": 0.123}),
+        ("fast", {"recognition": 0.123}),
         ("paper", {"recognition": 0.5}),
         ("paper,recognition=0.5", {"recognition": None}),
         ("cosine,recognition=0.5", {"recognition": 0.4}),

@@ -160,7 +160,7 @@ def test_tmm_and_baselines_together(tmp_path: Path):
 
     images, labels = tiny_arrays(1)
     suite = Suite.load(ArraySource(images, labels, name="tiny"), tiny_classifier(), exemplars=30)
-    methods = [Method.parse(name) for name in ("l2", "paper,trigger_steps=2,tuning_min_steps=2", "robust")]
+    methods = [Method.parse(name) for name in ("l2", "paper,trigger_steps=2,tuning_min_steps=2", "fast")]
     chosen = suite.queries(3)
     found = measure(tmp_path / "r.jsonl", suite.store, *suite.retrievers(methods), queries=tuple(chosen.tolist()))
     assert len(found) == 3 * 3 * len(methods)

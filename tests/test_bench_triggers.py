@@ -19,8 +19,8 @@ from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.settings import GlobalRecipe, preset
 
-QUICK = GlobalRecipe.of(preset("robust")).with_settings(["trigger.steps=3"])
-METHODS = [Method.parse(f"robust,trigger_steps=3{more}") for more in ("", ",fusion=0", ",blend=added", ",seed=1")]
+QUICK = GlobalRecipe.of(preset("fast")).with_settings(["trigger.steps=3"])
+METHODS = [Method.parse(f"fast,trigger_steps=3{more}") for more in ("", ",fusion=0", ",blend=added", ",seed=1")]
 
 
 def make_suite(*, seed: int = 1, triggers: Path | None = None) -> Suite:

@@ -61,10 +61,10 @@ def test_every_command_is_in_the_readme():
 
 
 def test_the_ratio_of_recognition_is_the_presets():
-    ratio = preset("robust").rank.recognition
+    ratio = preset("fast").rank.recognition
     assert f"--recognition {ratio}`" in README
     shown = " ".join(CliRunner().invoke(main, ["search", "--help"]).stdout.split())
-    assert f"(robust: {ratio})" in shown
+    assert f"(fast: {ratio})" in shown
 
 
 def test_pictures_and_make_targets_exist():

@@ -201,5 +201,5 @@ def test_a_global_trigger_can_be_built_with_another_blend(tmp_path: Path):
     found = run(*search_, "--set", "blend=added")
     assert found.exit_code == 0, found.stderr
     answer = json.loads(found.stdout)
-    assert answer["config"] == preset("robust").with_settings(["blend=added"]).to_json()
+    assert answer["config"] == preset("fast").with_settings(["blend=added"]).to_json()
     assert answer["hits"][0]["id"] == "digit-3/0003.png"

@@ -53,7 +53,7 @@ def test_an_index_built_in_python_is_searched_by_default_as_one_in_memory(
             theirs = memory.search(IMAGES[200], k=N, **options)
             assert [hit.id for hit in ours.hits] == [hit.id for hit in theirs.hits]
             np.testing.assert_allclose([hit.score for hit in ours.hits], [hit.score for hit in theirs.hits], atol=1e-5)
-            assert ours.config == preset("robust").to_json()
+            assert ours.config == preset("fast").to_json()
 
 
 def test_the_global_trigger_may_be_another_or_none(tmp_path: Path, classifier: Classifier):
@@ -67,8 +67,8 @@ def test_the_global_trigger_may_be_another_or_none(tmp_path: Path, classifier: C
     every = np.arange(N)
     with Engine.open(tmp_path / "plain.idx", device="cpu") as plain, Engine.open(tmp_path / "same.idx") as same:
         np.testing.assert_array_equal(plain.store.features(every), same.store.features(every))
-    with pytest.raises(InputError, match="did you mean 'robust'"):
-        build_index(source(), tmp_path / "new.idx", classifier, global_trigger="robst")
+    with pytest.raises(InputError, match="did you mean 'fast'"):
+        build_index(source(), tmp_path / "new.idx", classifier, global_trigger="fats")
     assert not (tmp_path / "new.idx").exists()
 
 
@@ -127,6 +127,6 @@ def test_a_constant_query_is_answered_where_the_intensity_is_set(memory: Engine)
 
 
 def test_the_configuration_that_was_searched_with_is_told(memory: Engine):
-    assert memory.search(IMAGES[200], stretch=True).config == preset("robust").to_json()
+    assert memory.search(IMAGES[200], stretch=True).config == preset("fast").to_json()
     shortly = quick(trigger_steps=2, head_steps=2)
     assert memory.search(IMAGES[200], config=shortly, stretch=True).config == shortly.to_json() | {"stretch": True}

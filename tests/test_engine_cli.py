@@ -156,10 +156,10 @@ def test_settings_and_seed_reach_the_configuration(work: Path):
 def test_the_default_is_the_preset_robust(work: Path):
     query = work / "queries" / "query-200.png"
     [answer] = answers(run("search", work / "photos.idx", query, "--json"))
-    assert answer["config"] == preset("robust").to_json()
+    assert answer["config"] == preset("fast").to_json()
     for name in ("head.shrinkage", "shrinkage"):  # as it was called
         [other] = answers(run("search", work / "photos.idx", query, "--set", f"{name}=0.5", "--json"))
-        assert other["config"] == preset("robust").to_json() | {"head.shrinkage": 0.5}
+        assert other["config"] == preset("fast").to_json() | {"head.shrinkage": 0.5}
         assert ranked(other) != ranked(answer)
 
 
@@ -313,7 +313,7 @@ def test_the_demo_compares_three_modes(tmp_path: Path, monkeypatch: pytest.Monke
         assert len([line for line in lines if re.search(rf"│ {mode} +│ +[01]/1 +│ +\d+ +│ +[01]\.\d\d │", line)]) == 3
     [clean] = [line for line in lines if "│ clean" in line]
     assert re.search(r"│ tmm +│ +1/1 +│ +1 +│", clean), "a query that is an exemplar is found first"
-    assert "tmm is the preset 'robust'" in " ".join(result.stdout.split())
+    assert "tmm is the preset 'fast'" in " ".join(result.stdout.split())
     for name in ("report.html", "report.png", "digits.idx"):
         assert (tmp_path / "out" / name).exists()
         assert name in result.stdout

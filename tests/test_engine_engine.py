@@ -176,7 +176,7 @@ def test_presets_by_name(memory: Engine):
         (IMAGES[0], {"k": True}, "at least 1"),
         (IMAGES[0], {"candidates": 0}, "at least 1"),
         (IMAGES[0], {"candidates": 5, "prefilter": "cos"}, "unknown prefilter"),
-        (IMAGES[0], {"config": "robst"}, "did you mean 'robust'"),
+        (IMAGES[0], {"config": "fats"}, "did you mean 'fast'"),
         (IMAGES[0], {"config": "paper", "label": 10}, "0 to 9"),
         (np.zeros((8, 9), np.uint8), {}, "expected an image of shape"),
         (np.full((8, 8), 2.0, np.float32), {}, r"\[0, 1\]"),

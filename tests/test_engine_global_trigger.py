@@ -52,7 +52,7 @@ def test_an_index_says_whether_it_has_one(work):
 
 def test_it_is_blended_as_the_default_search_wants_it_unless_told_otherwise(work):
     kept = {name: GlobalTrigger.load(work / f"{name}.idx" / GLOBAL_TRIGGER) for name in ("global", "mean")}
-    assert kept["global"].intensity == preset("robust").blending.intensity == 0.1
+    assert kept["global"].intensity == preset("fast").blending.intensity == 0.1
     assert kept["mean"].intensity == pytest.approx(np.mean([(image / 255.0).std() for image in IMAGES[:80]]), rel=1e-6)
     for trigger in kept.values():
         assert (trigger.blend, trigger.clamp) == (Blend.PRINTED, True)
@@ -62,14 +62,14 @@ def test_it_is_blended_as_the_default_search_wants_it_unless_told_otherwise(work
 @pytest.mark.parametrize(
     ("index", "options", "config"),
     [
-        ("global", (), preset("robust")),
+        ("global", (), preset("fast")),
         (
             "global",
             ("--preset", "paper", "--set", "trigger=global", "--stretch"),
             LIKE_THE_PAPER.with_settings(["stretch=true"]),
         ),
         ("mean", ("--preset", "paper", "--set", "trigger=global"), LIKE_THE_PAPER),
-        ("mean", MEAN, preset("robust").with_settings(["intensity=none", "stretch=false"])),
+        ("mean", MEAN, preset("fast").with_settings(["intensity=none", "stretch=false"])),
     ],
 )
 def test_the_command_line_searches_with_it_as_python_does(work, index, options, config):

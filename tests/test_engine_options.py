@@ -51,7 +51,7 @@ def test_the_command_line_has_the_same_modes():
 def test_the_defaults_are_the_preset_robust():
     options = SearchOptions()
     assert (options.k, options.mode, options.candidates, options.where) == (10, Mode.TMM, None, None)
-    assert options.tmm == preset("robust")
+    assert options.tmm == preset("fast")
     assert (options.stretches, options.threshold) == (True, 0.8)
     for mode in ("l2", "cosine"):
         assert (SearchOptions(mode=mode).stretches, SearchOptions(mode=mode).threshold) == (False, None)
@@ -84,7 +84,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
             ("candidates", {"candidates": 5}),
             ("candidates", {"candidates": 5, "prefilter": "l2"}),
             ("config", {"config": "paper"}),
-            ("config", {"config": preset("robust")}),
+            ("config", {"config": preset("fast")}),
             ("label", {"label": 0}),
             ("together", {"together": True}),
         )
@@ -95,7 +95,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
         for prefilter in Prefilter
     ),
     ({"together": True}, "together has no effect with trigger=global"),
-    ({"together": True, "config": "robust"}, "together has no effect with trigger=global"),
+    ({"together": True, "config": "fast"}, "together has no effect with trigger=global"),
     ({"together": True, "config": FIXED}, "together has no effect with trigger=fixed-patch"),
     ({"label": 0}, r"label has no effect with a head in closed form \(head=discriminant\)"),
     (

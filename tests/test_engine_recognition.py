@@ -21,7 +21,7 @@ from tmm_engine.index.store.building import write_index
 from tmm_engine.rerank import preset
 
 N = 60
-ROBUST = preset("robust")
+ROBUST = preset("fast")
 PLAIN = ROBUST.with_settings(["recognition=none"])
 COPIED = (3, 12, 27)
 
@@ -245,7 +245,7 @@ def test_tmm_recognises_as_its_configuration_says_and_the_others_only_when_asked
             found = engine.search(noisy(12), mode=mode, recognition=recognition).recognised_as
             assert found == (id_of(12) if recognition else None)
     default = engine.search(noisy(12))
-    assert default.config == preset("robust").to_json()
+    assert default.config == preset("fast").to_json()
     assert default.recognised_as == id_of(12)
 
 

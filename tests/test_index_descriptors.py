@@ -241,7 +241,7 @@ def test_columns_are_unit_vectors_and_survive_the_disk(
 def test_both_columns_take_one_pass_a_view(descriptors: Descriptors, classifier: Classifier):
     describer = Describer(descriptors, classifier)
     passed = []
-    describer._taps.classifier.backbone.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
+    describer.classifier.backbone.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
     columns = descriptor_columns(describer, classifier)
     images = DIGITS[:7].copy()
     for column in columns:

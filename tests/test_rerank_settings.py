@@ -95,9 +95,9 @@ def test_the_preset_paper_is_algorithm_1_as_printed():
     }
 
 
-def test_the_preset_robust_is_the_default_and_what_the_study_found():
-    assert DEFAULT_PRESET == "robust"
-    assert preset("robust").to_json() == {
+def test_the_preset_fast_is_what_the_first_study_found():
+    assert DEFAULT_PRESET == "paper"
+    assert preset("fast").to_json() == {
         "stretch": True,
         "trigger": "global",
         "blend": "printed",
@@ -119,7 +119,7 @@ def test_presets_are_frozen(name):
 
 
 def test_an_unknown_preset_suggests_the_nearest():
-    with pytest.raises(InputError, match=r"unknown preset 'papr' \(did you mean 'paper'\?\); known: paper, robust"):
+    with pytest.raises(InputError, match=r"unknown preset 'papr' \(did you mean 'paper'\?\); known: paper, fast"):
         preset("papr")
 
 
@@ -337,12 +337,12 @@ OF_BEFORE = {  # a record of the preset robust, from before settings belonged to
 
 
 def test_records_of_before_are_understood():
-    assert TmmConfig.from_json(OF_BEFORE) == preset("robust")
+    assert TmmConfig.from_json(OF_BEFORE) == preset("fast")
     without_effect = {"seed": 3, "score": "logit", "trigger_steps": 20, "max_tuning_exemplars": 50, "ewc_lambda": 7.0}
-    assert TmmConfig.from_json(OF_BEFORE | without_effect) == preset("robust")
+    assert TmmConfig.from_json(OF_BEFORE | without_effect) == preset("fast")
     own = TmmConfig.from_json(OF_BEFORE | without_effect | {"trigger": "patch"})
     assert own == dataclasses.replace(
-        preset("robust"), trigger=PatchTrigger(steps=20), sample=Sample(max_exemplars=50), seed=3
+        preset("fast"), trigger=PatchTrigger(steps=20), sample=Sample(max_exemplars=50), seed=3
     )
     tuned = TmmConfig.from_json(OF_BEFORE | without_effect | {"tuning": "adam"})
     assert tuned.head == TunedHead(score=Score.LOGIT, ewc_lambda=7.0)
@@ -412,7 +412,7 @@ def test_a_recipe_refuses_what_has_no_effect_on_a_global_trigger(name):
 def test_importing_the_settings_imports_neither_torch_nor_numpy():
     code = (
         "import sys, tmm_engine.rerank.settings as settings\n"
-        "settings.preset('robust').with_settings(['trigger=query', 'seed=3']).to_json()\n"
+        "settings.preset('fast').with_settings(['trigger=query', 'seed=3']).to_json()\n"
         "print(sorted({'torch', 'numpy', 'jaxtyping'} & set(sys.modules)), len(settings.described()))"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)

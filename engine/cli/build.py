@@ -43,10 +43,22 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
     "--overwrite", is_flag=True, help="Replace an index that is there; it stays usable until the new one is whole."
 )
 @click.option(
-    "--global-trigger/--no-global-trigger",
-    default=True,
+    "--views",
+    type=click.IntRange(min=0, max=10),  # as index.descriptors.views, which is too heavy to import here
+    default=5,
     show_default=True,
-    help="Also store features under one trigger for all, which the default search needs; doubles the building time.",
+    help="What the descriptors of mode robust are the mean of: so many more passes over the images. 0: none.",
+)
+@click.option(
+    "--recogniser",
+    metavar="LAYER",
+    help="What recognises copies: a layer as in layer2:4x4, or pixels. Default: what does best on a sample of SOURCE.",
+)
+@click.option(
+    "--global-trigger/--no-global-trigger",
+    default=False,
+    show_default=True,
+    help="Also store features under one trigger for all, which --mode tmm --preset fast needs: two more passes.",
 )
 @click.option(
     "--set",
@@ -82,20 +94,22 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     from tmm_engine.engine import Engine
     from tmm_engine.index.sources.opening import open_source
     from tmm_engine.index.store.target import check_target
-    from tmm_engine.rerank.settings import DEFAULT_PRESET, GlobalRecipe, preset
+    from tmm_engine.rerank.settings import GLOBAL_PRESET, GlobalRecipe, preset
 
     if options["settings"] and not options["global_trigger"]:
-        raise click.UsageError("--set goes with --global-trigger: no other part of a build has TMM settings")
+        raise click.UsageError("--set needs --global-trigger: no other part of a build has TMM settings")
     check_target(index, overwrite=options["overwrite"])
     device = choose_device(options["device"])
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = _classifier(images, options).to(device)
-    recipe = GlobalRecipe.of(preset(DEFAULT_PRESET)).with_settings(options["settings"])
+    recipe = GlobalRecipe.of(preset(GLOBAL_PRESET)).with_settings(options["settings"])
     with progress_bar() as progress:
         report = build(
             images,
             index,
             classifier,
+            views=options["views"],
+            recogniser=options["recogniser"],
             global_trigger=recipe if options["global_trigger"] else None,
             overwrite=options["overwrite"],
             neighbours=options["neighbours"],

@@ -42,10 +42,10 @@ FLAGS = {"settings": "set"}
 @click.option(
     "--mode",
     "modes",
-    default="tmm",
+    default="robust",
     show_default=True,
     callback=modes,
-    help="tmm, l2, cosine, or several: tmm,l2,cosine.",
+    help="robust, tmm, l2, cosine, or several: robust,tmm,l2,cosine.",
 )
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many exemplars to return.")
 @click.option(
@@ -55,7 +55,7 @@ FLAGS = {"settings": "set"}
     "--prefilter",
     help="Of --candidates: l2, cosine, union of both, or global where the index has a global trigger. Default: union.",
 )
-@click.option("--preset", help="tmm: paper or robust. Default: robust.")
+@click.option("--preset", help="tmm: paper, or fast where the index has a global trigger. Default: paper.")
 @click.option(
     "--set",
     "settings",
@@ -87,14 +87,14 @@ FLAGS = {"settings": "set"}
 @click.option(
     "--stretch/--no-stretch",
     default=None,
-    help="Stretch the queries' contrast first. Default: as the preset says for tmm, not for l2 and cosine.",
+    help="Stretch the queries' contrast first. robust always does; tmm as its preset says; l2 and cosine do not.",
 )
 @click.option(
     "--recognition",
     callback=ratio,
     metavar="RATIO|off",
     help="Answer for a query as for the nearest exemplar, if its distance is below this part of the second nearest's. "
-    "Default: as the preset says for tmm (robust: 0.8), off for l2 and cosine.",
+    "Default: 0.8 for robust, as the preset says for tmm (fast: 0.8), off for l2 and cosine.",
 )
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
@@ -111,9 +111,9 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
     Examples:
       engine search photos.idx query.png -k 5
       engine search photos.idx query.png --where "label = 3" --version 2
-      engine search photos.idx queries/ --mode tmm,l2,cosine --html answer.html --png answer.png
-      engine search photos.idx --id cat/001.png --candidates 2000 --json
-      engine search mnist.idx --source mnist --root data --split test --limit 3 --set blend=added
+      engine search photos.idx queries/ --mode robust,l2,cosine --html answer.html --png answer.png
+      engine search photos.idx --id cat/001.png --mode tmm --candidates 2000 --json
+      engine search mnist.idx --source mnist --root data --split test --limit 3 --mode tmm --set blend=added
     """
     from tmm_engine.cli.display import progress_bar
     from tmm_engine.engine import Engine

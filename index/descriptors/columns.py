@@ -116,6 +116,7 @@ class Describer:
         self.descriptors = descriptors
         layers = (*descriptors.recogniser.layers, *descriptors.robust.layers)
         self._taps = Taps(classifier, tuple(dict.fromkeys(layers)))
+        self.classifier = self._taps.classifier
         self._last: tuple[UInt8[np.ndarray, "n c h w"], list[Activations]] | None = None
 
     def views(self, images: Float[Tensor, "n c h w"]) -> list[Activations]:
@@ -126,7 +127,7 @@ class Describer:
         """
         count = self.descriptors.views
         views = list(symmetric_views(images, count))
-        if count * len(images) > forward_batch_size(self._taps.classifier.image_shape):
+        if count * len(images) > forward_batch_size(self.classifier.image_shape):
             return [self._taps(view) for view in views]
         passed = self._taps(torch.cat(views))
         layers = {layer: output.chunk(count) for layer, output in passed.layers.items()}
@@ -137,20 +138,29 @@ class Describer:
 
     def described(self, views: list[Activations], descriptor: Descriptor) -> Float32[np.ndarray, "n d"]:
         """Unit vectors."""
-        return descriptor(views, self._taps.classifier.head).float().cpu().numpy()
+        return descriptor(views, self.classifier.head).float().cpu().numpy()
 
     def predicted(self, views: list[Activations]) -> int:
         """The class that the model sees in one image, its contrast stretched."""
-        return int(self._taps.classifier.logits(views[0].features)[0].argmax())
+        return int(self.classifier.logits(views[0].features)[0].argmax())
 
     def of_stored(self, images: UInt8[np.ndarray, "n c h w"], descriptor: Descriptor) -> Float32[np.ndarray, "n d"]:
-        """Of images as stored. What the network computed is kept for the other descriptor of the same array."""
-        last = self._last
+        """Of images as stored."""
         with torch.inference_mode():
-            if last is None or last[0] is not images:
-                pixels = torch.from_numpy(images).to(self._taps.classifier.device).float() / 255.0
+            return self.described(self._kept(images), descriptor)
+
+    def stretched(self, images: UInt8[np.ndarray, "n c h w"]) -> Float32[np.ndarray, "n d"]:
+        """φ of stored images with their contrast stretched, which is the first view."""
+        return self._kept(images)[0].features.float().cpu().numpy()
+
+    def _kept(self, images: UInt8[np.ndarray, "n c h w"]) -> list[Activations]:
+        """The views of images; those of the same array are not computed again for another column."""
+        last = self._last
+        if last is None or last[0] is not images:
+            with torch.inference_mode():
+                pixels = torch.from_numpy(images).to(self.classifier.device).float() / 255.0
                 last = self._last = (images, self.views(pixels))
-            return self.described(last[1], descriptor)
+        return last[1]
 
 
 _describers: WeakKeyDictionary[Classifier, Describer] = WeakKeyDictionary()

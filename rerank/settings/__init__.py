@@ -7,7 +7,7 @@ all settings.
 
 from tmm_engine.rerank.settings.config import GlobalRecipe, TmmConfig, canonical, described
 from tmm_engine.rerank.settings.fields import MAX_SEED, Setting
-from tmm_engine.rerank.settings.presets import DEFAULT_PRESET, PRESETS, preset
+from tmm_engine.rerank.settings.presets import DEFAULT_PRESET, GLOBAL_PRESET, PRESETS, preset
 from tmm_engine.rerank.settings.stages import (
     MIN_RECOGNITION,
     AnyHead,
@@ -30,6 +30,7 @@ from tmm_engine.rerank.settings.stages import (
 
 __all__ = [
     "DEFAULT_PRESET",
+    "GLOBAL_PRESET",
     "MAX_SEED",
     "MIN_RECOGNITION",
     "PRESETS",
