@@ -13,11 +13,12 @@ from enum import StrEnum
 import numpy as np
 from jaxtyping import Float32, Float64
 from PIL import Image as PillowImage
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, rotate
 
 from tmm_engine.bench.attack import Embedding, pgd
 from tmm_engine.index.errors import InputError, member
 
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of Rec. 601
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 Image = Float32[np.ndarray, "c h w"]
@@ -33,6 +34,13 @@ class Family(StrEnum):
     BLUR = "blur"
     JPEG = "jpeg"
     SHIFT = "shift"
+    ROTATION = "rotation"
+    CROP = "crop"
+    OCCLUSION = "occlusion"
+    SATURATION = "saturation"
+    HUE = "hue"
+    DARK_NOISE = "dark-noise"
+    CROP_BLUR = "crop-blur"
     PGD = "pgd"
     ADAPTIVE = "adaptive"
 
@@ -236,6 +244,48 @@ def _shifted(image: Image, generator: np.random.Generator, *, pixels: int) -> Im
     return image[:, rows[:, None], columns]
 
 
+def _rotated(image: Image, degrees: float) -> Image:
+    return rotate(image, degrees, axes=(1, 2), reshape=False, order=1, mode="nearest")
+
+
+def _cropped(image: Image, generator: np.random.Generator, *, share: float) -> Image:
+    sides = np.array(image.shape[1:])
+    window = np.maximum(1, np.rint(share * sides)).astype(int)
+    top, left = (int(generator.integers(room + 1)) for room in sides - window)
+    inner = image[:, top : top + window[0], left : left + window[1]]
+    return np.stack([_resized(channel, height=image.shape[1], width=image.shape[2]) for channel in inner])
+
+
+def _resized(channel: Float32[np.ndarray, "h w"], *, height: int, width: int) -> Float32[np.ndarray, "height width"]:
+    picture = PillowImage.fromarray(channel, mode="F").resize((width, height), PillowImage.Resampling.BILINEAR)
+    return np.asarray(picture, dtype=np.float32)
+
+
+def _occluded(image: Image, generator: np.random.Generator, *, share: float) -> Image:
+    covered, sides = image.copy(), np.array(image.shape[1:])
+    square = np.rint(share * sides).astype(int)
+    top, left = (int(generator.integers(room + 1)) for room in sides - square)
+    covered[:, top : top + square[0], left : left + square[1]] = 0.5
+    return covered
+
+
+def _saturated(image: Image, factor: float) -> Image:
+    if image.shape[0] != 3:
+        return image
+    grey = np.tensordot(LUMA, image, axes=1)[None]
+    return grey + (image - grey) * np.float32(factor)
+
+
+def _hued(image: Image, degrees: float) -> Image:
+    """By Rodrigues' formula about the axis (1, 1, 1)."""
+    if image.shape[0] != 3:
+        return image
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)) / math.sqrt(3.0)
+    same, after, before = (1 + 2 * cosine) / 3, (1 - cosine) / 3 - sine, (1 - cosine) / 3 + sine
+    turn = np.array([[same, after, before], [before, same, after], [after, before, same]], dtype=np.float32)
+    return np.tensordot(turn, image, axes=1).astype(np.float32)
+
+
 FAMILIES: dict[Family, Noise] = {
     Family.CLEAN: Noise(  # the query as it is
         change=lambda image, level, draw: image, levels=(0.0,), limits=(0.0, 0.0), title="Clean", axis="none"
@@ -286,6 +336,61 @@ FAMILIES: dict[Family, Noise] = {
         whole=True,
         title="Shift",
         axis="shift in pixels",
+    ),
+    Family.ROTATION: Noise(  # left or right about the centre, the edge repeated
+        change=lambda image, level, draw: _rotated(image, level * draw.generator(Family.ROTATION).choice((-1.0, 1.0))),
+        levels=(5.0, 10.0, 20.0),
+        limits=(0.0, 180.0),
+        title="Rotation",
+        axis="degrees",
+    ),
+    Family.CROP: Noise(  # a random window, enlarged to the old size
+        change=lambda image, level, draw: _cropped(image, draw.generator(Family.CROP), share=level),
+        levels=(0.95, 0.85, 0.7),
+        limits=(0.0, 1.0),
+        title="Crop and resize",
+        axis="share of each side that is left",
+        clean=1.0,
+        falling=True,
+    ),
+    Family.OCCLUSION: Noise(  # a random grey square
+        change=lambda image, level, draw: _occluded(image, draw.generator(Family.OCCLUSION), share=level),
+        levels=(0.15, 0.25, 0.4),
+        limits=(0.0, 1.0),
+        title="Occlusion",
+        axis="side of the square, of each side",
+    ),
+    Family.SATURATION: Noise(  # grey + (x − grey) · level; nothing happens to images of one channel
+        change=lambda image, level, draw: _saturated(image, level),
+        levels=(0.5, 0.0, 2.0),
+        limits=(0.0, 10.0),
+        title="Saturation",
+        axis="saturation factor",
+        clean=1.0,
+    ),
+    Family.HUE: Noise(  # colours turned about the grey axis; nothing happens to images of one channel
+        change=lambda image, level, draw: _hued(image, level),
+        levels=(10.0, 30.0, 60.0),
+        limits=(0.0, 180.0),
+        title="Hue",
+        axis="degrees",
+    ),
+    Family.DARK_NOISE: Noise(  # x · 0.4, then Gaussian noise of this norm
+        change=lambda image, level, draw: _moved(
+            image * np.float32(0.4), _gaussian_direction(image, draw.seed), norm=level
+        ),
+        levels=(1.0, 2.5),
+        title="Darkness and noise",
+        axis="L2 norm of the noise on 0.4 of the brightness",
+    ),
+    Family.CROP_BLUR: Noise(  # a crop of 0.85, then blur of this σ
+        change=lambda image, level, draw: gaussian_filter(
+            _cropped(image, draw.generator(Family.CROP), share=0.85), (0, level, level), mode="nearest"
+        ),
+        levels=(0.5, 1.0),
+        title="Crop and blur",
+        axis="σ in pixels, of a crop of 0.85",
+        clean=None,
     ),
     Family.PGD: Noise(  # x + δ, ‖δ‖₂ ≤ level, that moves φ(x) far: one for all methods
         change=_attacked,

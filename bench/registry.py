@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 SUMMARIES = {
     "robustness": "Does a perturbed exemplar still find itself?",
     "radius": "How far can a query move before its top k changes?",
+    "unseen": "Do the neighbours of held-out queries stay the same under noise?",
     "semantic": "Do held-out queries find their own kind?",
     "ablation": "What is each choice in TMM-NN worth?",
     "ood": "How often does a foreign exemplar outrank the true one?",

@@ -75,15 +75,19 @@ class Recogniser(Protocol):
 
 
 BASELINE_SETTINGS = ("stretch", "recognition")
-ROBUST = "robust"
+ROBUST, LAYER = "robust", "layer"
 
 
 @dataclass(frozen=True, slots=True)
 class DescriptorOptions:
-    """Of mode robust: so many symmetric views, and what recognises copies; None is what does best."""
+    """Of mode robust: so many symmetric views, and what recognises copies; None is what does best.
+
+    A rival ranks by one layer alone, whitened: that of the recogniser.
+    """
 
     views: int
     recogniser: Layer | None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,9 @@ class Method:
     """A way to retrieve, by name.
 
     Attributes:
-        name: As it was given: ``l2``, ``cosine``, ``cosine,stretch=true``, ``robust``, ``robust,views=1``, or a preset
-            with settings, as ``paper,blend=added,score=logit``.
+        name: As it was given: ``l2``, ``cosine``, ``cosine,stretch=true``, ``robust``, ``robust,views=1``,
+            ``layer,recogniser=pixels`` (one layer alone, whitened), or a preset with settings, as
+            ``paper,blend=added,score=logit``.
         metric: Of a baseline, else None.
         stretch: Whether a baseline compares images with their contrast stretched.
         recognition: Below which ratio of distances a baseline takes the query for a copy of an exemplar
@@ -125,28 +130,26 @@ class Method:
                 )
             config = TmmConfig().with_settings(settings)
             return cls(text, Metric(kind), config.view.stretch, config.rank.recognition)
-        if kind == ROBUST:
-            return cls._robust(text, settings)
+        if kind in (ROBUST, LAYER):
+            return cls._described(text, settings, alone=kind == LAYER)
         if kind not in PRESETS:
-            known = [*map(str, Metric), ROBUST, *PRESETS]
+            known = [*map(str, Metric), ROBUST, LAYER, *PRESETS]
             raise InputError(f"unknown method {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
         config, recipe = _with_recipe(preset(kind), settings)
         return cls(text, config=config, recipe=recipe)
 
     @classmethod
-    def _robust(cls, text: str, settings: Sequence[str]) -> "Method":
+    def _described(cls, text: str, settings: Sequence[str], *, alone: bool) -> "Method":
         given = dict(setting.partition("=")[::2] for setting in settings)
         if unknown := given.keys() - {"views", "recogniser", "recognition"}:
-            raise InputError(
-                f"{text}: robust takes views, recogniser and recognition, got {', '.join(sorted(unknown))}"
-            )
-        views = given.get("views", str(DEFAULT_VIEWS))
+            raise InputError(f"{text}: expected views, recogniser and recognition, got {', '.join(sorted(unknown))}")
+        views = given.get("views", "1" if alone else str(DEFAULT_VIEWS))
         if not views.isdecimal() or not 1 <= int(views) <= MAX_VIEWS:
             raise InputError(f"{text}: views: expected 1 to {MAX_VIEWS}, got {views!r}")
         layer = Layer.parse(given["recogniser"]) if "recogniser" in given else None
-        ratio = given.get("recognition", str(RECOGNITION))
+        ratio = given.get("recognition", "none" if alone else str(RECOGNITION))
         threshold = TmmConfig().with_settings([f"recognition={ratio}"]).rank.recognition
-        return cls(text, recognition=threshold, described=DescriptorOptions(int(views), layer))
+        return cls(text, recognition=threshold, described=DescriptorOptions(int(views), layer, alone))
 
     def varied(self, *settings: str) -> "Method":
         """The same with other settings; what ends one kind of trigger and begins another keeps how it is optimised.
@@ -235,17 +238,22 @@ class DescriptorRetriever:
     """Mode robust: the slow, plain version of its search, in float64."""
 
     def __init__(self, method: Method, describer: Describer, store: MemoryStore) -> None:
+        assert method.described is not None
         self.name, self._recognition, self._describer = method.name, method.recognition, describer
+        self._alone = method.described.alone
         images = store.images(np.arange(len(store)))
         step = forward_batch_size(store.image_shape)
         parts = [images[start : start + step] for start in range(0, len(images), step)]
         known = describer.descriptors
         both = [[describer.of_stored(part, which) for which in (known.recogniser, known.robust)] for part in parts]
         self._copies, self._robust = (np.concatenate(column) for column in zip(*both, strict=True))
+        if self._alone:
+            self._robust = self._copies
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
         """Cosine similarity of descriptors, where the query is recognised with the exemplar's in its place."""
         copy, robust = self._described(query)
+        robust = copy if self._alone else robust
         recognised = self._nearest(copy)
         if recognised is not None:
             robust = recognised.moved(torch.from_numpy(robust), torch.from_numpy(self._robust[recognised.row])).numpy()
@@ -363,9 +371,10 @@ def make_retrievers(
     for method in methods:
         config = method.config
         if method.described is not None:
-            if method.described not in describers:
-                describers[method.described] = _describer(method.described, classifier, store, progress)
-            retrievers.append(DescriptorRetriever(method, describers[method.described], store))
+            options = replace(method.described, alone=False)
+            if options not in describers:
+                describers[options] = _describer(options, classifier, store, progress)
+            retrievers.append(DescriptorRetriever(method, describers[options], store))
             continue
         if config is None:
             retrievers.append(MetricRetriever(method, classifier, store))

@@ -72,7 +72,8 @@ def bootstrap_interval(
         method="percentile",  # the others are undefined for a median, or where nearly all values are equal
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(estimate, float(found.low), float(found.high))
+    low, high = min(estimate, float(found.low)), max(estimate, float(found.high))  # but for the last bit they are
+    return Interval(estimate, low, high)
 
 
 def by_query(values: Shaped[np.ndarray, "n"], queries: Shaped[np.ndarray, "n"]) -> Float64[np.ndarray, "queries"]:

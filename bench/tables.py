@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float64, Shaped
 
 from tmm_engine.bench.records import Record
-from tmm_engine.bench.statistics import bootstrap_interval, by_query, wilson_interval
+from tmm_engine.bench.statistics import bootstrap_interval, by_query, paired_difference, wilson_interval
 
 NONE = "–"
 
@@ -76,3 +76,17 @@ def plain_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return NONE if value is None else str(value)
+
+
+def difference(records: Sequence[Record], rival: Sequence[Record], field: str) -> str:
+    """Of a method to its rival, paired by query and perturbation: its mean and interval, signed.
+
+    A dash for the rival itself, and where they have nothing in common.
+    """
+    found = {(record["query"], record["perturbation"]): record[field] for record in rival}
+    both = [record for record in records if (record["query"], record["perturbation"]) in found]
+    if not both or records[0]["method"] == rival[0]["method"]:
+        return NONE
+    values, queries = values_of(both, field)
+    others = np.array([found[record["query"], record["perturbation"]] for record in both])
+    return f"{paired_difference(values, others, queries):+z.2f}"

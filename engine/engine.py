@@ -242,7 +242,7 @@ class Engine:
             InputError: an unreadable image, an unknown mode, or an option out of range or without effect; raised before
                 any search begins.
         """
-        asked = replace(options or SearchOptions(), **keywords)
+        asked = _asked(options, keywords)
         everything = self._snapshot  # `refresh` in another thread does not reach it
         current = everything if asked.where is None else self._filtered(everything, asked.where)
         items = query if isinstance(query, list) else [query]
@@ -265,7 +265,7 @@ class Engine:
         Raises:
             InputError: an unknown mode, or an option out of range or without effect.
         """
-        asked, snapshot = replace(options or SearchOptions(), **keywords), self._snapshot
+        asked, snapshot = _asked(options, keywords), self._snapshot
         found: list[SearchResult | FailedQuery | Query] = []
         for position, item in enumerate(queries):
             try:
@@ -429,6 +429,10 @@ class Engine:
                 f"{path} was opened at version {opening.version}, which stays as it is; open it without one"
             )
         return path
+
+
+def _asked(options: SearchOptions | None, keywords: SearchKeywords) -> SearchOptions:
+    return SearchOptions(**keywords) if options is None else replace(options, **keywords)
 
 
 def _query(item: ImageLike | Query, snapshot: Snapshot, position: int) -> Query:

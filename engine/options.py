@@ -42,11 +42,15 @@ RECOGNITION = 0.8
 """The ratio of distances below which mode ``robust`` takes a query for a copy of an exemplar (Lowe, IJCV 2004)."""
 
 
+OF_TMM = ("candidates", "prefilter", "config", "label", "together")
+"""The options that mode ``tmm`` alone has."""
+
+
 class SearchKeywords(TypedDict, total=False):
     """`SearchOptions` as keywords, for type checkers."""
 
     k: int
-    mode: str
+    mode: str | None
     candidates: int | None
     prefilter: str | None
     config: TmmConfig | str | None
@@ -63,7 +67,8 @@ class SearchOptions:
 
     Attributes:
         k: How many exemplars, at least 1; all are returned (and a note says so) where there are fewer.
-        mode: ``robust``, ``tmm``, ``l2`` or ``cosine``.
+        mode: ``robust``, ``tmm``, ``l2`` or ``cosine``. None: ``tmm`` where one of its own options is given
+            (candidates, prefilter, config, label, together), else ``robust``.
         candidates: For ``tmm``: score only so many exemplars, at least 1, chosen by the prefilter. None scores all.
         prefilter: Of the candidates: ``l2``, ``cosine``, ``union`` of both, or ``global``, where the index has a global
             trigger. None is ``union``.
@@ -87,7 +92,7 @@ class SearchOptions:
     """
 
     k: int = 10
-    mode: str = Mode.ROBUST
+    mode: str | None = None
     candidates: int | None = None
     prefilter: str | None = None
     config: TmmConfig | str | None = None
@@ -102,7 +107,7 @@ class SearchOptions:
             value = getattr(self, name)
             if not isinstance(value, kinds) or (name == "label" and isinstance(value, bool)):
                 raise InputError(f"{name}: expected {expected}, got {value!r}")
-        object.__setattr__(self, "mode", member(Mode, self.mode))
+        object.__setattr__(self, "mode", self._mode())
         object.__setattr__(self, "k", _positive("k", self.k))
         if self.candidates is not None:
             object.__setattr__(self, "candidates", _positive("candidates", self.candidates))
@@ -110,6 +115,11 @@ class SearchOptions:
             object.__setattr__(self, "prefilter", member(Prefilter, self.prefilter))
         self._refuse_what_has_no_effect()
         Rank(recognition=self.threshold)  # its range
+
+    def _mode(self) -> Mode:
+        if self.mode is not None:
+            return member(Mode, self.mode)
+        return Mode.TMM if any(_given(getattr(self, name)) for name in OF_TMM) else Mode.ROBUST
 
     @property
     def tmm(self) -> TmmConfig:
@@ -143,9 +153,8 @@ class SearchOptions:
         if self.prefilter is not None and self.candidates is None:
             raise InputError("prefilter has no effect without candidates: say how many, or leave it out")
         if self.mode != Mode.TMM:
-            for name in ("candidates", "config", "label", "together"):
-                value = getattr(self, name)
-                if value is not None and value is not False:  # the label 0 is one
+            for name in OF_TMM:
+                if _given(getattr(self, name)):
                     raise InputError(f"{name} has no effect in mode {str(self.mode)!r}: leave it out, or search by tmm")
             if self.mode == Mode.ROBUST and self.stretch is False:
                 raise InputError("stretch=False has no effect in mode 'robust', which always stretches: leave it out")
@@ -176,3 +185,7 @@ def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise InputError(f"{name}: expected a whole number of at least 1, got {value!r}")
     return int(value)
+
+
+def _given(value: object) -> bool:
+    return value is not None and value is not False  # the label 0 is one

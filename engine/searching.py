@@ -126,7 +126,7 @@ class Searcher:
                 predicted.append(int(predict(features[-1], self._classifier)[0]))
         nearest = self._baselines.search(
             np.concatenate(features),
-            Metric(options.mode),
+            Metric(str(options.mode)),
             k=options.k,
             stretch=options.stretches,
             threshold=options.threshold,

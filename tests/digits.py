@@ -10,7 +10,11 @@ from tmm_engine.rerank.settings import GlobalRecipe, preset
 
 IMAGES, LABELS = load_digits()  # (1797, 8, 8), (1797,)
 
-SHORT = ("--set", "trigger.steps=10")  # of build-index: a global trigger that is good enough for a test
+SHORT = (
+    "--global-trigger",
+    "--set",
+    "trigger.steps=10",
+)  # of build-index: a global trigger that is good enough for a test
 SHORTLY = GlobalRecipe.of(preset("fast")).with_settings(["trigger.steps=10"])  # the same in Python
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from tmm_engine.rerank.settings import TmmConfig, preset
 
-MODES = ("robust", "tmm", "l2", "cosine")
+MODES = ("tmm", "l2", "cosine")  # whose answers do not depend on which exemplars the index was calibrated on
 
 
 def quick(*, trigger_steps: int, head_steps: int) -> TmmConfig:

@@ -191,10 +191,10 @@ def test_a_global_trigger_can_be_built_with_another_blend(tmp_path: Path):
     )
     refused = run(*arguments, "--no-global-trigger")
     assert refused.exit_code == 2
-    assert "--set goes with --global-trigger" in refused.stderr
+    assert "--set needs --global-trigger" in refused.stderr
     built = run(*arguments)
     assert built.exit_code == 0, built.stderr
-    search_ = ("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--json")
+    search_ = ("search", tmp_path / "a.idx", "--id", "digit-3/0003.png", "--preset", "fast", "--json")
     other = run(*search_)
     assert other.exit_code == 1
     assert "was blended with blend=added, the configuration says blend=printed: search with the former" in other.stderr

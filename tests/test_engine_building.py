@@ -38,9 +38,7 @@ def answer(result: SearchResult) -> list[tuple[str, float]]:
     return [(hit.id, hit.score) for hit in result.hits]
 
 
-def test_an_index_built_in_python_is_searched_by_default_as_one_in_memory(
-    tmp_path: Path, classifier: Classifier, memory: Engine
-):
+def test_an_index_built_in_python_is_searched_as_one_in_memory(tmp_path: Path, classifier: Classifier, memory: Engine):
     told: list[tuple[str, int, int]] = []
     report = build_index(
         source(), tmp_path / "a.idx", classifier, global_trigger=SHORTLY, progress=lambda *step: told.append(step)
@@ -49,8 +47,12 @@ def test_an_index_built_in_python_is_searched_by_default_as_one_in_memory(
     assert ("optimising the global trigger", 10, 10) in told
     with Engine.open(tmp_path / "a.idx", device="cpu") as opened:
         for options in ({}, {"candidates": 20}, {"candidates": 20, "prefilter": "global"}, {"where": "label < 5"}):
-            ours = opened.search(IMAGES[200], k=N, **options)
-            theirs = memory.search(IMAGES[200], k=N, **options)
+            plain, again = (engine.search(IMAGES[200], k=N, where=options.get("where")) for engine in (opened, memory))
+            assert [(hit.id, round(hit.score, 4)) for hit in plain.hits] == [
+                (hit.id, round(hit.score, 4)) for hit in again.hits
+            ]
+            ours = opened.search(IMAGES[200], k=N, config="fast", **options)
+            theirs = memory.search(IMAGES[200], k=N, config="fast", **options)
             assert [hit.id for hit in ours.hits] == [hit.id for hit in theirs.hits]
             np.testing.assert_allclose([hit.score for hit in ours.hits], [hit.score for hit in theirs.hits], atol=1e-5)
             assert ours.config == preset("fast").to_json()
@@ -81,12 +83,14 @@ def test_what_cannot_be_built_is_refused_before_anything_is_optimised(tmp_path: 
     assert told == []
 
 
-def test_without_a_global_trigger_the_default_search_says_what_to_do(classifier: Classifier):
-    plain = Engine.from_arrays(HALVES[:20], LABELS[:20], classifier, global_trigger=None)
+def test_what_an_index_was_not_built_with_cannot_be_searched_by(classifier: Classifier):
+    plain = Engine.from_arrays(HALVES[:20], LABELS[:20], classifier, views=0)
+    with pytest.raises(InputError, match=r"no descriptors, which the mode 'robust' needs: build it again"):
+        plain.search(IMAGES[200])
     with pytest.raises(
         InputError, match=r"no global trigger.* needs: build it with .*global_trigger=.*'paper', or trigger=query"
     ):
-        plain.search(IMAGES[200])
+        plain.search(IMAGES[200], config="fast")
     for mode in ("l2", "cosine"):
         assert len(plain.search(IMAGES[200], mode=mode).hits) == 10
         with pytest.raises(
@@ -127,6 +131,6 @@ def test_a_constant_query_is_answered_where_the_intensity_is_set(memory: Engine)
 
 
 def test_the_configuration_that_was_searched_with_is_told(memory: Engine):
-    assert memory.search(IMAGES[200], stretch=True).config == preset("fast").to_json()
+    assert memory.search(IMAGES[200], config="fast", stretch=True).config == preset("fast").to_json()
     shortly = quick(trigger_steps=2, head_steps=2)
     assert memory.search(IMAGES[200], config=shortly, stretch=True).config == shortly.to_json() | {"stretch": True}

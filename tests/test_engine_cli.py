@@ -115,7 +115,19 @@ def test_several_modes_write_tables_a_page_and_a_picture(work: Path, tmp_path: P
     page, picture = tmp_path / "answer.html", tmp_path / "answer.png"
     query = work / "queries" / "query-200.png"
     result = run(
-        "search", work / "photos.idx", query, "--mode", "tmm,l2,cosine", "-k", 3, "--html", page, "--png", picture
+        "search",
+        work / "photos.idx",
+        query,
+        "--mode",
+        "robust,tmm,l2",
+        "--preset",
+        "fast",
+        "-k",
+        3,
+        "--html",
+        page,
+        "--png",
+        picture,
     )
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("query-200.png") >= 3
@@ -153,12 +165,15 @@ def test_settings_and_seed_reach_the_configuration(work: Path):
     assert ranked(answer) == ranked(again)
 
 
-def test_the_default_is_the_preset_robust(work: Path):
+def test_the_default_is_robust_and_settings_are_those_of_the_preset(work: Path):
     query = work / "queries" / "query-200.png"
     [answer] = answers(run("search", work / "photos.idx", query, "--json"))
+    assert (answer["mode"], answer["config"]) == ("robust", None)
+    fast = ("--preset", "fast")
+    [answer] = answers(run("search", work / "photos.idx", query, *fast, "--json"))
     assert answer["config"] == preset("fast").to_json()
     for name in ("head.shrinkage", "shrinkage"):  # as it was called
-        [other] = answers(run("search", work / "photos.idx", query, "--set", f"{name}=0.5", "--json"))
+        [other] = answers(run("search", work / "photos.idx", query, *fast, "--set", f"{name}=0.5", "--json"))
         assert other["config"] == preset("fast").to_json() | {"head.shrinkage": 0.5}
         assert ranked(other) != ranked(answer)
 
@@ -171,7 +186,8 @@ def test_stretched_a_darkened_query_is_the_original(work: Path, tmp_path: Path, 
     arguments = ("search", work / "photos.idx", tmp_path, "--mode", mode, "--json")
     paper = ("--preset", "paper", "--set", "head.min_steps=10") if mode == "tmm" else ()
     without = ("--no-stretch", *paper)
-    for options, same in ((("--stretch",), True), (without, False), ((), mode == "tmm")):
+    fast = ("--preset", "fast") if mode == "tmm" else ()
+    for options, same in ((("--stretch", *fast), True), (without, False), (fast, mode == "tmm")):
         bright, dark, lifted = answers(run(*arguments, *options))
         for other in (dark, lifted) if same else (lifted,):  # cosine: this network's φ(x / 2) is φ(x) / 2
             differences = [dict(ranked(other)).get(id_, np.inf) - score for id_, score in ranked(bright)]
@@ -180,11 +196,11 @@ def test_stretched_a_darkened_query_is_the_original(work: Path, tmp_path: Path, 
             assert bright["config"]["stretch"] is same
 
 
-def test_without_a_global_trigger_the_default_search_says_what_to_do(work: Path, tmp_path: Path):
+def test_without_a_global_trigger_a_search_by_it_says_what_to_do(work: Path, tmp_path: Path):
     index = tmp_path / "plain.idx"
     weights = ("--weights", work / "weights.safetensors")
     assert run("build-index", work / "photos", index, *weights, "--no-global-trigger").exit_code == 0
-    refused = run("search", index, work / "queries" / "query-200.png")
+    refused = run("search", index, work / "queries" / "query-200.png", "--preset", "fast")
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "no global trigger, which this configuration needs: build it with one (global_trigger" in refused.stderr
     assert "or search with the query's own (the preset 'paper', or trigger=query)" in refused.stderr
@@ -304,15 +320,15 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
     assert not (tmp_path / ".new.idx.building").exists()
 
 
-def test_the_demo_compares_three_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_demo_compares_the_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tmm_engine.demo.EPOCHS", 1)
     result = run("demo", "--out", tmp_path / "out", "--queries", 1)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    for mode in ("tmm", "l2", "cosine"):  # one row each: clean, darkened, noisy
+    for mode in ("robust", "tmm", "l2", "cosine"):  # one row each: clean, darkened, noisy
         assert len([line for line in lines if re.search(rf"│ {mode} +│ +[01]/1 +│ +\d+ +│ +[01]\.\d\d │", line)]) == 3
     [clean] = [line for line in lines if "│ clean" in line]
-    assert re.search(r"│ tmm +│ +1/1 +│ +1 +│", clean), "a query that is an exemplar is found first"
+    assert re.search(r"│ robust +│ +1/1 +│ +1 +│", clean), "a query that is an exemplar is found first"
     assert "tmm is the preset 'fast'" in " ".join(result.stdout.split())
     for name in ("report.html", "report.png", "digits.idx"):
         assert (tmp_path / "out" / name).exists()

@@ -62,14 +62,14 @@ def test_it_is_blended_as_the_default_search_wants_it_unless_told_otherwise(work
 @pytest.mark.parametrize(
     ("index", "options", "config"),
     [
-        ("global", (), preset("fast")),
+        ("global", ("--preset", "fast"), preset("fast")),
         (
             "global",
             ("--preset", "paper", "--set", "trigger=global", "--stretch"),
             LIKE_THE_PAPER.with_settings(["stretch=true"]),
         ),
         ("mean", ("--preset", "paper", "--set", "trigger=global"), LIKE_THE_PAPER),
-        ("mean", MEAN, preset("fast").with_settings(["intensity=none", "stretch=false"])),
+        ("mean", ("--preset", "fast", *MEAN), preset("fast").with_settings(["intensity=none", "stretch=false"])),
     ],
 )
 def test_the_command_line_searches_with_it_as_python_does(work, index, options, config):
@@ -91,22 +91,34 @@ def test_the_command_line_searches_with_it_as_python_does(work, index, options, 
 @pytest.mark.parametrize(
     ("index", "options", "message"),
     [
-        ("plain", (), "no global trigger, which this configuration needs: build it with one (global_trigger=…)"),
+        (
+            "plain",
+            ("--preset", "fast"),
+            "no global trigger, which this configuration needs: build it with one (global_trigger=…)",
+        ),
         ("plain", ("--preset", "paper", "--set", "trigger=global"), "no global trigger"),
         (
             "plain",
             ("--preset", "paper", "--prefilter", "global", "--candidates", 5),
             "choose another prefilter, such as 'union'",
         ),
-        ("mean", (), "intensity=0.1: leave the intensity out"),
+        ("mean", ("--preset", "fast"), "intensity=0.1: leave the intensity out"),
         (
             "mean",
-            ("--set", "intensity=none"),
+            ("--preset", "fast", "--set", "intensity=none"),
             "stretch=False, the configuration says stretch=True: search with the former",
         ),
-        ("global", ("--no-stretch",), "stretch=True, the configuration says stretch=False: search with the former"),
+        (
+            "global",
+            ("--preset", "fast", "--no-stretch"),
+            "stretch=True, the configuration says stretch=False: search with the former",
+        ),
         ("global", ("--set", "trigger=global", "--set", "blend=added"), "blend=added"),
-        ("global", ("--prefilter", "global", "--candidates", 5, "--set", "clamp=false"), "clamp=False"),
+        (
+            "global",
+            ("--preset", "fast", "--prefilter", "global", "--candidates", 5, "--set", "clamp=false"),
+            "clamp=False",
+        ),
         ("global", ("--set", "trigger=global", "--set", "intensity=0.9"), "intensity=0.9"),
     ],
 )

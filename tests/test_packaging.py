@@ -157,7 +157,7 @@ def test_the_wheel_works_beside_packages_and_files_named_like_our_folders(site: 
     for command in (script, module):
         assert "build-index" in python(site, work, *command, "--help")
     assert "tmm-engine" in python(site, work, *script, "info", "--system")
-    build = ("build-index", "photos", "photos.idx", "--weights", "weights.safetensors", "--set", "trigger.steps=3")
+    build = ("build-index", "photos", "photos.idx", "--weights", "weights.safetensors", "--views", "1")
     python(site, work, *module, *build)
     assert "digit-" in python(site, work, *script, "search", "photos.idx", "queries", "-k", "3")
     python(site, work, "-c", "from tmm_engine.digits import load_digits; assert load_digits()[0].shape == (1797, 8, 8)")

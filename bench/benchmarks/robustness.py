@@ -13,8 +13,8 @@ from tmm_engine.bench.options import check_folders, suite_options
 from tmm_engine.bench.plots import BASELINES, Curve, Panel, in_rows
 from tmm_engine.bench.records import Record
 from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
-from tmm_engine.bench.statistics import bootstrap_interval, by_query, paired_difference
-from tmm_engine.bench.tables import NONE, count, folded, grouped, mean, plain_text, rate, table, values_of
+from tmm_engine.bench.statistics import bootstrap_interval, by_query
+from tmm_engine.bench.tables import count, difference, folded, grouped, mean, plain_text, rate, table, values_of
 from tmm_engine.cli.display import progress_bar
 
 FIG3 = ("brightness", "gaussian")
@@ -122,7 +122,9 @@ def _summary(records: list[Record], noisy: list[Record]) -> list[str]:
                 "queries": str(count(group)),
                 "MRR, clean": mean(clean, "reciprocal_rank"),
                 "MRR, noise": mean(group, "reciprocal_rank"),
-                f"difference to {baseline or 'a baseline'}": _difference(group, by_method.get(baseline or "", [])),
+                f"difference to {baseline or 'a baseline'}": difference(
+                    group, by_method.get(baseline or "", []), "reciprocal_rank"
+                ),
                 "overlap, noise": mean(group, "overlap"),
                 "label precision, noise": mean(group, "label_precision"),
             }
@@ -133,17 +135,6 @@ def _summary(records: list[Record], noisy: list[Record]) -> list[str]:
         "answer to the clean query."
     )
     return [table(rows), note]
-
-
-def _difference(records: list[Record], baseline: list[Record]) -> str:
-    """Paired, of what both have; a dash for the baseline itself, and where they have nothing in common."""
-    found = {(record["query"], record["perturbation"]): record["reciprocal_rank"] for record in baseline}
-    both = [record for record in records if (record["query"], record["perturbation"]) in found]
-    if not both or records is baseline:
-        return NONE
-    values, queries = values_of(both, "reciprocal_rank")
-    other = np.array([found[record["query"], record["perturbation"]] for record in both])
-    return f"{paired_difference(values, other, queries):+z.2f}"
 
 
 def _noise(family: str) -> Noise:

@@ -36,8 +36,10 @@ def numbers(context: click.Context, parameter: click.Parameter, text: str | None
         raise click.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
 
 
-def modes(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+def modes(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
     """Parse `tmm,l2`; every mode once."""
+    if text is None:
+        return None
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for mode in chosen:
         if mode not in MODES:

@@ -42,10 +42,8 @@ FLAGS = {"settings": "set"}
 @click.option(
     "--mode",
     "modes",
-    default="robust",
-    show_default=True,
     callback=modes,
-    help="robust, tmm, l2, cosine, or several: robust,tmm,l2,cosine.",
+    help="robust, tmm, l2, cosine, or several: robust,tmm,l2. Default: robust, or tmm where an option of tmm is given.",
 )
 @click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many exemplars to return.")
 @click.option(
@@ -155,6 +153,8 @@ def _asked(options: dict[str, Any]) -> "list[SearchOptions]":
     from tmm_engine.options import SearchOptions
 
     given = [name for name, default in OF_TMM.items() if options[name] != default]
+    if options["modes"] is None:
+        options["modes"] = ("tmm",) if given else ("robust",)
     if given and "tmm" not in options["modes"]:
         flag = f"--{FLAGS.get(given[0], given[0])}"
         raise click.UsageError(f"{flag} has no effect with --mode {','.join(options['modes'])}: it is an option of tmm")
