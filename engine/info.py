@@ -5,6 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tmm_engine.index.descriptors.columns import DESCRIPTORS, ROBUST_FEATURE, Descriptors
 from tmm_engine.index.store.manifest import Manifest
 
 LIBRARIES = ("tmm-engine", "torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
@@ -33,10 +36,19 @@ def describe_index(path: Path, *, version: int | None = None) -> dict[str, Any]:
         "labels": "predicted by the model, all or some" if manifest.labels_predicted else "given",
         "model": manifest.model.architecture,
         "fingerprint": manifest.fingerprint,
+        "descriptors": _descriptors(path, manifest),
         "neighbours": manifest.neighbours,
         "backend": _backend(manifest.backend_speeds),
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }
+
+
+def _descriptors(path: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """What mode robust looks at, and how it was chosen; None where the index has no descriptors."""
+    if ROBUST_FEATURE not in manifest.columns:
+        return None
+    found = Descriptors.load(path / DESCRIPTORS, device=torch.device("cpu"))
+    return {"views": found.views, **found.report}
 
 
 def _backend(speeds: dict[str, float]) -> str:
@@ -48,8 +60,6 @@ def _backend(speeds: dict[str, float]) -> str:
 
 def describe_system() -> dict[str, Any]:
     """Versions of Python and of the libraries that matter, threads and devices."""
-    import torch
-
     devices = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),

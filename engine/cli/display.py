@@ -116,6 +116,43 @@ def print_result(result: SearchResult) -> None:
     console.print()
 
 
+def print_descriptors(descriptors: dict[str, Any]) -> None:
+    """What mode robust looks at, and the measurements by which it was chosen."""
+    console = Console()
+    weights = ", ".join(f"{weight:g} · {source}" for source, weight in descriptors["robust"].items())
+    console.print(
+        f"\nmode robust ranks by {weights}, over {descriptors['views']} views of an image\n"
+        f"and recognises copies by {descriptors['recogniser']}",
+        highlight=False,
+    )
+    if not descriptors["recognisers"]:
+        console.print("the default: there were too few images to measure on", highlight=False)
+        return
+    title = (
+        f"measured on {descriptors['sample']} of the images, {descriptors['changed']} of them changed "
+        f"({', '.join(descriptors['changes'])})"
+    )
+    table = Table("recogniser", title=title, title_justify="left", box=None)
+    table.add_column("finds itself (MRR)", justify="right")
+    table.add_column("distance to the nearest other = 1", justify="right")
+    for each in descriptors["recognisers"]:
+        chosen = " (chosen)" if each["layer"] == descriptors["recogniser"] else ""
+        table.add_row(each["layer"] + chosen, f"{each['mrr']:.3f}", f"{each['ratio']:.3f}")
+    console.print(table)
+    plain, *mixtures = descriptors["mixtures"]
+    own = next(each for each in mixtures if _weights(each) == descriptors["robust"])
+    table = Table("ranking by", title="neighbours of a changed image", title_justify="left", box=None)
+    for heading in ("the same as before", "of its class, unchanged", "of its class, changed"):
+        table.add_column(heading, justify="right")
+    for name, each in (("features alone", plain), ("mode robust, one view", own)):
+        table.add_row(name, *(f"{each[key]:.3f}" for key in ("overlap", "label_clean", "label_noisy")))
+    console.print(table)
+
+
+def _weights(mixture: dict[str, Any]) -> dict[str, float]:
+    return {name: weight for name, weight in mixture.items() if name not in ("overlap", "label_clean", "label_noisy")}
+
+
 def print_fields(fields: dict[str, Any]) -> None:
     """Names and values in two columns on stdout."""
     table = Table(box=None, show_header=False, pad_edge=False)

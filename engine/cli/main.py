@@ -102,7 +102,7 @@ def info(index: Path | None, *, versions: bool, version: int | None, system: boo
       engine info photos.idx --versions
       engine info --system --json
     """
-    from tmm_engine.cli.display import print_fields
+    from tmm_engine.cli.display import print_descriptors, print_fields
     from tmm_engine.info import describe_index, describe_system
 
     if index is None and not system:
@@ -114,7 +114,10 @@ def info(index: Path | None, *, versions: bool, version: int | None, system: boo
     if as_json:
         click.echo(json.dumps(fields, ensure_ascii=False))
     else:
+        descriptors = fields.pop("descriptors", None)
         print_fields(fields)
+        if descriptors is not None:
+            print_descriptors(descriptors)
 
 
 @main.command()
@@ -129,7 +132,7 @@ def info(index: Path | None, *, versions: bool, version: int | None, system: boo
     "--queries", type=click.IntRange(1, 100), default=8, show_default=True, help="How many queries are shown."
 )
 def demo(out: Path, queries: int) -> None:
-    """Train a small model on handwritten digits, index them, and compare tmm, l2 and cosine, clean and darkened.
+    """Train a small model on handwritten digits, index them, and compare the modes, clean and darkened.
 
     Offline: the digits come with this package. Takes about a minute.
 
