@@ -10,7 +10,7 @@ file=$(echo "$name" | tr 'A-Z ' 'a-z-')
 out=bench/results/robust
 mkdir -p "$out"
 common=("$source" --weights "$weights" --model "$model" --name "$name" --seed 2 --exemplars "${EXEMPLARS:-2500}" "$@")
-rivals="l2;cosine;cosine,stretch=true;fast;layer,recogniser=pixels;layer,recogniser=layer1;layer,recogniser=layer2;layer,recogniser=layer3"
+rivals=${RIVALS:-"l2;cosine;cosine,stretch=true;fast;layer,recogniser=pixels;layer,recogniser=layer1;layer,recogniser=layer2;layer,recogniser=layer3"}
 levels=(--levels brightness=0.4 --levels contrast=0.4 --levels gaussian=2.5,5 --levels blur=1 --levels jpeg=15 --levels shift=2,4
   --levels rotation=10 --levels crop=0.85 --levels occlusion=0.25 --levels saturation=0 --levels hue=30 --levels dark-noise=1
   --levels crop-blur=0.5)

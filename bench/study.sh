@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study behind the preset `robust` (docs/REPRODUCTION.md): readings of TMM-NN and baselines side by side, on queries that no
+# The study behind the preset `fast` (docs/REPRODUCTION.md): readings of TMM-NN and baselines side by side, on queries that no
 # final figure uses.
 #   bench/study.sh NAME SOURCE WEIGHTS MODEL [options of the source and the model …]
 # An interrupted run goes on where it stopped.
