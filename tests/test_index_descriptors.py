@@ -168,6 +168,18 @@ def test_a_whitening_projection_has_equal_variances_and_a_rotation_keeps_distanc
     assert Projection.fit(sample, power=0.5, dimensions=2).matrix.shape == (6, 2)
 
 
+@pytest.mark.parametrize("shape", [(60, 9), (9, 60)])
+def test_its_components_are_those_of_a_singular_value_decomposition(shape: tuple[int, int]):
+    sample = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sample = sample * torch.linspace(1, 4, shape[1], dtype=torch.float64)
+    found = Projection.fit(sample, power=0.0)
+    _, singular, components = torch.linalg.svd(sample - sample.mean(0), full_matrices=False)
+    rank = int((singular > 1e-9).sum())
+    assert found.matrix.shape == (shape[1], rank)
+    alignment = (found.matrix.double() * components[:rank].T).sum(0).abs()
+    torch.testing.assert_close(alignment, torch.ones(rank, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
 def test_constant_samples_do_not_break_it():
     found = Projection.fit(torch.ones(10, 4), power=0.5)(torch.ones(3, 4))
     assert found.isfinite().all()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 DIMENSIONS = 256
-SMALLEST = 1e-6  # of the largest singular value: what is below has no direction
+SMALLEST = 1e-10  # of the largest variance: what is below has no direction
 FLOOR = 1e-3  # of the largest variance: what is added to every one, so that noise is not blown up
 
 
@@ -36,12 +36,23 @@ class Projection:
         """
         precise = sample.double()
         mean = precise.mean(0)
-        _, singular, components = torch.linalg.svd(precise - mean, full_matrices=False)
-        kept = max(1, min(dimensions, int((singular > singular[0] * SMALLEST).sum())))
-        variance = singular[:kept] ** 2 / len(sample)
+        variance, components = _principal(precise - mean)
+        kept = max(1, min(dimensions, int((variance > variance[0] * SMALLEST).sum())))
+        variance, components = variance[:kept], components[:, :kept]
         scale = (variance + variance[0] * FLOOR) ** -power if variance[0] > 0 else torch.ones_like(variance)
-        return cls(mean.float(), (components[:kept].T * scale).float())
+        return cls(mean.float(), (components * scale).float())
 
     def __call__(self, rows: Float[Tensor, "n e"]) -> Float[Tensor, "n k"]:
         """Projected, of unit length; 0 where a row is the mean."""
         return normalize((rows - self.mean) @ self.matrix)
+
+
+def _principal(centred: Float[Tensor, "n e"]) -> tuple[Float[Tensor, "k"], Float[Tensor, "e k"]]:
+    """Variances, the largest first, and unit components as columns; by the smaller of the two Gram matrices."""
+    n, e = centred.shape
+    if e <= n:
+        values, components = torch.linalg.eigh(centred.T @ centred)
+        return values.flip(0).clamp(min=0) / n, components.flip(1)
+    values, rows = torch.linalg.eigh(centred @ centred.T)
+    values, rows = values.flip(0).clamp(min=0), rows.flip(1)
+    return values / n, normalize(centred.T @ rows, dim=0)
