@@ -138,6 +138,13 @@ def test_semantic_and_its_gallery(work: Path):
     assert [record for record in more if record["query"] < 3] == found
 
 
+def test_unseen(work: Path):
+    options = (*held_out(work), "--methods", "cosine;robust,views=1", "--perturbations", "blur 1", "-k", 3)
+    done = measured(work, "unseen", *options, out="unseen.jsonl")
+    assert done.exit_code == 0, done.stderr
+    assert len(records(work, "unseen.jsonl", benchmark="unseen")) == 3 * 2 * 2
+
+
 def test_oracle_by_ssim_and_its_estimate(work: Path):
     options = (*held_out(work), "--semantic", work / "semantic.jsonl")
     done = measured(work, "oracle", *options, "--judge", "ssim", out="oracle.jsonl")

@@ -130,7 +130,7 @@ def calibrate(
     layers = find_layers(classifier)
     looked_at = tuple(dict.fromkeys([*layers, PIXEL_LAYER, *([recogniser] if recogniser else [])]))
     taps = Taps(classifier, looked_at)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: what is chosen may be differentiated through
         sample = _Sample.of(taps, images, classes, queries if len(images) >= FEWEST else 0, progress)
         found, recogniser_report = _recogniser(sample, looked_at, recogniser)
         robust, robust_report = _robust(sample, layers or [PIXEL_LAYER])
