@@ -1,4 +1,4 @@
-"""Held-out queries under noise: records are what they say, reruns go on, and the mode robust is measured as it searches."""
+"""Held-out queries under noise: records are what they say, reruns go on, mode robust is measured as it searches."""
 
 from pathlib import Path
 
@@ -82,9 +82,9 @@ def test_overlap_and_labels_are_those_of_the_neighbours(suite: Suite, measured: 
 
 def test_darkness_changes_nothing_for_those_who_stretch(suite: Suite, measured: Path):
     with RecordFile.open(measured, {}, KEY, ()) as file:
-        for method, kept in (("robust,views=1", True), ("cosine,stretch=true", True), ("cosine", False)):
+        for method in ("robust,views=1", "cosine,stretch=true"):
             overlaps = [file.find(query=q, perturbation="brightness 0.5", method=method)["overlap"] for q in range(Q)]
-            assert (np.mean(overlaps) > 0.95) == kept or method == "cosine"
+            assert np.mean(overlaps) > 0.95
 
 
 def test_a_rerun_measures_nothing_again_and_another_method_joins(suite: Suite, measured: Path):
