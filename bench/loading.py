@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from tmm_engine.backends import choose_device
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Family, Perturbation, parse, standard_perturbations
-from tmm_engine.bench.retrievers import Method
 from tmm_engine.bench.suite import Suite
 from tmm_engine.bench.triggers import folder_beside
 from tmm_engine.index.errors import InputError, member

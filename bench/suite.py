@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from tmm_engine.bench.methods import BASELINE_SETTINGS, Method
 from tmm_engine.bench.records import RecordFile, describe_run, read_records
-from tmm_engine.bench.retrievers import BASELINE_SETTINGS, Method, Retriever, make_retrievers
+from tmm_engine.bench.retrievers import Retriever, make_retrievers
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent

@@ -18,9 +18,9 @@ from tmm_engine.bench.benchmarks.ablation import (
     measure_ablation,
     variants_of,
 )
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Family, Perturbation
 from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.retrievers import Method
 from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.errors import InputError

@@ -9,8 +9,9 @@ from torch.nn.functional import normalize
 
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine.bench.attack import features_of
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Family, Perturbation
-from tmm_engine.bench.retrievers import Method, Retriever, TmmRetriever
+from tmm_engine.bench.retrievers import Retriever, TmmRetriever
 from tmm_engine.bench.self_retrieval import scores_under
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.contrast import stretch_contrast

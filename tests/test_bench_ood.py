@@ -14,9 +14,10 @@ from tests.builders import tiny_arrays, tiny_classifier
 from tests.digits import write_photos
 from tests.fakes import NotAttacked
 from tmm_engine.bench.benchmarks.ood import KEY, foreign_images, measure_foreign, mixed, noise_images, outranking_bound
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Perturbation, parse
 from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.retrievers import Method, make_retrievers
+from tmm_engine.bench.retrievers import make_retrievers
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.columns import embed
 from tmm_engine.index.contrast import stretch_contrast

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.builders import tiny_arrays, tiny_classifier
 from tmm_engine import Engine
-from tmm_engine.bench.retrievers import Method, TmmRetriever, rank_of, scores_of_all, top
+from tmm_engine.bench.methods import Method
+from tmm_engine.bench.retrievers import TmmRetriever, rank_of, scores_of_all, top
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.metric import Metric

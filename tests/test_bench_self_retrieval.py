@@ -156,7 +156,7 @@ def test_all_methods_see_the_same_noise_and_every_query_its_own(greys: MemorySto
 
 
 def test_tmm_and_baselines_together(tmp_path: Path):
-    from tmm_engine.bench.retrievers import Method
+    from tmm_engine.bench.methods import Method
 
     images, labels = tiny_arrays(1)
     suite = Suite.load(ArraySource(images, labels, name="tiny"), tiny_classifier(), exemplars=30)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.builders import tiny_arrays, tiny_classifier
-from tmm_engine.bench.retrievers import Method
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.suite import Suite
 from tmm_engine.bench.triggers import FOLDER, folder_beside, global_trigger, optimisation
 from tmm_engine.index.errors import InputError

@@ -9,10 +9,10 @@ import torch
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine import Engine
 from tmm_engine.bench.benchmarks.unseen import KEY, measure_unseen
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import parse
 from tmm_engine.bench.records import RecordFile
 from tmm_engine.bench.report import write_report
-from tmm_engine.bench.retrievers import Method
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index import ArraySource
 from tmm_engine.index.errors import InputError

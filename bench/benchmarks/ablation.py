@@ -17,10 +17,11 @@ from torch import Tensor
 from tmm_engine.bench.attack import features_of
 from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
 from tmm_engine.bench.loading import load_suite, parse_few
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Perturbation
 from tmm_engine.bench.options import check_folders, k_option, out_option, perturbations_option, sized
 from tmm_engine.bench.records import RecordFile
-from tmm_engine.bench.retrievers import Method, Retriever
+from tmm_engine.bench.retrievers import Retriever
 from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
 from tmm_engine.bench.suite import Suite
 from tmm_engine.bench.tables import count, grouped, mean, plain_text, rate, table
