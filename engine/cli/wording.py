@@ -8,6 +8,7 @@ FLAGS = {
     "overwrite=True": "--overwrite",
     "replace=True": "--replace",
     "strict=True": "--strict",
+    "views=…": "--views",
 }
 COMMANDS = {
     "build_index": "engine build-index",
