@@ -142,8 +142,8 @@ class Searcher:
         describer = self._describer
         if describer is None:
             raise InputError(
-                "the index has no descriptors, which the mode 'robust' needs: build it again with `views=…` of 1 or more "
-                "(as by default), or search in another mode"
+                "the index has no descriptors, which the mode 'robust' needs: build it again with `views=…` of 1 "
+                "or more (as by default), or search in another mode"
             )
         copies, robust, predicted = [], [], []
         for position, query in enumerate(queries):
