@@ -381,7 +381,8 @@ FAMILIES: dict[Family, Noise] = {
         ),
         levels=(1.0, 2.5),
         title="Darkness and noise",
-        axis="L2 norm of the noise on 0.4 of the brightness",
+        axis="L2 norm, at brightness 0.4",
+        clean=None,
     ),
     Family.CROP_BLUR: Noise(  # a crop of 0.85, then blur of this σ
         change=lambda image, level, draw: gaussian_filter(
