@@ -37,7 +37,7 @@ from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank.backbone import Precision, TorchBackbone, specialised
-from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.columns import global_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.onnx_backbone import TRIGGERED, OnnxBackbone, export_onnx
 from tmm_engine.rerank.optimisation import make_trigger
@@ -136,7 +136,7 @@ class LatencyBench:
         self.latency = Latency(device=str(classifier.device))
         self.default = preset(GLOBAL_PRESET)
         self.global_trigger = make_global_trigger(source, classifier, self.default)
-        self.store = MemoryStore.of(source, classifier, columns=robust_columns(self.global_trigger, classifier))
+        self.store = MemoryStore.of(source, classifier, columns=global_columns(self.global_trigger, classifier))
         self.sizes = sorted({min(size, len(self.store)) for size in SIZES})
         self.size = min(RATIO_SIZE, len(self.store))
         self.queries = self._noisy_exemplars(max(TOGETHER, AGREEMENT_QUERIES))

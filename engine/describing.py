@@ -14,7 +14,7 @@ from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.sources.sampling import sampled
-from tmm_engine.rerank.columns import StretchedColumn, robust_columns
+from tmm_engine.rerank.columns import StretchedColumn, global_columns
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig, preset
 
@@ -70,7 +70,7 @@ def describe(
     if global_trigger is not None:
         config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
         trigger = make_global_trigger(source, classifier, config, progress=progress)
-        own = robust_columns(trigger, classifier)
+        own = global_columns(trigger, classifier)
         columns += tuple(column for column in own if column.name not in [known.name for known in columns])
     return Described(columns, describer, trigger)
 

@@ -98,7 +98,7 @@ def trigger_of(index: Path, image_shape: ImageShape) -> GlobalTrigger:
     return found
 
 
-def robust_columns(trigger: GlobalTrigger, classifier: Classifier) -> tuple[FeatureColumn, ...]:
+def global_columns(trigger: GlobalTrigger, classifier: Classifier) -> tuple[FeatureColumn, ...]:
     """What the preset ``fast`` needs of an index beside φ(x)."""
     network = specialised(classifier)  # once for both
     return GlobalColumn(trigger, network), StretchedColumn(network)

@@ -10,7 +10,7 @@ from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.store.memory import MemoryStore
 from tmm_engine.rerank import GlobalRecipe, Ranking, TmmConfig, preset
-from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.columns import global_columns
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.settings import ClosedForm, QueryTrigger, TunedHead
 
@@ -30,7 +30,7 @@ def store_with(shared: GlobalTrigger, store: MemoryStore, classifier: Classifier
     """The same exemplars, with the columns of the global trigger."""
     every = np.arange(len(store))
     images = store.images(every).copy()
-    columns = {column.name: column.compute(images) for column in robust_columns(shared, classifier)}
+    columns = {column.name: column.compute(images) for column in global_columns(shared, classifier)}
     return MemoryStore(
         store.images(every),
         {FEATURE: store.features(every)} | columns,

@@ -18,7 +18,7 @@ from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateErro
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import EXEMPLARS, Manifest
 from tmm_engine.rerank import PRESETS
-from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.columns import global_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.snapshot import Snapshot
 
@@ -155,7 +155,7 @@ def test_the_global_triggers_features_are_those_of_the_version(tmp_path: Path, c
     config = PRESETS["paper"].with_settings(["trigger.steps=10", "head.min_steps=20"])
     shared = make_global_trigger(digits(0, N), classifier, config)
     for name, stop in (("grown", 80), ("whole", N)):
-        write_index(digits(0, stop), tmp_path / name, classifier, columns=robust_columns(shared, classifier))
+        write_index(digits(0, stop), tmp_path / name, classifier, columns=global_columns(shared, classifier))
     options = {"config": config.with_settings(["trigger=global"]), "mode": "tmm"}
     with opened(tmp_path / "grown") as grown, opened(tmp_path / "whole") as whole:
         grown.add(digits(80, N))

@@ -20,7 +20,7 @@ from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
 from tmm_engine.index.store.manifest import CACHE, EXEMPLARS, MANIFEST, MODEL, VERSIONS, Manifest, data_files, digest_of
 from tmm_engine.index.types import ImageShape
 from tmm_engine.rerank import GlobalRecipe
-from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, robust_columns
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, global_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.verify import REPAIR, repair_index, verify_index
 
@@ -36,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("verify") / "idx"
     source = ArraySource(IMAGES[:30], LABELS[:30], ids=[f"id {n}" for n in range(30)], metadata={"n": list(range(30))})
     recipe = GlobalRecipe().with_settings(["trigger.steps=5"])
-    columns = robust_columns(make_global_trigger(source, CLASSIFIER, recipe), CLASSIFIER)
+    columns = global_columns(make_global_trigger(source, CLASSIFIER, recipe), CLASSIFIER)
     write_index(source, path, CLASSIFIER, columns=columns, neighbours="HNSW8")
     more = ArraySource(IMAGES[30:], LABELS[30:], ids=[f"id {n}" for n in range(30, N)])
     add_exemplars(path, more, CLASSIFIER)
@@ -129,7 +129,7 @@ def test_a_feature_that_was_damaged_is_computed_again(index, column):
 def test_a_column_that_is_not_of_its_images_is_found_though_every_digest_fits(tmp_path, column, monkeypatch):
     source = ArraySource(IMAGES[:20], LABELS[:20])
     trigger = make_global_trigger(source, CLASSIFIER, GlobalRecipe().with_settings(["trigger.steps=5"]))
-    columns = robust_columns(trigger, CLASSIFIER)
+    columns = global_columns(trigger, CLASSIFIER)
     wrong = next(each for each in columns if each.name == column)
     right = wrong.compute
     monkeypatch.setattr(wrong, "compute", lambda images: right(images) + np.float32(0.5))

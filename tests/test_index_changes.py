@@ -28,7 +28,7 @@ from tmm_engine.index.store.lance_store import LanceStore
 from tmm_engine.index.store.manifest import EXEMPLARS, MANIFEST, VERSIONS, Manifest, data_files, digest_files
 from tmm_engine.index.store.target import locked
 from tmm_engine.index.types import ImageShape
-from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, robust_columns
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, global_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.settings import GlobalRecipe, QueryTrigger
 
@@ -417,7 +417,7 @@ def test_the_classifier_read_from_the_index_adds_too(tmp_path):
 def test_every_column_of_features_goes_through_every_change(tmp_path):
     """Added, replaced, deleted, compacted: in every version each column is that of the images."""
     config, index = GlobalRecipe(trigger=QueryTrigger(steps=5)), tmp_path / "idx"
-    columns = robust_columns(make_global_trigger(source(list(range(20))), CLASSIFIER, config), CLASSIFIER)
+    columns = global_columns(make_global_trigger(source(list(range(20))), CLASSIFIER, config), CLASSIFIER)
     write_index(source(list(range(20))), index, CLASSIFIER, columns=columns)
     add_exemplars(index, source([60, 61], ["id 4", "new"]), CLASSIFIER, replace_same=True)
     delete_exemplars(index, ids=["id 9"])

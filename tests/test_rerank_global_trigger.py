@@ -28,7 +28,7 @@ from tmm_engine.rerank import GlobalRecipe, TmmConfig, TmmNN
 from tmm_engine.rerank import global_trigger as made
 from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.blending import apply_trigger
-from tmm_engine.rerank.columns import GLOBAL_FEATURE, GLOBAL_TRIGGER, STRETCHED_FEATURE, GlobalColumn, robust_columns
+from tmm_engine.rerank.columns import GLOBAL_FEATURE, GLOBAL_TRIGGER, STRETCHED_FEATURE, GlobalColumn, global_columns
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.reference import reference_scores
 from tmm_engine.rerank.settings import Blend, IndexTrigger, QueryTrigger, Score, TunedHead
@@ -242,7 +242,7 @@ def test_the_stored_columns_are_what_the_trigger_and_stretching_make_of_the_imag
     images = make_images(50)
     settings = made_with(blend=blend, clamp=clamp, stretch=stretch)
     shared = make_global_trigger(source_of(images), classifier, settings)
-    write_index(source_of(images), tmp_path / "a.idx", classifier, columns=robust_columns(shared, classifier))
+    write_index(source_of(images), tmp_path / "a.idx", classifier, columns=global_columns(shared, classifier))
     manifest, store = opened(tmp_path / "a.idx")
     assert GLOBAL_FEATURE in manifest.columns
     assert GLOBAL_TRIGGER in manifest.files
@@ -265,7 +265,7 @@ def test_triggered_features_that_are_not_finite_are_refused(tmp_path, classifier
     broken = GlobalTrigger(torch.full(SHAPE, torch.inf), 0.5, Blend.ADDED, clamp=False, stretch=False)
     with pytest.raises(InputError, match=r"0: the model's features are not finite numbers"):
         write_index(
-            source_of(make_images(20)), tmp_path / "a.idx", classifier, columns=robust_columns(broken, classifier)
+            source_of(make_images(20)), tmp_path / "a.idx", classifier, columns=global_columns(broken, classifier)
         )
     assert not (tmp_path / "a.idx").exists()
     assert not beside(tmp_path / "a.idx")

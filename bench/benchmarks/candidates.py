@@ -28,7 +28,7 @@ from tmm_engine.index.neighbours.search import Neighbours
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.columns import global_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.rerank.settings import preset
 from tmm_engine.rerank.tmm import TmmNN
@@ -106,7 +106,7 @@ class _Searches:
         self._config = preset("paper")
         shared = make_global_trigger(source, self._classifier, self._config, progress=progress)
         self._by_global = shared.as_asked_of(self._config)
-        self._store = MemoryStore.of(source, self._classifier, columns=robust_columns(shared, self._classifier))
+        self._store = MemoryStore.of(source, self._classifier, columns=global_columns(shared, self._classifier))
         self._tmm = TmmNN(self._classifier, self._store, global_trigger=shared)
         self._nearest = {metric: Neighbours(self._store, metric) for metric in Metric}
 

@@ -115,6 +115,8 @@ def info(index: Path | None, *, versions: bool, version: int | None, system: boo
         click.echo(json.dumps(fields, ensure_ascii=False))
     else:
         descriptors = fields.pop("descriptors", None)
+        if index is not None and descriptors is None:
+            fields["descriptors"] = "none: mode robust needs an index built with --views 1 or more"
         print_fields(fields)
         if descriptors is not None:
             print_descriptors(descriptors)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,9 @@ class DescriptorColumn(FeatureColumn):
         self.describer = describer
 
     @property
+    @abstractmethod
     def descriptor(self) -> Descriptor:
         """Which one."""
-        raise NotImplementedError
 
     @property
     def dimension(self) -> int:

@@ -41,11 +41,6 @@ class Part:
         mean = normalize(torch.stack([normalize(row) for row in centred]).mean(0))
         return mean if self.projection is None else self.projection(mean)
 
-    @property
-    def dimension(self) -> int | None:
-        """k; None where it is the source's own."""
-        return None if self.projection is None else self.projection.matrix.shape[1]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Descriptor:

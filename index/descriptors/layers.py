@@ -1,5 +1,6 @@
 """What a network computes between its input and its head: found by hooks, pooled to a small grid."""
 
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -126,24 +127,27 @@ class Taps:
 
 
 def pooled(output: Float[Tensor, "n *rest"], grid: int) -> Float[Tensor, "n _"]:
-    """Means over the cells of a grid, as one row for each image.
+    """Means over the cells of a grid, as one row for each image; of tokens that are no map the mean of all."""
+    as_map = _map_of(output)
+    if as_map is None:
+        return output.mean(1).float()
+    height, width = as_map.shape[-2:]
+    return adaptive_avg_pool2d(as_map, (min(grid, height), min(grid, width))).flatten(1).float()
 
-    Maps are (n, c, h, w), or (n, h, w, c) where only the middle two are alike. Tokens (n, t, d) are taken for a map
-    where they are a square, or a square behind one class token, which is left out; else their mean is taken.
+
+def _map_of(output: Float[Tensor, "n *rest"]) -> Float[Tensor, "n c h w"] | None:
+    """A module's output as a map: (n, c, h, w), or (n, h, w, c) where only the middle two are alike.
+
+    Tokens (n, t, d) are one where they are a square, or a square behind one class token, which is left out.
     """
-    if output.ndim == 3:
-        tokens, side = output, round((output.shape[1] - 1) ** 0.5)
-        if side > 0 and side * side == output.shape[1] - 1:
-            tokens = output[:, 1:]
-        else:
-            side = round(output.shape[1] ** 0.5)
-        if side * side != tokens.shape[1]:
-            return output.mean(1).float()
-        output = tokens.transpose(1, 2).unflatten(2, (side, side))
-    elif output.shape[1] == output.shape[2] != output.shape[3]:
-        output = output.permute(0, 3, 1, 2)
-    height, width = output.shape[-2:]
-    return adaptive_avg_pool2d(output, (min(grid, height), min(grid, width))).flatten(1).float()
+    if output.ndim == 4:
+        channels_last = output.shape[1] == output.shape[2] != output.shape[3]
+        return output.permute(0, 3, 1, 2) if channels_last else output
+    for first in (1, 0):
+        side = math.isqrt(output.shape[1] - first)
+        if side > 0 and side * side == output.shape[1] - first:
+            return output[:, first:].transpose(1, 2).unflatten(2, (side, side))
+    return None
 
 
 def find_layers(classifier: Classifier) -> list[Layer]:
@@ -186,11 +190,8 @@ def _outputs(classifier: Classifier, names: Sequence[str]) -> dict[str, tuple[in
     def watch(name: str) -> Any:
         def note(_: nn.Module, __: object, output: object) -> None:
             if isinstance(output, Tensor) and output.ndim in (3, 4) and output.is_floating_point():
-                middle_alike = output.ndim == 4 and output.shape[1] == output.shape[2] != output.shape[3]
-                extents = (
-                    output.shape[1:2] if output.ndim == 3 else output.shape[1:3] if middle_alike else output.shape[2:]
-                )
-                if max(extents) > 1:
+                as_map = _map_of(output)
+                if max(output.shape[1:2] if as_map is None else as_map.shape[2:]) > 1:
                     found[name] = tuple(output.shape[1:])
 
         return note
