@@ -26,7 +26,7 @@ from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.changes import add_exemplars, delete_exemplars
 from tmm_engine.index.store.manifest import MANIFEST, Manifest, older_versions
 from tmm_engine.index.store.target import recover
-from tmm_engine.rerank.columns import robust_columns
+from tmm_engine.rerank.columns import global_columns
 from tmm_engine.rerank.global_trigger import make_global_trigger
 from tmm_engine.verify import verify_index
 
@@ -247,7 +247,7 @@ class ReliabilityBench:
         """An index with everything that one can have: versions, deletions, a global trigger, a FAISS cache."""
         classifier, content = faults.small_classifier(), Plan(1).first()
         source = faults.source_of(content)
-        columns = robust_columns(make_global_trigger(source, classifier, faults.QUICK), classifier)
+        columns = global_columns(make_global_trigger(source, classifier, faults.QUICK), classifier)
         write_index(source, index, classifier, columns=columns, neighbours="HNSW8")
         more = {f"more {n}": 100 + n for n in range(8)}
         add_exemplars(index, faults.source_of(more), classifier)
