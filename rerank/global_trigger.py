@@ -15,7 +15,8 @@ from torch import Tensor
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.sources.sampling import readable, reservoir
 from tmm_engine.rerank.backbone import specialised
 from tmm_engine.rerank.blending import INVISIBLE
 from tmm_engine.rerank.optimisation import INITIAL_STD, PATIENCE
@@ -149,20 +150,15 @@ def _sample(
     source: ImageSource, classifier: Classifier, seed: int, progress: Progress
 ) -> tuple[Float32[Tensor, "n c h w"], float]:
     """(a uniform sample by reservoir sampling, the mean of all images' standard deviations)."""
-    generator = np.random.default_rng(seed)
-    kept: list[UInt8[np.ndarray, "c h w"]] = []
     total, seen = 0.0, 0
-    for record in source.read(classifier.image_shape):
-        if isinstance(record, ImageRecord):
-            seen += 1
-            total += float(record.image.std()) / 255.0
-            if len(kept) < SAMPLE:
-                kept.append(record.image)
-            elif (slot := int(generator.integers(seen))) < SAMPLE:
-                kept[slot] = record.image
-        progress("reading", seen, len(source))
-    if not kept:
-        raise InputError(f"{source.name}: no image could be read")
+
+    def images() -> Iterator[UInt8[np.ndarray, "c h w"]]:
+        nonlocal total, seen
+        for record in readable(source, classifier.image_shape, progress):
+            total, seen = total + float(record.image.std()) / 255.0, seen + 1
+            yield record.image
+
+    kept = reservoir(images(), SAMPLE, np.random.default_rng(seed))
     return torch.from_numpy(np.stack(kept)).to(classifier.device).float() / 255.0, total / seen
 
 

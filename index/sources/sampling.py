@@ -1,11 +1,48 @@
 """A random sample of a source that is read once, in whatever order."""
 
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
 import numpy as np
 
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 from tmm_engine.index.types import ImageShape
+
+T = TypeVar("T")
+
+
+def reservoir(items: Iterable[T], size: int, generator: np.random.Generator) -> list[T]:
+    """A uniform sample of so many items, or all where there are no more; they are looked at once."""
+    kept: list[T] = []
+    for seen, item in enumerate(items, start=1):
+        if len(kept) < size:
+            kept.append(item)
+        elif (slot := int(generator.integers(seen))) < size:
+            kept[slot] = item
+    return kept
+
+
+def readable(source: ImageSource, shape: ImageShape, progress: Progress = silent) -> Iterator[ImageRecord]:
+    """The source's images that can be read.
+
+    Args:
+        source: Read to its end.
+        shape: What the images are brought to.
+        progress: Told of images read.
+
+    Raises:
+        InputError: none can be read.
+    """
+    seen = 0
+    for record in source.read(shape):
+        if isinstance(record, ImageRecord):
+            seen += 1
+            yield record
+        progress("reading", seen, len(source))
+    if not seen:
+        raise InputError(f"{source.name}: no image could be read")
 
 
 def sampled(
@@ -23,16 +60,6 @@ def sampled(
     Raises:
         InputError: no image can be read.
     """
-    generator, seen = np.random.default_rng(seed), 0
-    kept: list[ImageRecord] = []
-    for record in source.read(shape):
-        if isinstance(record, ImageRecord):
-            seen += 1
-            if len(kept) < size:
-                kept.append(record)
-            elif (slot := int(generator.integers(seen))) < size:
-                kept[slot] = record
-        progress("reading", seen, len(source))
-    if not kept:
-        raise InputError(f"{source.name}: no image could be read")
+    generator = np.random.default_rng(seed)
+    kept = reservoir(readable(source, shape, progress), size, generator)
     return [kept[place] for place in generator.permutation(len(kept))]
