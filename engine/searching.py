@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
-from tmm_engine.baselines import Baselines
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.contrast import stretch_contrast
-from tmm_engine.index.descriptors.columns import Describer
+from tmm_engine.index.descriptors.columns import COPY_FEATURE, ROBUST_FEATURE, Describer
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.cache import FaissCache
@@ -17,15 +17,16 @@ from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.nearest import Gate, NearestSearch
 from tmm_engine.options import Mode, Prefilter, SearchOptions
 from tmm_engine.query import Query
+from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.recognise import Recognised
 from tmm_engine.rerank.timing import Timings
 from tmm_engine.rerank.tmm import Choose, TmmNN
 from tmm_engine.rerank.view import QueryView
 from tmm_engine.results import Hit, SearchResult
-from tmm_engine.robust import RobustSearch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,8 +74,7 @@ class Searcher:
     ) -> None:
         self._classifier, self._tmm, self._store = classifier, tmm, tmm.store
         self._class_names, self._describer = class_names, describer
-        self._baselines = Baselines(tmm.store, factory=neighbours, cache=cache)
-        self._robust = RobustSearch(tmm.store, factory=neighbours, cache=cache)
+        self._nearest = NearestSearch(tmm.store, factory=neighbours, cache=cache)
 
     @property
     def backend(self) -> str:
@@ -89,8 +89,7 @@ class Searcher:
 
     def close(self) -> None:
         """Let go of the FAISS indexes."""
-        self._baselines.close()
-        self._robust.close()
+        self._nearest.close()
 
     def search(self, queries: list[Query], options: SearchOptions, progress: Progress) -> list[SearchResult]:
         """An answer to every query, in their order.
@@ -124,12 +123,13 @@ class Searcher:
                 viewed = stretch_contrast(pixels) if options.stretches else pixels
                 features.append(self._classifier.features(viewed).float().cpu().numpy())
                 predicted.append(int(predict(features[-1], self._classifier)[0]))
-        nearest = self._baselines.search(
-            np.concatenate(features),
+        queried, column = np.concatenate(features), STRETCHED_FEATURE if options.stretches else FEATURE
+        nearest = self._nearest.search(
+            queried,
             Metric(str(options.mode)),
+            column=column,
             k=options.k,
-            stretch=options.stretches,
-            threshold=options.threshold,
+            gate=None if options.threshold is None else Gate(column, queried, options.threshold),
             timings=timings,
         )
         return [
@@ -152,8 +152,14 @@ class Searcher:
                 copies.append(describer.described(views, describer.descriptors.recogniser))
                 robust.append(describer.described(views, describer.descriptors.robust))
                 predicted.append(describer.predicted(views))
-        nearest = self._robust.search(
-            np.concatenate(copies), np.concatenate(robust), k=options.k, threshold=options.threshold, timings=timings
+        threshold = options.threshold
+        nearest = self._nearest.search(
+            np.concatenate(robust),
+            Metric.COSINE,
+            column=ROBUST_FEATURE,
+            k=options.k,
+            gate=None if threshold is None else Gate(COPY_FEATURE, np.concatenate(copies), threshold),
+            timings=timings,
         )
         return [
             _Found(own.rows, own.scores, said, len(self._store), own.recognised)
@@ -190,7 +196,7 @@ class Searcher:
 
         def choose(views: list[QueryView]) -> list[Int64[np.ndarray, "candidates"]]:
             features = np.stack([view.features[1].float().cpu().numpy() for view in views])
-            return self._baselines.candidates(
+            return self._nearest.candidates(
                 features, prefilter, count=count, stretch=options.stretches, timings=timings
             )
 

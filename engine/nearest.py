@@ -1,7 +1,7 @@
-"""Plain neighbours: L2 and cosine search over one store's features, and candidates for TMM-NN."""
+"""Neighbours by FAISS over the columns of one store: the modes robust, l2 and cosine, and candidates for TMM-NN."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,7 +35,22 @@ class Nearest:
     recognised: Recognised | None = None
 
 
-class Baselines:
+@dataclass(frozen=True, slots=True, eq=False)
+class Gate:
+    """What recognises copies among the queries of a search.
+
+    Attributes:
+        column: Of the store's features that it looks at.
+        features: The queries' own in it.
+        threshold: Of the ratio of distances (`rerank.recognise`), in (0, 1].
+    """
+
+    column: str
+    features: Float32[np.ndarray, "q _"]
+    threshold: float
+
+
+class NearestSearch:
     """Searches one store by metric; each FAISS index is made when it is first needed.
 
     Args:
@@ -53,35 +68,46 @@ class Baselines:
         features: Float32[np.ndarray, "q d"],
         metric: Metric,
         *,
+        column: str,
         k: int,
-        stretch: bool,
-        threshold: float | None,
+        gate: Gate | None,
         timings: Timings,
     ) -> list[Nearest]:
         """The nearest exemplars of every query.
 
+        A query that the gate takes for a copy is ranked, by the share to which it does, as that exemplar.
+
         Args:
-            features: φ(x_q), of stretched queries where `stretch` is set.
+            features: Of the queries, as in the column.
             metric: What makes an exemplar near.
+            column: Of the store's features.
             k: How many.
-            stretch: Whether exemplars are looked at with their contrast stretched.
-            threshold: Of recognition; None: no query is recognised.
+            gate: What recognises copies; None: no query is recognised.
             timings: Of the search.
 
         Raises:
             InputError: the index has no features of stretched images, and they are asked for.
         """
-        column = STRETCHED_FEATURE if stretch else FEATURE
         neighbours = self._neighbours(metric, column, timings)
         recognised: Sequence[Recognised | None] = [None] * len(features)
-        if threshold is not None:
+        if gate is not None:
+            recogniser = self._neighbours(metric, gate.column, timings)
             with timings.step("recognition"):
-                two = neighbours.search(features, k=2)
-                pairs = [[*zip(rows.tolist(), scores.tolist(), strict=True)] for rows, scores in two]
-                recognised, features = self._moved(features, pairs, metric, column, threshold)
+                two = recogniser.search(gate.features, k=2)
+                recognised = [
+                    recognise_nearest(
+                        torch.from_numpy(query),
+                        [*zip(rows.tolist(), scores.tolist(), strict=True)],
+                        metric=metric,
+                        threshold=gate.threshold,
+                    )
+                    for query, (rows, scores) in zip(gate.features, two, strict=True)
+                ]
+                pairs = zip(features, recognised, strict=True)
+                features = np.stack([self._moved(own, copy, column) for own, copy in pairs])
         with timings.step("neighbours"):
-            found = [Nearest(*pair) for pair in neighbours.search(features, k=k)]
-        return [replace(own, recognised=copy_of) for own, copy_of in zip(found, recognised, strict=True)]
+            found = neighbours.search(features, k=k)
+        return [Nearest(*pair, recognised=copy) for pair, copy in zip(found, recognised, strict=True)]
 
     def candidates(
         self,
@@ -105,23 +131,13 @@ class Baselines:
         self._made.clear()
 
     def _moved(
-        self,
-        features: Float32[np.ndarray, "q d"],
-        pairs: Sequence[Sequence[tuple[int, float]]],
-        metric: Metric,
-        column: str,
-        threshold: float,
-    ) -> tuple[list[Recognised | None], Float32[np.ndarray, "q d"]]:
-        """What the queries may be copies of, and their features moved to those exemplars'."""
-        recognised: list[Recognised | None] = []
-        moved = torch.tensor(features)
-        for query, nearest in zip(moved, pairs, strict=True):
-            found = recognise_nearest(query, nearest, metric=metric, threshold=threshold)
-            if found is not None:
-                exemplar = self._store.features(np.array([found.row]), column=column)
-                query.copy_(found.moved(query, torch.tensor(exemplar)[0]))  # a store's may be read-only
-            recognised.append(found)
-        return recognised, moved.numpy()
+        self, features: Float32[np.ndarray, "d"], copy: Recognised | None, column: str
+    ) -> Float32[np.ndarray, "d"]:
+        """A query's features, by the share to which it is a copy at the exemplar's."""
+        if copy is None:
+            return features
+        exemplar = self._store.features(np.array([copy.row]), column=column)[0]
+        return copy.moved(torch.from_numpy(features), torch.tensor(exemplar)).numpy()  # a store's may be read-only
 
     def _neighbours(self, metric: Metric, column: str, timings: Timings) -> Neighbours:
         if column not in self._store.feature_columns:
