@@ -60,7 +60,7 @@ def draw_gallery(
 
 
 def _named(picture: Image.Image, name: str) -> Image.Image:
-    """In a tile of the usual width, the name below."""
-    cell = ImageOps.pad(picture, (TILE, TILE), color=PAPER) if picture.width > TILE else picture
-    margin = (TILE - cell.width) // 2
-    return below([ImageOps.expand(cell, border=margin, fill=PAPER), text_line(name, width=TILE, size=SMALL)], gap=2)
+    """In the middle of a tile, the name below."""
+    tile = Image.new("RGB", (TILE, TILE), PAPER)
+    tile.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
+    return below([tile, text_line(name, width=TILE, size=SMALL)], gap=2)

@@ -141,11 +141,12 @@ class DescriptorRetriever:
         return self._nearest(self._described(query)[0])
 
     def embedding(self, pixels: Float[Tensor, "n c h w"]) -> Float[Tensor, "n e"]:
-        """Both descriptors side by side: an attack on it aims at the gate as well."""
+        """Both descriptors side by side: an attack on it aims at the gate as well. Of a layer alone the one."""
         describer, known = self._describer, self._describer.descriptors
         views = describer.views(pixels.to(describer.classifier.head.weight))
         head = describer.classifier.head
-        return torch.cat([known.recogniser(views, head), known.robust(views, head)], dim=1)
+        copies = known.recogniser(views, head)
+        return copies if self._alone else torch.cat([copies, known.robust(views, head)], dim=1)
 
     def _described(self, query: Image) -> list[Float32[np.ndarray, "_"]]:
         describer, known = self._describer, self._describer.descriptors

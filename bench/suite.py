@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from tmm_engine.bench.methods import BASELINE_SETTINGS, Method
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.records import RecordFile, describe_run, read_records
 from tmm_engine.bench.retrievers import Retriever, make_retrievers
 from tmm_engine.index.errors import InputError
@@ -124,7 +124,8 @@ class Suite:
         measured = {name: config for run in _runs(path) for name, config in run.get("methods", {}).items()}
         for method in methods:
             before, now = measured.get(method.name), method.settings()
-            if before is not None and _in_terms_of(now, before) != now:
+            same = now == (before if before is None or method.config is None else _in_terms_of(now, before))
+            if before is not None and not same:
                 raise InputError(
                     f"{path}: {method.name!r} was measured with {before}, is now {now}; write to another file, or "
                     f"delete this one"
@@ -147,11 +148,9 @@ def _runs(path: Path) -> list[dict[str, Any]]:
 
 
 def _in_terms_of(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a file recorded, under today's names, so far as they have an effect today.
+    """Settings of TMM-NN that a file recorded, under today's names, so far as they have an effect today.
 
     A setting that came later had its default.
     """
-    if "views" in before or (before.keys() & BASELINE_SETTINGS and len(before) <= len(BASELINE_SETTINGS)):
-        return dict(before)
     defaults, known = TmmConfig().to_json(), {canonical(name): value for name, value in before.items()}
     return {name: known.get(name, defaults.get(name)) for name in now}

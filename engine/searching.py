@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32, Int64
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.descriptors.columns import COPY_FEATURE, ROBUST_FEATURE, Describer
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.metric import Metric
@@ -121,7 +121,7 @@ class Searcher:
             with timings.step("embedding", [position]), torch.inference_mode():
                 pixels = self._pixels([query])
                 viewed = stretch_contrast(pixels) if options.stretches else pixels
-                features.append(self._classifier.features(viewed).float().cpu().numpy())
+                features.append(_finite(self._classifier.features(viewed).float().cpu().numpy(), query))
                 predicted.append(int(predict(features[-1], self._classifier)[0]))
         queried, column = np.concatenate(features), STRETCHED_FEATURE if options.stretches else FEATURE
         nearest = self._nearest.search(
@@ -149,8 +149,8 @@ class Searcher:
         for position, query in enumerate(queries):
             with timings.step("embedding", [position]), torch.inference_mode():
                 views = describer.views(self._pixels([query]))
-                copies.append(describer.described(views, describer.descriptors.recogniser))
-                robust.append(describer.described(views, describer.descriptors.robust))
+                copies.append(_finite(describer.described(views, describer.descriptors.recogniser), query))
+                robust.append(_finite(describer.described(views, describer.descriptors.robust), query))
                 predicted.append(describer.predicted(views))
         threshold = options.threshold
         nearest = self._nearest.search(
@@ -270,3 +270,12 @@ class Searcher:
             )
             for rank, row in enumerate(found.rows)
         )
+
+
+def _finite(features: Float32[np.ndarray, "1 d"], query: Query) -> Float32[np.ndarray, "1 d"]:
+    if not np.isfinite(features).all():
+        raise ImageError(
+            f"{query.name}: the model's features of this image are not finite numbers (is the image constant?); search "
+            f"for another, or check the weights"
+        )
+    return features

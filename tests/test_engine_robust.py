@@ -5,13 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 from tests.digits import IMAGES, LABELS, make_classifier, write_photos, write_queries
 from tmm_engine import Engine, Query, build_index
 from tmm_engine.cli.main import main
 from tmm_engine.describing import DEFAULT_VIEWS
-from tmm_engine.index import ArraySource, InputError
+from tmm_engine.index import ArraySource, ImageError, InputError
+from tmm_engine.index.descriptors.calibration import calibrate
 from tmm_engine.index.descriptors.columns import COPY_FEATURE, DESCRIPTORS, ROBUST_FEATURE
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.models.classifier import Classifier
@@ -152,6 +155,34 @@ def test_few_constant_and_single_exemplars_are_searched(classifier: Classifier):
         assert all(np.isfinite(hit.score) for hit in result.hits)
 
 
+class Standardising(nn.Module):
+    """Divides each image by its own deviation: of a constant one it makes NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.head = nn.Conv2d(1, 20, 3), nn.Linear(20, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        spread = images.std((1, 2, 3), keepdim=True)
+        return self.head(self.maps((images - 0.5) / spread).relu().mean((2, 3)))
+
+
+def test_what_the_model_cannot_digest_is_named_and_never_measured_on():
+    classifier = Classifier.from_module(Standardising(), image_shape=(1, 8, 8))
+    engine = Engine.from_arrays(IMAGES[:80], None, classifier, views=1)
+    flat = np.full((1, 8, 8), 90, dtype=np.uint8)
+    for mode in ("robust", "l2", "cosine"):
+        with pytest.raises(ImageError, match=r"query 0: .* not finite numbers \(is the image constant\?\)"):
+            engine.search(flat, mode=mode)
+        [good, bad] = engine.search_each([pixels(3), flat], mode=mode, k=1)
+        assert good.hits[0].id == "00000003"
+        assert "not finite" in bad.error
+    chosen = calibrate(np.concatenate([IMAGES[:80, None], flat[None]]), None, classifier, queries=10)
+    assert all(np.isfinite(each["mrr"]) for each in chosen.report["recognisers"])
+    with pytest.raises(InputError, match="00000080: the model's features are not finite"):
+        Engine.from_arrays(np.concatenate([IMAGES[:80, None], flat[None]]), None, classifier)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -196,6 +227,8 @@ def test_the_command_line_builds_searches_and_tells(tmp_path: Path):
     build = ("build-index", tmp_path / "photos", index, "--weights", tmp_path / "w.safetensors")
     built = run(*build, "--views", 2, "--recogniser", "layer1:2x2")
     assert built.exit_code == 0, built.stderr
+    assert "mode robust: ranks by " in built.stderr
+    assert "recognises copies by layer1:2x2; chosen on 80 images" in built.stderr
     answer = run("search", index, tmp_path / "queries", "--json")
     assert answer.exit_code == 0, answer.stderr
     assert json.loads(answer.stdout)["mode"] == "robust"

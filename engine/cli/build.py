@@ -58,7 +58,7 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
     "--global-trigger/--no-global-trigger",
     default=False,
     show_default=True,
-    help="Also store features under one trigger for all, which --mode tmm --preset fast needs: two more passes.",
+    help="Also store features under one trigger for all, for --mode tmm --preset fast: optimises it, then one more pass.",
 )
 @click.option(
     "--set",
@@ -124,8 +124,20 @@ def build_index(source: str, index: Path, **options: Any) -> None:
         with Engine.open(index, model=options["model"], device=options["device"]) as engine:
             speeds = engine.compare_backends()
         click.echo(", ".join(f"{name}: {speed:,.0f} images/s" for name, speed in speeds.items()), err=True)
+    if options["views"]:
+        click.echo(f"mode robust: {_chosen(index)}", err=True)
     labels = "labels predicted by the model" if report.labels_predicted else "labels given"
     click.echo(f"{index}: {report.exemplars:,} exemplars of {images.name}, {labels}")
+
+
+def _chosen(index: Path) -> str:
+    """What was chosen for mode robust, in a line."""
+    from tmm_engine.info import describe_index
+
+    found = describe_index(index)["descriptors"]
+    weights = ", ".join(f"{weight:g} · {source}" for source, weight in found["robust"].items())
+    how = f"chosen on {found['sample']:,} images" if found["changed"] else "by default: too few to measure on"
+    return f"ranks by {weights}; recognises copies by {found['recogniser']}; {how} (engine info says more)"
 
 
 def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":

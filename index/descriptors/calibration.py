@@ -198,8 +198,9 @@ class _Sample:
 
 
 def _joined(parts: Sequence[Activations]) -> Activations:
-    layers = {layer: torch.cat([part.layers[layer] for part in parts]) for layer in parts[0].layers}
-    return Activations(torch.cat([part.features for part in parts]), layers)
+    """Of all parts. What is not finite is 0 here: building the index refuses such an image by its name."""
+    layers = {layer: torch.cat([part.layers[layer] for part in parts]).nan_to_num() for layer in parts[0].layers}
+    return Activations(torch.cat([part.features for part in parts]).nan_to_num(), layers)
 
 
 def _recogniser(
