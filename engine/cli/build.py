@@ -58,7 +58,7 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
     "--global-trigger/--no-global-trigger",
     default=False,
     show_default=True,
-    help="Also store features under one trigger for all, for --mode tmm --preset fast: optimises it, then one more pass.",
+    help="Also store features under one trigger for all, for --mode tmm --preset fast: optimised, then one more pass.",
 )
 @click.option(
     "--set",
