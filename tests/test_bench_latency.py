@@ -367,7 +367,7 @@ def test_peak_memory_sees_what_came_and_went():
     block.close()
     assert before + 60 < peak_memory_mib() < before + 160
     reset_peak_memory()
-    assert peak_memory_mib() < before + 60
+    assert peak_memory_mib() == pytest.approx(memory_mib(), abs=8)  # the system may take its time to take pages back
 
 
 def test_random_images_are_the_same_every_time():
