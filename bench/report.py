@@ -107,7 +107,9 @@ def _settings(run: Run) -> list[str]:
         if isinstance(values[-1], dict) and name != "machine":
             continue
         rows.append({"setting": name.replace("_", " "), "value": "; ".join(dict.fromkeys(map(plain_text, values)))})
-    measured = f"{count(run.records):,} queries, {len(run.records):,} records ({run.path.name})"
+    one_each = "query" in run.records[0]  # else a record holds a list over queries
+    queries = f"{count(run.records):,} queries, " if one_each else ""
+    measured = f"{queries}{len(run.records):,} records ({run.path.name})"
     rows.append({"setting": "measured", "value": measured})
     everything = json.dumps(run.content.runs, indent=1, ensure_ascii=False)
     return [table(rows), *folded("All settings, of every run", f"```json\n{everything}\n```")]

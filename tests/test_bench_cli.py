@@ -145,6 +145,14 @@ def test_unseen(work: Path):
     assert len(records(work, "unseen.jsonl", benchmark="unseen")) == 3 * 2 * 2
 
 
+def test_rivals(work: Path):
+    done = measured(work, "rivals", *held_out(work), "--perturbations", "blur 1", "-k", 3, out="rivals.jsonl")
+    assert done.exit_code == 0, done.stderr
+    found = records(work, "rivals.jsonl", benchmark="rivals")
+    assert {record["perturbation"] for record in found} == {"clean", "blur 1"}
+    assert {record["job"] for record in found} == {"the very image", "unseen"}
+
+
 def test_oracle_by_ssim_and_its_estimate(work: Path):
     options = (*held_out(work), "--semantic", work / "semantic.jsonl")
     done = measured(work, "oracle", *options, "--judge", "ssim", out="oracle.jsonl")

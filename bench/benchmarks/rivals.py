@@ -1,0 +1,288 @@
+"""Every simple rival of mode robust on both jobs: finding the very image, and what is like a query nobody has seen.
+
+All rivals are computed from the same passes of the network over the same perturbed images, so that none costs more than
+a matrix product and hundreds can be compared: layers, poolings, whitenings, pixels, hashes, views, mixtures,
+re-rankings.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
+from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few
+from tmm_engine.bench.noise import Family, Perturbation
+from tmm_engine.bench.options import check_folders, held_out_options, k_option, out_option
+from tmm_engine.bench.records import Record, RecordFile
+from tmm_engine.bench.rivals.parts import RAW, RECOGNISER, SAMPLE, Part, Passes
+from tmm_engine.bench.rivals.reranking import expanded, gated, k_reciprocal
+from tmm_engine.bench.rivals.roster import STRETCHED, Rival, roster
+from tmm_engine.bench.statistics import bootstrap_interval, by_query, paired_difference
+from tmm_engine.bench.suite import Suite
+from tmm_engine.bench.tables import NONE, folded, grouped, table
+from tmm_engine.cli.display import progress_bar
+from tmm_engine.index.descriptors.calibration import QUERIES, Calibrated, calibrate
+from tmm_engine.index.descriptors.layers import find_layers
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.options import RECOGNITION
+
+KEY = ("job", "perturbation", "method")
+VERY_IMAGE, UNSEEN = "the very image", "unseen"
+CLEAN = Perturbation(Family.CLEAN, 0.0)
+DEFAULT = (
+    "brightness 0.4,contrast 0.4,gaussian 2.5,gaussian 5,blur 1,jpeg 15,shift 2,shift 4,rotation 10,crop 0.85,"
+    "occlusion 0.25,saturation 0,hue 30,dark-noise 1,crop-blur 0.5"
+)
+
+
+@click.command("rivals")
+@click.argument("source")
+@held_out_options
+@k_option
+@click.option("--perturbations", default=DEFAULT, show_default=True, help="Each a family and a level, by commas.")
+@out_option
+def command(source: str, **options: Any) -> None:
+    """Is there a simpler way? Every layer, pixels, hashes, mixtures and re-rankings beside mode robust, on both jobs.
+
+    \b
+    Examples:
+      engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --out rivals.jsonl
+      engine bench rivals cifar10/ --weights c.safetensors --model resnet18 --queries 100 --out runs/rivals.jsonl
+    """
+    perturbations = parse_few(options["perturbations"])
+    check_folders(options["out"])
+    with progress_bar() as progress:
+        held = load_held_out(source, options, progress)
+        calibrated = _calibrated(held.suite, progress)
+        settings = {"k": options["k"], "query_source": held.source, "queries": options["queries"]}
+        with held.suite.records(options["out"], "rivals", [], KEY, **settings, chosen=calibrated.report) as records:
+            measure_rivals(
+                held,
+                calibrated,
+                records,
+                perturbations=perturbations,
+                k=options["k"],
+                progress=progress,
+            )
+    click.echo(f"{options['out']}: {options['queries']} exemplars and as many queries from {held.source}")
+
+
+def _calibrated(suite: Suite, progress: Progress) -> Calibrated:
+    """As when an index is built, on exemplars that are no queries here."""
+    rows = suite.order[::-1][:SAMPLE]
+    return calibrate(
+        suite.store.images(rows),
+        suite.store.labels[rows],
+        suite.classifier,
+        queries=min(QUERIES, len(rows)),
+        progress=progress,
+    )
+
+
+def measure_rivals(
+    held: HeldOut,
+    calibrated: Calibrated,
+    record_file: RecordFile,
+    *,
+    perturbations: Sequence[Perturbation],
+    rivals: Sequence[Rival] | None = None,
+    k: int = 10,
+    progress: Progress = silent,
+) -> None:
+    """Append a record for every job × perturbation × rival that has none yet.
+
+    A record holds a list over queries each: of the very image ``rank`` (0 is first) and ``right``, how many of the k
+    best others have its label; of unseen queries ``right``, ``kept``, how many of the k best are among those of the
+    clean query, and ``taken``, whether the query was taken for a copy (null without a gate).
+
+    Args:
+        held: Exemplars and queries; as many exemplars are queries too.
+        calibrated: What the engine chose for the exemplars.
+        record_file: Opened with KEY.
+        perturbations: What is done to each query.
+        rivals: Default: `roster`.
+        k: Neighbours looked at.
+        progress: Told of perturbations done.
+    """
+    suite, count = held.suite, len(held.queries)
+    rivals = roster(find_layers(suite.classifier)) if rivals is None else rivals
+    looked_at = [part for rival in rivals for _, part in rival.parts]
+    looked_at += [
+        Part(RECOGNISER, part.views) for rival in rivals if rival.reranking == "gate" for _, part in rival.parts
+    ]
+    passes = Passes(suite.classifier, calibrated, looked_at)
+    rivals = [rival for rival in rivals if all(passes.available(part) for _, part in rival.parts)]
+    rows = suite.queries(count)
+    everything = np.arange(len(suite.store))
+    passes.fit(_pixels(suite, suite.order[::-1][:SAMPLE].copy()))
+    of_exemplars = passes(_pixels(suite, everything))
+    both = np.concatenate([_pixels(suite, rows), held.queries])
+    answers: dict[str, Int64[np.ndarray, "q k"]] = {}
+    ordered = [CLEAN, *(one for one in perturbations if one != CLEAN)]
+    for done, perturbation in enumerate(ordered, start=1):
+        seeds = [int(np.random.SeedSequence((suite.seed, place)).generate_state(1)[0]) for place in range(len(both))]
+        changed = np.stack([perturbation.apply(image, seed=seed) for image, seed in zip(both, seeds, strict=True)])
+        of_queries = passes(changed)
+        for rival in rivals:
+            scores, taken = _scores(rival, of_queries, of_exemplars)
+            about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
+            about |= {"method": rival.name}
+            found = _best(scores[count:], k)
+            kept = answers.setdefault(rival.name, found)
+            for job, measured in (
+                (VERY_IMAGE, _very_image(scores[:count], suite.store.labels, rows, k)),
+                (UNSEEN, _unseen(found, kept, suite.store.labels, held.labels, taken and taken[count:])),
+            ):
+                if not record_file.done(job=job, perturbation=perturbation.name, method=rival.name):
+                    record_file.append({"job": job} | about | measured)
+        progress("comparing", done, len(ordered))
+
+
+def _pixels(suite: Suite, rows: Int64[np.ndarray, "rows"]) -> Float32[np.ndarray, "rows c h w"]:
+    return suite.store.images(rows).astype(np.float32) / np.float32(255.0)
+
+
+def _scores(
+    rival: Rival, queries: dict[Part, Float[Tensor, "q _"]], exemplars: dict[Part, Float[Tensor, "n _"]]
+) -> tuple[Float64[np.ndarray, "q n"], list[bool] | None]:
+    """Larger is nearer; and which queries were taken for copies, where that is looked at."""
+    (_, first), *_ = rival.parts
+    if first.source == RAW:
+        return (-torch.cdist(queries[first].double(), exemplars[first].double())).numpy(), None
+    own, theirs = _joined(rival, queries), _joined(rival, exemplars)
+    taken = None
+    if rival.reranking == "gate":
+        by = Part(RECOGNISER, first.views)
+        scores, flags = gated(own, theirs, (queries[by], exemplars[by]), threshold=RECOGNITION)
+        taken = flags.tolist()
+    elif rival.reranking == "k-reciprocal":
+        scores = k_reciprocal(own, theirs)
+    elif rival.reranking is not None:
+        scores = expanded(own, theirs, neighbours=int(rival.reranking.split()[1]), power=3.0)
+    else:
+        scores = own @ theirs.T
+    return scores.double().numpy(), taken
+
+
+def _joined(rival: Rival, computed: dict[Part, Float[Tensor, "n _"]]) -> Float[Tensor, "n d"]:
+    if len(rival.parts) == 1:
+        return computed[rival.parts[0][1]]
+    return normalize(torch.cat([weight**0.5 * computed[part] for weight, part in rival.parts], dim=1))
+
+
+def _best(scores: Float64[np.ndarray, "q n"], k: int) -> Int64[np.ndarray, "q k"]:
+    """The k best of each row; ties go to the first."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def _very_image(
+    scores: Float64[np.ndarray, "q n"], labels: Int64[np.ndarray, "n"], rows: Int64[np.ndarray, "q"], k: int
+) -> dict[str, list[int]]:
+    own = np.take_along_axis(scores, rows[:, None], axis=1)
+    rank = (scores > own).sum(axis=1)
+    others = scores.copy()
+    np.put_along_axis(others, rows[:, None], -np.inf, axis=1)
+    right = (labels[_best(others, k)] == labels[rows][:, None]).sum(axis=1)
+    return {"rank": rank.tolist(), "right": right.tolist()}
+
+
+def _unseen(
+    found: Int64[np.ndarray, "q k"],
+    clean: Int64[np.ndarray, "q k"],
+    labels: Int64[np.ndarray, "n"],
+    own: Int64[np.ndarray, "q"],
+    taken: list[bool] | None,
+) -> dict[str, list[int] | list[bool] | None]:
+    kept = [len(set(now) & set(before)) for now, before in zip(found.tolist(), clean.tolist(), strict=True)]
+    right = (labels[found] == own[:, None]).sum(axis=1)
+    return {"right": right.tolist(), "kept": kept, "taken": taken}
+
+
+def section(run: Run, _: Sheet) -> list[str]:
+    """What was chosen, then both jobs over all noise, the best first; intervals are over queries."""
+    k = int(run.content.settings["k"])
+    by_job = grouped(run.records, "job")
+    chosen = run.content.settings["chosen"]
+    weights = " + ".join(f"{weight:g} · {source}" for source, weight in chosen["robust"].items())
+    blocks = [f"The engine chose {weights}; copies are recognised by {chosen['recogniser']}."]
+    for (job,), records in by_job.items():
+        by_method = {method: cell for (method,), cell in grouped(records, "method").items()}
+        summary = _very_image_row if job == VERY_IMAGE else _unseen_row
+        rival = by_method.get(STRETCHED, [])
+        rows = sorted((summary(method, cell, rival, k) for method, cell in by_method.items()), key=_order, reverse=True)
+        shown = [{name: cell for name, cell in row.items() if name != "order"} for row in rows]
+        blocks += [f"**Job: {job}** ({len(shown)} ways)", table(shown[:20])]
+        blocks += folded("All ways", table(shown)) if len(shown) > 20 else []
+    return [
+        *blocks,
+        f"Differences are to {STRETCHED}, paired by query and perturbation. Kept: of the top {k} for the clean query.",
+    ]
+
+
+def _order(row: dict[str, str]) -> float:
+    return float(row["order"])
+
+
+def _very_image_row(method: str, cell: list[Record], rival: list[Record], _: int) -> dict[str, str]:
+    noisy = _noisy(cell)
+    reciprocal = _over(noisy, "rank", lambda rank: 1 / (1 + rank))
+    found = bootstrap_interval(by_query(*reciprocal))
+    return {
+        "method": method,
+        "MRR, noise": str(found),
+        "difference": _difference(method, reciprocal, _over(_noisy(rival), "rank", lambda rank: 1 / (1 + rank))),
+        "order": str(found.estimate),
+    }
+
+
+def _unseen_row(method: str, cell: list[Record], rival: list[Record], k: int) -> dict[str, str]:
+    noisy = _noisy(cell)
+    kept, right = (_over(noisy, field, lambda hits: hits / k) for field in ("kept", "right"))
+    clean = _over([record for record in cell if record["family"] == "clean"], "right", lambda hits: hits / k)
+    clean_rival = [record for record in rival if record["family"] == "clean"]
+    found = bootstrap_interval(by_query(*kept))
+    taken = [record for record in cell if record["taken"] is not None]
+    return {
+        "method": method,
+        "overlap, noise": str(found),
+        "difference": _difference(method, kept, _over(_noisy(rival), "kept", lambda hits: hits / k)),
+        "label precision, clean": f"{bootstrap_interval(by_query(*clean)):.3f}",
+        "difference, clean": _difference(method, clean, _over(clean_rival, "right", lambda hits: hits / k)),
+        "label precision, noise": f"{bootstrap_interval(by_query(*right)):.3f}",
+        "difference, noise": _difference(method, right, _over(_noisy(rival), "right", lambda hits: hits / k)),
+        "taken for copies": f"{np.mean([flag for record in taken for flag in record['taken']]):.1%}" if taken else NONE,
+        "order": str(found.estimate),
+    }
+
+
+Values = tuple[Float64[np.ndarray, "m"], Int64[np.ndarray, "m"]]
+
+
+def _noisy(records: list[Record]) -> list[Record]:
+    return [record for record in records if record["family"] != "clean"]
+
+
+def _over(records: list[Record], field: str, of: Any) -> Values:
+    """A figure of every query under every perturbation, and the query's number; in an order of the perturbations'."""
+    ordered = sorted(records, key=lambda record: record["perturbation"])
+    values = [[of(value) for value in record[field]] for record in ordered]
+    queries = [np.arange(len(record[field])) for record in ordered]
+    if not values:
+        return np.zeros(0), np.zeros(0, dtype=np.int64)
+    return np.array(values, dtype=np.float64).ravel(), np.concatenate(queries)
+
+
+def _difference(method: str, own: Values, rival: Values) -> str:
+    if method == STRETCHED or len(own[0]) != len(rival[0]):
+        return NONE
+    return f"{paired_difference(own[0], rival[0], own[1]):+z.3f}"
+
+
+FIELDS = ("job", "perturbation", "family", "method", "right")
+BENCHMARK = Benchmark(command, Reported("Simple rivals", KEY, FIELDS, section))
