@@ -10,7 +10,7 @@ SUMMARIES = {
     "robustness": "Does a perturbed exemplar still find itself?",
     "radius": "How far can a query move before its top k changes?",
     "unseen": "Do the neighbours of held-out queries stay the same under noise?",
-    "rivals": "Is there a simpler way? Layers, pixels, hashes, mixtures, re-rankings.",
+    "rivals": "Is there a simpler way?",
     "semantic": "Do held-out queries find their own kind?",
     "ablation": "What is each choice in TMM-NN worth?",
     "ood": "How often does a foreign exemplar outrank the true one?",
