@@ -9,6 +9,7 @@ import numpy as np
 from tmm_engine.index.descriptors.columns import Describer
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.names import spelled
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress
@@ -139,11 +140,12 @@ class Snapshot:
         Raises:
             InputError: no exemplar has it.
         """
-        row = self.rows.get(id_)
-        if row is None:
+        known = spelled([id_], self.rows).get(id_)
+        if known is None:
             raise InputError(f"no exemplar has the id {id_!r}{nearest(id_, self.rows)}")
+        row = self.rows[known]
         image = self.store.images(np.array([row]))[0]
-        return Query(id_, image.astype(np.float32) / 255.0, int(self.store.labels[row]))
+        return Query(known, image.astype(np.float32) / 255.0, int(self.store.labels[row]))
 
     def search(
         self, queries: list[Query], options: SearchOptions, progress: Progress, *, of: "Snapshot"

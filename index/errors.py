@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import TypeVar
 
+from tmm_engine.index.names import composed
+
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
@@ -29,8 +31,13 @@ class IndexStateError(TmmEngineError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A ' (did you mean …?)' for an unknown name, or an empty string when nothing known is near."""
+    """A ' (did you mean …?)' for an unknown name, or an empty string when nothing known is near.
+
+    Of a name that only looks like the known one, both are spelled out.
+    """
     matches = difflib.get_close_matches(name, list(known), n=1)
+    if matches and composed(matches[0]) == composed(name):
+        return f" (did you mean {matches[0]!a}? It looks the same in another Unicode form, {name!a})"
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 

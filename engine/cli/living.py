@@ -1,12 +1,12 @@
 """The commands that change or check an index: add, delete, compact, verify, repair. Nothing heavy is imported early."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tmm_engine.cli.options import device_option, model_option, source_options
+from tmm_engine.cli.output import echo_json
 
 if TYPE_CHECKING:
     from tmm_engine.index.store.changes import ChangeReport
@@ -117,8 +117,10 @@ def verify(index: Path, *, sample: int, as_json: bool, model: str | None) -> Non
         done = verify_index(index, model=model, sample=sample, progress=progress)
     for finding in done.findings:
         kind = "harmless: " if finding.harmless else ""
-        text = json.dumps(finding.to_json()) if as_json else f"{kind}{finding.what} — {finding.remedy}"
-        click.echo(text)
+        if as_json:
+            echo_json(finding.to_json())
+        else:
+            click.echo(f"{kind}{finding.what} — {finding.remedy}")
     for note in done.notes:
         click.echo(f"note: {note}", err=True)
     looked = f"{done.files:,} files, {done.exemplars:,} exemplars, {done.recomputed:,} computed again"
@@ -158,6 +160,6 @@ def print_versions(index: Path, *, as_json: bool) -> None:
     found = versions_of(index)
     if as_json:
         for version in found:
-            click.echo(json.dumps(version.to_json(), ensure_ascii=False))
+            echo_json(version.to_json())
     else:
         print_table([version.to_json() for version in found])

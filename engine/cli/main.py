@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted. Nothing heavy is imported before a command runs.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import click
 from tmm_engine.cli.build import build_index
 from tmm_engine.cli.living import add, compact, delete, print_versions, repair, verify
 from tmm_engine.cli.options import model_option
+from tmm_engine.cli.output import as_output_can, echo_json
 from tmm_engine.cli.search import search
 from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.errors import TmmEngineError
@@ -32,6 +32,10 @@ class _Group(click.Group):
 
             return bench
         return super().get_command(ctx, cmd_name)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with as_output_can():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -112,7 +116,7 @@ def info(index: Path | None, *, versions: bool, version: int | None, system: boo
         return
     fields = (describe_index(index, version=version) if index else {}) | (describe_system() if system else {})
     if as_json:
-        click.echo(json.dumps(fields, ensure_ascii=False))
+        echo_json(fields)
     else:
         descriptors = fields.pop("descriptors", None)
         if index is not None and descriptors is None:

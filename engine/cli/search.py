@@ -1,12 +1,12 @@
 """The command search. Nothing heavy is imported early."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tmm_engine.cli.options import cache_option, device_option, model_option, modes, ratio, source_options
+from tmm_engine.cli.output import echo_json
 from tmm_engine.cli.settings import CommandWithSettings
 from tmm_engine.index.errors import InputError
 
@@ -229,7 +229,7 @@ def _show(results: "list[SearchResult | FailedQuery]", options: dict[str, Any], 
 
     for result in results:
         if options["as_json"]:
-            click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+            echo_json(result.to_json())
         elif isinstance(result, FailedQuery):
             print_failure(result)
         else:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.names import spelled
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage
 from tmm_engine.index.types import ImageShape
 
@@ -83,10 +84,11 @@ def _label_map(source: ImageSource, class_names: tuple[str, ...], index: Path) -
     """
     if not source.labelled or not source.class_names or source.class_names == class_names:
         return None
-    unknown = [name for name in source.class_names if class_names.count(name) != 1]
+    known = spelled(source.class_names, class_names)
+    unknown = [name for name in source.class_names if class_names.count(known.get(name, name)) != 1]
     if unknown:
         raise InputError(
             f"{source.name}: the classes of {index} are not called {', '.join(map(repr, unknown[:3]))}"
             f"{nearest(unknown[0], class_names)}; rename them, or add the images without labels (a flat folder)"
         )
-    return [class_names.index(name) for name in source.class_names]
+    return [class_names.index(known[name]) for name in source.class_names]

@@ -48,8 +48,8 @@ class FolderSource(EncodedSource):
         self.metadata_types: Mapping[str, type] = {"path": str}
         self._table = None
         if path.is_dir() and (path / METADATA_CSV).is_file():
-            self._table = MetadataTable.read(path / METADATA_CSV, taken=self.metadata_types)
-            self._table.check(self._id(file) for file, _ in (*((image, None) for image in images), *labelled))
+            table = MetadataTable.read(path / METADATA_CSV, taken=self.metadata_types)
+            self._table = table.matched(self._id(file) for file, _ in (*((image, None) for image in images), *labelled))
             self.metadata_types = {"path": str, **self._table.types}
 
     def __len__(self) -> int:

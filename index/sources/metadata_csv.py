@@ -1,11 +1,12 @@
 """Metadata for a folder of images from a CSV file: `metadata.csv` inside it, as Hugging Face's image folders have."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.limits import MAX_METADATA_CSV_BYTES
+from tmm_engine.index.names import spelled
 from tmm_engine.index.sources.records import Metadata, free_name, python_type
 
 METADATA_CSV = "metadata.csv"
@@ -66,19 +67,23 @@ class MetadataTable:
         rows = {image: {name: column[row] for name, column in columns.items()} for row, image in enumerate(names)}
         return cls(path, types, rows)
 
-    def check(self, images: Iterable[str]) -> None:
-        """Refuse a table that names an image that is not there: most likely the names are not what they should be.
+    def matched(self, images: Iterable[str]) -> "MetadataTable":
+        """The table with the names that the images have, where they differ in Unicode form.
 
         Raises:
-            InputError: it does.
+            InputError: an image that is not there: most likely the names are not what they should be; or one twice.
         """
-        known = set(images)
-        unknown = [name for name in self.rows if name not in known]
+        known = dict.fromkeys(images)
+        names = spelled(self.rows, known)
+        unknown = [name for name in self.rows if name not in names]
         if unknown:
             raise InputError(
                 f"{self.path}: no image is called {unknown[0]!r}{nearest(unknown[0], known)}, nor {len(unknown) - 1:,} "
                 f"others that it names; expected paths relative to the folder"
             )
+        if len(set(names.values())) != len(names):
+            raise InputError(f"{self.path}: expected every image once, got one twice, in two Unicode forms")
+        return replace(self, rows={names[name]: row for name, row in self.rows.items()})
 
     def of(self, image: str) -> Metadata:
         """The metadata of an image; empty where it has none."""

@@ -12,6 +12,7 @@ from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import load_columns
 from tmm_engine.index.errors import IndexStateError, InputError, ModelError, nearest
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.names import spelled
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageSource, UnreadableImage
@@ -142,11 +143,12 @@ def delete_exemplars(index: Path, *, ids: Sequence[str] = (), where: str | None 
     with changing(index) as change:
         present = change.ids()
         if where is None:
-            if unknown := [id_ for id_ in ids if id_ not in present]:
+            known = spelled(ids, present)
+            if unknown := [id_ for id_ in ids if id_ not in known]:
                 raise InputError(
                     f"no exemplar has the id {unknown[0]!r}{nearest(unknown[0], present)}; nothing was deleted"
                 )
-            addresses = np.array([present[id_] for id_ in dict.fromkeys(ids)], dtype=np.uint64)
+            addresses = np.array([present[id_] for id_ in dict.fromkeys(map(known.__getitem__, ids))], dtype=np.uint64)
             what = f"{len(addresses):,} by id"
         else:
             positions = matching_positions(change.dataset, where)
