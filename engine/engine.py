@@ -22,6 +22,7 @@ from tmm_engine.index.store.embedding import check_fit
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.index.store.memory import MemoryStore
+from tmm_engine.index.store.syncing import SyncReport, sync_index
 from tmm_engine.index.store.target import locked
 from tmm_engine.index.store.where import shortened
 from tmm_engine.index.types import ImageLike
@@ -329,6 +330,41 @@ class Engine:
             progress=progress,
         )
         self.refresh()
+        return report
+
+    def sync(
+        self,
+        source: ImageSource,
+        *,
+        delete: bool = False,
+        dry_run: bool = False,
+        strict: bool = False,
+        id_prefix: str = "",
+        progress: Progress = silent,
+    ) -> SyncReport:
+        """Bring the index to what a source is now: only what is new or changed passes the model; see
+        `index.store.syncing.sync_index`.
+
+        Args:
+            source: As `index.open_source` makes it.
+            delete: Remove exemplars that the source has no image of.
+            dry_run: Say what would happen, and change nothing.
+            strict: Fail at the first image that cannot be read instead of leaving it as it was.
+            id_prefix: Put before the source's ids; exemplars of other ids are left alone.
+            progress: Told of images looked at.
+        """
+        report = sync_index(
+            self._changeable(),
+            source,
+            self.classifier,
+            delete=delete,
+            dry_run=dry_run,
+            strict=strict,
+            id_prefix=id_prefix,
+            progress=progress,
+        )
+        if not dry_run:
+            self.refresh()
         return report
 
     def delete(self, *, ids: Sequence[str] = (), where: str | None = None) -> ChangeReport:

@@ -137,8 +137,8 @@ def build_until_killed(target: Path) -> None:
         tiny_build(target, seed, overwrite=True)
 
 
-def build_and_die(target: Path, event: str, number: int) -> None:
-    """Build with seed 1 and die by SIGKILL just before the file system operation of that number (an audit event)."""
+def die_before(target: Path, event: str, number: int) -> None:
+    """From now on: die by SIGKILL just before the file system operation of that number (an audit event) in an index."""
     events = itertools.count(1)
     inside = (str(target), str(target.parent / f".{target.name}"))
 
@@ -149,6 +149,11 @@ def build_and_die(target: Path, event: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def build_and_die(target: Path, event: str, number: int) -> None:
+    """Build with seed 1 and die just before the file system operation of that number."""
+    die_before(target, event, number)
     tiny_build(target, 1, overwrite=True)
     say(f"survived {event}")
 

@@ -70,6 +70,49 @@ def test_a_life(work: Path):
     assert "has the versions 6 to 6, not 2" in gone.stderr
 
 
+def test_sync_brings_the_index_to_what_the_folder_is_now(work: Path):
+    index, photos = work / "photos.idx", work / "photos"
+    moved = run("sync", index, photos)  # the folder was copied, and a path is metadata
+    assert "0 added, 40 replaced, 0 deleted, 0 unchanged; 0 through the model; version 2" in moved.stdout
+    nothing = "0 added, 0 replaced, 0 deleted, 40 unchanged; 0 through the model; version 2"
+    assert nothing in run("sync", index, photos).stdout
+    (photos / "digit-3" / "0003.png").unlink()
+    Image.fromarray(IMAGES[200]).save(photos / "digit-3" / "new.png")
+    Image.fromarray(IMAGES[201]).save(photos / "digit-5" / "0005.png")
+    (photos / "digit-6" / "0006.png").write_bytes(b"no image")
+    (photos / "metadata.csv").write_text("file_name,page\ndigit-4/0004.png,5\n")
+
+    index.chmod(0o555)
+    planned = run("sync", index, photos, "--delete", "--dry-run")
+    index.chmod(0o755)
+    assert planned.stdout.splitlines() == [
+        "add digit-3/new.png", "replace digit-4/0004.png", "replace digit-5/0005.png", "delete digit-3/0003.png",
+        f"{index}: 1 added, 2 replaced, 1 deleted, 36 unchanged; 2 through the model; would be the result (dry run), "
+        f"40 exemplars",
+    ]  # fmt: skip
+    stays = "1 images could not be read and were skipped; 1 of them are in the index and stay as they were"
+    assert stays in planned.stderr
+    kept = run("sync", index, photos)
+    assert kept.stdout == (
+        f"{index}: 1 added, 2 replaced, 0 deleted, 36 unchanged; 2 through the model; version 3, 41 exemplars\n"
+    )
+    assert "1 exemplars are missing from the source and stay (--delete)" in kept.stderr
+    gone = run("sync", index, photos, "--delete")
+    assert "0 added, 0 replaced, 1 deleted, 39 unchanged; 0 through the model; version 4, 40" in gone.stdout
+    assert "0 deleted, 39 unchanged; 0 through the model; version 4, 40" in run("sync", index, photos).stdout
+    after = answers(run("search", index, "--id", "digit-4/0004.png", "--mode", "l2", "-k", 3, "--json"))
+    assert after[0]["hits"][0]["metadata"]["page"] == 5
+    refused = run("sync", index, photos, "--strict")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "digit-6/0006.png" in error_line(refused)
+
+
+def test_sync_with_a_flat_folder_says_that_labels_are_predictions(work: Path):
+    (work / "flat").mkdir()
+    Image.fromarray(IMAGES[200]).save(work / "flat" / "new.png")
+    assert "are the model's predictions" in run("sync", work / "photos.idx", work / "flat").stderr
+
+
 def test_another_folder_of_the_same_names_takes_a_prefix(work: Path):
     done = run("add", work / "photos.idx", work / "photos", "--id-prefix", "again/")
     assert "40 added, 0 replaced; version 2, 80 exemplars" in done.stdout
@@ -102,6 +145,8 @@ def test_filters_on_the_command_line(built: Path, mode: str):
         (("delete", "photos", "--id", "x"), 1, "is not an index"),
         (("compact", "photos"), 1, "is not an index"),
         (("add", "photos", "photos"), 1, "is not an index"),
+        (("sync", "photos", "photos", "--dry-run"), 1, "is not an index"),
+        (("sync", "photos.idx", "nothing"), 1, "nothing"),
         (("add", "photos.idx", "nothing"), 1, "nothing"),
         (("add", "photos.idx", "queries/query-200.png", "--split", "train"), 1, "split"),
         (("search", "photos.idx", "queries", "--version", "7"), 1, "has the versions 1 to 1, not 7"),

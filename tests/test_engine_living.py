@@ -187,9 +187,29 @@ def test_exemplars_that_are_not_the_manifests_are_refused(index: Path, tmp_path:
             manifest.check_exemplars(index, N - 1, set())
 
 
+def test_sync_moves_the_engine_on_and_is_refused_where_changes_are(index: Path):
+    with opened(index) as engine:
+        planned = engine.sync(digits(5, N + 5), delete=True, dry_run=True)
+        assert (planned.added, planned.deleted, planned.unchanged, len(engine)) == (5, 5, N - 5, N)
+        report = engine.sync(digits(5, N + 5), delete=True)
+        assert (report.version, report.embedded, len(engine)) == (2, 5, N)
+        assert answers(engine, numbers=(N + 3,), mode="l2", k=1)[0][0][0] == f"{N + 3:04d}"
+        for dry_run in (True, False):
+            with pytest.raises(InputError, match="shows what 'page < 30' leaves"):
+                engine.matching("page < 30").sync(digits(0, N), dry_run=dry_run)
+    with opened(index, version=1) as engine, pytest.raises(InputError, match="opened at version 1"):
+        engine.sync(digits(0, N))
+
+
 def test_in_memory_there_are_no_versions(classifier: Classifier):
     engine = Engine.from_arrays(PIXELS[:20], LABELS[:20], classifier, global_trigger=None)
-    for change in (engine.versions, engine.refresh, engine.compact, lambda: engine.delete(ids=["x"])):
+    for change in (
+        engine.versions,
+        engine.refresh,
+        engine.compact,
+        lambda: engine.delete(ids=["x"]),
+        lambda: engine.sync(digits(0, 1)),
+    ):
         with pytest.raises(InputError, match="in memory"):
             change()
 

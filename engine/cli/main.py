@@ -14,6 +14,7 @@ from tmm_engine.cli.living import add, compact, delete, print_versions, repair, 
 from tmm_engine.cli.options import model_option
 from tmm_engine.cli.output import as_output_can, echo_json
 from tmm_engine.cli.search import search
+from tmm_engine.cli.syncing import sync
 from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.errors import TmmEngineError
 
@@ -61,7 +62,7 @@ def main() -> None:
     """
 
 
-for command in (build_index, search, add, delete, compact, verify, repair):
+for command in (build_index, search, add, sync, delete, compact, verify, repair):
     main.add_command(command)
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import load_columns
-from tmm_engine.index.errors import IndexStateError, InputError, ModelError, nearest
+from tmm_engine.index.errors import IndexStateError, InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.names import spelled
 from tmm_engine.index.progress import Progress, silent
@@ -87,11 +87,7 @@ def add_exemplars(
         ModelError: another classifier.
     """
     with changing(index) as change:
-        if classifier.fingerprint != change.manifest.fingerprint:
-            raise ModelError(
-                f"{index} was built with the model {change.manifest.fingerprint[:12]}…, this one is "
-                f"{classifier.fingerprint[:12]}…: add with the same model, or build the index again"
-            )
+        change.check_model(classifier)
         adapted = AdaptedSource(
             source,
             class_names=change.manifest.class_names,

@@ -17,8 +17,9 @@ import pyarrow as pa
 from jaxtyping import UInt64
 from lance.fragment import FragmentMetadata
 
-from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.errors import IndexStateError, ModelError
 from tmm_engine.index.files import TEMPORARY, sync_folder
+from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.store.lance_store import ARROW_TYPES, committed, exemplar_schema, files_of, lance_errors
 from tmm_engine.index.store.manifest import (
     EXEMPLARS,
@@ -31,6 +32,7 @@ from tmm_engine.index.store.manifest import (
     older_versions,
 )
 from tmm_engine.index.store.target import locked, recover
+from tmm_engine.index.types import Rows
 
 
 class Change:
@@ -55,11 +57,32 @@ class Change:
         """Of a size that is cheap to hold."""
         return max(1, (16 << 20) // int(np.prod(self.manifest.image_shape)))
 
+    def check_model(self, classifier: Classifier) -> None:
+        """Refuse features of another model.
+
+        Raises:
+            ModelError: it is not the one that the index was built with.
+        """
+        if classifier.fingerprint != self.manifest.fingerprint:
+            raise ModelError(
+                f"{self.index} was built with the model {self.manifest.fingerprint[:12]}…, this one is "
+                f"{classifier.fingerprint[:12]}…: add with the same model, or build the index again"
+            )
+
     def ids(self) -> dict[str, int]:
         """Every exemplar's address in the dataset, by id, in row order."""
-        with self._reading():
-            table = self.dataset.to_table(columns=["id", "_rowaddr"])
+        table = self.columns("id", "_rowaddr")
         return dict(zip(table["id"].to_pylist(), table["_rowaddr"].to_pylist(), strict=True))
+
+    def columns(self, *names: str) -> pa.Table:
+        """Some columns of all exemplars, in row order; ``_rowaddr`` is each one's address in the dataset."""
+        with self._reading():
+            return self.dataset.to_table(columns=list(names))
+
+    def rows(self, positions: Rows, *names: str) -> pa.Table:
+        """Some columns of the exemplars at these places of the row order, in the order given."""
+        with self._reading():
+            return self.dataset.take(positions.tolist(), columns=list(names))
 
     def batches(self, size: int) -> Iterator[pa.RecordBatch]:
         """All columns of all exemplars in order."""
@@ -123,6 +146,18 @@ class Change:
 
     def _reading(self) -> AbstractContextManager[None]:
         return lance_errors(f"{self.index / EXEMPLARS}: cannot be read or written", "nothing was changed")
+
+
+def looking(index: Path) -> Change:
+    """The newest version, to say what a change would do: beside other writers, and where nothing may be written.
+
+    Raises:
+        IndexStateError: no index there, or damaged.
+    """
+    manifest = Manifest.read(index)
+    manifest.check_sizes(index)
+    manifest.check_digests(index)
+    return Change(index, manifest, set(manifest.files))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -70,19 +71,42 @@ def embedded(
         InputError: no image can be read, an id is there twice, a label is out of range, features are not finite, or,
             with `strict`, an image is unreadable.
     """
-    records = _readable(source, classifier, report, strict=strict)
-    for batch in prefetched(_batches(records, forward_batch_size(classifier.image_shape))):
-        images = np.stack([record.image for record in batch])
-        features = {column.name: column.compute(images) for column in columns}
-        for computed in features.values():
-            _check_finite(computed, batch)
-        given = [record.label for record in batch]
-        labels = np.array(given, dtype=np.int64) if source.labelled else predict(features[FEATURE], classifier)
+    records = readable_records(source, classifier, report, strict=strict)
+    for batch in prefetched(grouped(records, forward_batch_size(classifier.image_shape))):
+        done = embed_records(batch, source, classifier, columns)
         report.exemplars += len(batch)
-        yield EmbeddedBatch(batch, images, features, labels)
+        yield done
     if not report.exemplars:
         reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
         raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
+
+
+def embed_records(
+    records: list[ImageRecord], source: ImageSource, classifier: Classifier, columns: Sequence[FeatureColumn]
+) -> EmbeddedBatch:
+    """A batch of the source's images with their features.
+
+    Raises:
+        InputError: features are not finite.
+    """
+    images = np.stack([record.image for record in records])
+    features = {column.name: column.compute(images) for column in columns}
+    for computed in features.values():
+        _check_finite(computed, records)
+    return with_features(records, images, features, source, classifier)
+
+
+def with_features(
+    records: list[ImageRecord],
+    images: UInt8[np.ndarray, "n c h w"],
+    features: Mapping[str, Float32[np.ndarray, "n _"]],
+    source: ImageSource,
+    classifier: Classifier,
+) -> EmbeddedBatch:
+    """A batch of the source's images whose features are known: labels are given, or predicted of them."""
+    given = [record.label for record in records]
+    labels = np.array(given, dtype=np.int64) if source.labelled else predict(features[FEATURE], classifier)
+    return EmbeddedBatch(records, images, features, labels)
 
 
 def check_fit(source: ImageSource, classifier: Classifier) -> None:
@@ -105,9 +129,14 @@ def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int
         return classifier.logits(torch.from_numpy(features).to(classifier.device)).argmax(dim=1).cpu().numpy()
 
 
-def _readable(
+def readable_records(
     source: ImageSource, classifier: Classifier, report: BuildReport, *, strict: bool
 ) -> Iterator[ImageRecord]:
+    """The source's readable images, checked, in the classifier's shape; the others are counted in the report.
+
+    Raises:
+        InputError: an id is there twice, a label is out of range, or, with `strict`, an image is unreadable.
+    """
     seen: set[str] = set()
     for record in source.read(classifier.image_shape):
         if isinstance(record, ImageRecord):
@@ -140,12 +169,7 @@ def _check_finite(features: Float32[np.ndarray, "n d"], records: list[ImageRecor
         raise InputError(f"{records[row].id}: the model's features are not finite numbers; check the weights")
 
 
-def _batches(records: Iterator[ImageRecord], size: int) -> Iterator[list[ImageRecord]]:
-    batch: list[ImageRecord] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def grouped(records: Iterator[ImageRecord], size: int) -> Iterator[list[ImageRecord]]:
+    """The records in order, so many at a time."""
+    while group := list(islice(records, size)):
+        yield group

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,15 @@ def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
 
 
+def as_table(columns: Mapping[str, object], fields: Sequence[pa.Field]) -> pa.Table:
+    """Those of the columns that the fields name, with their types.
+
+    Raises:
+        InputError: a value that its column cannot hold.
+    """
+    return pa.table([_arrow_array(columns[field.name], field) for field in fields], schema=pa.schema(fields))
+
+
 class LanceWriter:
     """Writes rows fragment by fragment; nothing of it exists for a reader before a commit of the fragments."""
 
@@ -114,8 +123,7 @@ class LanceWriter:
             InputError: a value that its column cannot hold.
             IndexStateError: a file is shorter than what was written to it.
         """
-        given = [field for field in self._schema if field.name != ROW_DIGEST]
-        rows = pa.table([_arrow_array(columns[field.name], field) for field in given], schema=pa.schema(given))
+        rows = as_table(columns, [field for field in self._schema if field.name != ROW_DIGEST])
         digests = pa.array(row_digests(rows), pa.binary(DIGEST_BYTES))
         table = rows.append_column(self._schema.field(ROW_DIGEST), digests).select(self._schema.names)
         self._pending.append(table)

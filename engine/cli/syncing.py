@@ -1,0 +1,82 @@
+"""The command sync. Nothing heavy is imported early."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tmm_engine.cli.options import device_option, model_option, source_options
+
+if TYPE_CHECKING:
+    from tmm_engine.index.store.syncing import SyncReport
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("source")
+@source_options
+@click.option("--delete", is_flag=True, help="Remove exemplars that SOURCE has no image of. Default: they stay.")
+@click.option("--dry-run", is_flag=True, help="Say what would happen, a line for each image, and change nothing.")
+@click.option("--id-prefix", default="", help="Put before the ids of the images in SOURCE; other exemplars stay.")
+@click.option("--strict", is_flag=True, help="Fail at an unreadable image instead of leaving it as it was.")
+@model_option
+@device_option
+def sync(index: Path, source: str, **options: Any) -> None:
+    """Bring INDEX to what SOURCE is now: new images are added, changed ones replaced, missing ones removed (--delete).
+
+    Images that are what INDEX holds do not pass the model. Where nothing has changed there is no new version.
+
+    \b
+    Examples:
+      engine sync photos.idx photos/
+      engine sync photos.idx photos/ --delete --dry-run
+    """
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.engine import Engine
+    from tmm_engine.index.sources.opening import open_source
+
+    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    with (
+        Engine.open(index, model=options["model"], device=options["device"], backend="torch") as engine,
+        progress_bar() as progress,
+    ):
+        report = engine.sync(
+            images,
+            delete=options["delete"],
+            dry_run=options["dry_run"],
+            strict=options["strict"],
+            id_prefix=options["id_prefix"],
+            progress=progress,
+        )
+    _print_notes(report, delete=options["delete"])
+    if report.dry_run:
+        _print_plan(report)
+    what = (
+        f"{report.added:,} added, {report.replaced:,} replaced, {report.deleted:,} deleted, "
+        f"{report.unchanged:,} unchanged; {report.embedded:,} through the model"
+    )
+    state = "would be the result (dry run)" if report.dry_run else f"version {report.version}"
+    click.echo(f"{index}: {what}; {state}, {report.exemplars:,} exemplars")
+
+
+def _print_notes(report: "SyncReport", *, delete: bool) -> None:
+    for image in report.skipped:
+        click.echo(f"skipped {image.id}: {image.reason}", err=True)
+    if report.skipped_count:
+        stay = f"; {len(report.unreadable_ids):,} of them are in the index and stay as they were"
+        kept = stay if report.unreadable_ids else ""
+        click.echo(f"{report.skipped_count:,} images could not be read and were skipped{kept}", err=True)
+    if report.labels_predicted and (report.added or report.replaced):
+        click.echo("the source has no labels: those of what is added or replaced are the model's predictions", err=True)
+    if report.missing_ids and not delete:
+        click.echo(f"{len(report.missing_ids):,} exemplars are missing from the source and stay (--delete)", err=True)
+
+
+def _print_plan(report: "SyncReport") -> None:
+    for what, ids in (
+        ("add", report.added_ids),
+        ("replace", report.replaced_ids),
+        ("delete", report.missing_ids if report.deleted else ()),
+    ):
+        for id_ in ids:
+            click.echo(f"{what} {id_}")
