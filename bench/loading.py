@@ -13,10 +13,10 @@ from tmm_engine.bench.suite import Suite
 from tmm_engine.bench.triggers import folder_beside
 from tmm_engine.index.errors import InputError, member
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
-from tmm_engine.index.types import ImageShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def load_held_out(source: str, options: dict[str, Any], progress: Progress) -> H
         raise InputError(f"{others.name}: expected labelled queries, got none with a label (class folders have them)")
     if images.class_names != others.class_names and None not in (images.class_names, others.class_names):
         raise InputError(f"{others.name}: expected queries of the classes of {images.name}, got other classes")
-    records = _readable(others, classifier.image_shape)
+    records = _readable(others, classifier.target)
     if options["queries"] > len(records):
         raise InputError(f"expected at most {len(records)} queries from {others.name}, got {options['queries']}")
     rows = np.random.default_rng(options["seed"]).permutation(len(records))[: options["queries"]]
@@ -129,5 +129,5 @@ def _query_source(source: str, options: dict[str, Any]) -> ImageSource:
         raise InputError(f"no held-out queries: {error}; or name other images with --query-source") from None
 
 
-def _readable(source: ImageSource, shape: ImageShape) -> list[ImageRecord]:
+def _readable(source: ImageSource, shape: Target) -> list[ImageRecord]:
     return [record for record in source.read(shape) if isinstance(record, ImageRecord)]

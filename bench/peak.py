@@ -12,6 +12,7 @@ import numpy as np
 from tmm_engine.bench.machine import memory_mib, peak_memory_mib, reset_peak_memory
 from tmm_engine.engine import Engine
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.records import ImageRecord
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
@@ -48,11 +49,13 @@ class RandomImages:
         """As MNIST's."""
         return SHAPE
 
-    def read(self, shape: ImageShape) -> Iterator[ImageRecord]:
+    def read(self, shape: Target) -> Iterator[ImageRecord]:
         """All images, the same in every run."""
         generator = np.random.default_rng(0)
         for number in range(self.count):
-            yield ImageRecord(f"{number:08d}", generator.integers(0, 256, shape, dtype=np.uint8), number % 10, {})
+            yield ImageRecord(
+                f"{number:08d}", generator.integers(0, 256, shape_of(shape), dtype=np.uint8), number % 10, {}
+            )
 
 
 def _in_child(*arguments: str) -> float:

@@ -71,7 +71,7 @@ class Suite:
         if not source.labelled:
             raise InputError(f"{source.name}: expected labelled images, got none with a label")
         records = []
-        for record in source.read(classifier.image_shape):
+        for record in source.read(classifier.target):
             if isinstance(record, ImageRecord):
                 records.append(record)
             progress("reading", len(records), len(source))

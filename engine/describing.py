@@ -84,7 +84,7 @@ def chosen_descriptors(
         InputError: no such layer, or no image can be read.
     """
     size, queries = sample_size(len(source), views)
-    sample = sampled(source, classifier.image_shape, size, progress=progress)
+    sample = sampled(source, classifier.target, size, progress=progress)
     labels = [record.label for record in sample]
     chosen = calibrate(
         np.stack([record.image for record in sample]),

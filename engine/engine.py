@@ -472,4 +472,4 @@ def _asked(options: SearchOptions | None, keywords: SearchKeywords) -> SearchOpt
 
 
 def _query(item: ImageLike | Query, snapshot: Snapshot, position: int) -> Query:
-    return as_query(item, shape=snapshot.store.image_shape, name=f"query {position}")
+    return as_query(item, shape=snapshot.classifier.target, name=f"query {position}")

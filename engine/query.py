@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float32
 
 from tmm_engine.index.errors import ImageError
+from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, decode_image, to_numpy
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
-from tmm_engine.index.types import ImageLike, ImageShape
+from tmm_engine.index.types import ImageLike
 from tmm_engine.results import FailedQuery
 
 
@@ -29,37 +30,40 @@ class Query:
     label: int | None = None
 
 
-def as_query(image: ImageLike | Query, *, shape: ImageShape, name: str) -> Query:
+def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
     """A query from anything that is an image.
 
     Files, bytes and PIL images are brought to `shape`; arrays must have it. Floating-point arrays keep their precision.
 
     Args:
         image: What to search for.
-        shape: (c, h, w) of the index.
+        shape: What the index's classifier looks at (`Classifier.target`).
         name: Used where the image brings none of its own.
 
     Raises:
         ImageError: an unreadable image, or an array of another shape, dtype or range.
     """
+    expected = shape_of(shape)
     if isinstance(image, Query):
-        if image.pixels.shape != shape:
-            raise ImageError(f"{image.name}: expected a query of shape (c, h, w) = {shape}, got {image.pixels.shape}")
+        if image.pixels.shape != expected:
+            raise ImageError(
+                f"{image.name}: expected a query of shape (c, h, w) = {expected}, got {image.pixels.shape}"
+            )
         return image
     if isinstance(image, str | Path):
         name = str(image)
     pixels = decode_image(image, shape=shape).astype(np.float32) / np.float32(255.0)
     if isinstance(image, np.ndarray | torch.Tensor) and np.issubdtype(to_numpy(image).dtype, np.floating):
-        pixels = np.array(channels_first(to_numpy(image)[None], shape=shape)[0], dtype=np.float32, order="C")
+        pixels = np.array(channels_first(to_numpy(image)[None], shape=expected)[0], dtype=np.float32, order="C")
     return Query(name, pixels, None)
 
 
-def queries_from(source: ImageSource, shape: ImageShape, *, prefix: str = "") -> list[Query | FailedQuery]:
+def queries_from(source: ImageSource, shape: Target, *, prefix: str = "") -> list[Query | FailedQuery]:
     """All images of a source as queries, with their labels where it has them; for one that cannot be read, why.
 
     Args:
         source: Where they come from.
-        shape: (c, h, w) of the index.
+        shape: What the index's classifier looks at (`Classifier.target`).
         prefix: Put before their ids to make names.
     """
     queries: list[Query | FailedQuery] = []

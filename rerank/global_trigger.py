@@ -154,7 +154,7 @@ def _sample(
 
     def images() -> Iterator[UInt8[np.ndarray, "c h w"]]:
         nonlocal total, seen
-        for record in readable(source, classifier.image_shape, progress):
+        for record in readable(source, classifier.target, progress):
             total, seen = total + float(record.image.std()) / 255.0, seen + 1
             yield record.image
 

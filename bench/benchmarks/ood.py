@@ -40,6 +40,7 @@ from tmm_engine.bench.tables import count, grouped, mean, plain_text, rate, tabl
 from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.opening import open_source
@@ -82,7 +83,7 @@ def command(source: str, **options: Any) -> None:
         if foreign is None:
             images = noise_images(count, shape, seed=seed)
         else:
-            images = foreign_images(foreign, count, shape, seed=seed, progress=progress)
+            images = foreign_images(foreign, count, suite.classifier.target, seed=seed, progress=progress)
         store = mixed(suite, images)
         with suite.records(options["out"], "ood", methods, KEY, foreign_count=len(images)) as records:
             measure_foreign(
@@ -106,7 +107,7 @@ def noise_images(count: int, shape: ImageShape, *, seed: int) -> UInt8[np.ndarra
 
 
 def foreign_images(
-    source: ImageSource, count: int, shape: ImageShape, *, seed: int, progress: Progress = silent
+    source: ImageSource, count: int, shape: Target, *, seed: int, progress: Progress = silent
 ) -> UInt8[np.ndarray, "m c h w"]:
     """A seeded random subset of a source's readable images, brought to a shape; all where there are fewer.
 

@@ -185,7 +185,7 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
     from tmm_engine.query import as_query, queries_from
     from tmm_engine.results import FailedQuery
 
-    shape = engine.store.image_shape
+    shape = engine.classifier.target
     queries: list[Query | FailedQuery] = []
     for path in paths:
         if path.is_dir():

@@ -17,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tmm_engine.index.errors import ModelError, nearest
+from tmm_engine.index.models.preprocessing import Preprocessing
 
 READY_MODULE = "module"
 VIT_TINY = "vit_tiny_32"
+LATER = frozenset(("preprocessing",))  # attributes that specifications of before do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,10 @@ class ModelSpec:
         mean: Per channel, in [0, 1] pixel units; subtracted inside φ.
         std: Per channel, positive; divided by inside φ.
         head: Dotted name of the final Linear layer, empty until it is found.
+        preprocessing: How pictures get the image size; None: as `Preprocessing` does by default.
 
     Raises:
-        ModelError: A value out of its range, or mean or std not one per channel.
+        ModelError: A value out of its range, mean or std not one per channel, or preprocessing to another shape.
     """
 
     architecture: str
@@ -49,6 +52,7 @@ class ModelSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     head: str = ""
+    preprocessing: Preprocessing | None = None
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -64,6 +68,8 @@ class ModelSpec:
                 )
         if min(self.std) <= 0:
             raise ModelError(f"expected std to be positive, got {self.std}")
+        if self.preprocessing is not None and self.preprocessing.shape != self.image_shape:
+            raise ModelError(f"expected preprocessing to {self.image_shape}, got one to {self.preprocessing.shape}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -76,8 +82,13 @@ class ModelSpec:
         return self.architecture == READY_MODULE or ":" in self.architecture
 
     def to_json(self) -> dict[str, Any]:
-        """The attributes as JSON values."""
-        return asdict(self)
+        """The attributes as JSON values; those that came later than others are left out where they say nothing."""
+        content = asdict(self)
+        if self.preprocessing is None:
+            del content["preprocessing"]
+        else:
+            content["preprocessing"] = self.preprocessing.to_json()
+        return content
 
     @classmethod
     def from_json(cls, value: object) -> "ModelSpec":
@@ -87,12 +98,14 @@ class ModelSpec:
             ModelError: Not an object with exactly these attributes, or one of another type or out of its range.
         """
         names = [field.name for field in fields(cls)]
-        if not isinstance(value, dict) or value.keys() != set(names):
+        if not isinstance(value, dict) or not set(names) - LATER <= value.keys() <= set(names):
             got = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise ModelError(f"expected a model specification with {sorted(names)}, got {got}")
+            raise ModelError(f"expected a model specification with {sorted(set(names) - LATER)}, got {got}")
         given: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+        if given.get("preprocessing") is not None:
+            given["preprocessing"] = Preprocessing.from_json(given["preprocessing"])
         for field in fields(cls):
-            if not is_bearable(given[field.name], field.type):  # type: ignore[arg-type]
+            if field.name in given and not is_bearable(given[field.name], field.type):  # type: ignore[arg-type]
                 raise ModelError(
                     f"expected {field.name!r} of a model specification to be {field.type}, got {given[field.name]!r}"
                 )

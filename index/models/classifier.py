@@ -18,6 +18,7 @@ from tmm_engine.index.errors import InputError, ModelError, nearest
 from tmm_engine.index.files import replacing
 from tmm_engine.index.models.architectures import READY_MODULE, ModelSpec, Normalise, build_model, fit_spec, own_copy
 from tmm_engine.index.models.checkpoints import apply_state_dict, load_state_dict, read_metadata
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.types import ImageShape
 
 METADATA_KEY = "tmm_engine"
@@ -196,6 +197,11 @@ class Classifier:
     def image_shape(self) -> ImageShape:
         """(c, h, w)."""
         return self.spec.image_shape
+
+    @property
+    def target(self) -> Target:
+        """What pictures are brought to: the bare image shape where the usual way does."""
+        return self.spec.preprocessing or self.image_shape
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.names import spelled
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage
 from tmm_engine.index.types import ImageShape
 
@@ -60,7 +61,7 @@ class AdaptedSource:
         """The source's."""
         return self._source.natural_shape()
 
-    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order."""
         for record in self._source.read(shape):
             if isinstance(record, ImageRecord):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Shaped
 
 from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, to_numpy, to_uint8
 from tmm_engine.index.sources.records import ImageRecord, free_name, python_type
 from tmm_engine.index.types import ImageShape
@@ -65,10 +66,10 @@ class ArraySource:
         channels, height, width = self._images.shape[1:]
         return channels, height, width
 
-    def read(self, shape: ImageShape) -> Iterator[ImageRecord]:
+    def read(self, shape: Target) -> Iterator[ImageRecord]:
         """All images in order; raises InputError for another shape than the arrays' own."""
-        if shape != self.natural_shape():
-            raise InputError(f"expected arrays of shape {shape}, got {self.natural_shape()}; resize them first")
+        if (expected := shape_of(shape)) != self.natural_shape():
+            raise InputError(f"expected arrays of shape {expected}, got {self.natural_shape()}; resize them first")
         return self._records()
 
     def _records(self) -> Iterator[ImageRecord]:

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.records import Encoded, EncodedSource, ImageRecord, UnreadableImage
-from tmm_engine.index.types import ImageShape
 
 DATASET_ROOT = Path("~/.cache/tmm-engine/datasets")
 DATASETS = {
@@ -50,7 +50,7 @@ class TorchvisionSource(EncodedSource):
     def __len__(self) -> int:
         return len(self._labels)
 
-    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order."""
         if self._arrays is not None and self._arrays.natural_shape() == shape:
             return self._arrays.read(shape)

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.limits import MAX_PIXELS
+from tmm_engine.index.models.preprocessing import Preprocessing, Target, Transparency, shape_of
 from tmm_engine.index.types import ImageLike, ImageShape
 
 # These and no others: Pillow's EPS plugin, for one, would start Ghostscript on whatever it is given.
@@ -28,12 +29,12 @@ _COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV")
 _warning_filters = threading.Lock()
 
 
-def decode_image(source: ImageLike, *, shape: ImageShape | None = None) -> UInt8[np.ndarray, "c h w"]:
+def decode_image(source: ImageLike, *, shape: Target | None = None) -> UInt8[np.ndarray, "c h w"]:
     """One image as the index stores it.
 
     Files, bytes and PIL images are turned upright (EXIF), converted to 8 bits (the table in `_to_8_bits`) and, where a
-    shape is given, brought to its channels and size (`_fit`). Of an animation the first frame counts; of a PIL image
-    the frame it stands at.
+    shape is given, brought to its channels and size (`Preprocessing`). Of an animation the first frame counts; of a PIL
+    image the frame it stands at.
 
     Arrays and tensors are taken as they are: (h, w), (c, h, w) or (h, w, c) with 1 or 3 channels, uint8 or
     floating point in [0, 1], which is rounded to 8 bits. Where both layouts are possible the one that has the given
@@ -41,7 +42,8 @@ def decode_image(source: ImageLike, *, shape: ImageShape | None = None) -> UInt8
 
     Args:
         source: A path, an image file's bytes, a PIL image, a NumPy array, or a tensor on any device. Never modified.
-        shape: The expected shape. Default: the image's own size, 1 channel for grey modes, else 3.
+        shape: The expected shape, or a classifier's preprocessing, which says how pictures come to it. Default: the
+            image's own size, 1 channel for grey modes, else 3.
 
     Returns:
         uint8 (c, h, w), newly allocated, writable and contiguous.
@@ -50,15 +52,17 @@ def decode_image(source: ImageLike, *, shape: ImageShape | None = None) -> UInt8
         ImageError: Missing, unreadable, truncated or too large a file, or an array of another shape, type or range.
         InputError: A shape that no image can have.
     """
-    _check_shape(shape)
+    expected = None if shape is None else shape_of(shape)
+    _check_shape(expected)
     if isinstance(source, np.ndarray | torch.Tensor):
-        array: UInt8[np.ndarray, "c h w"] = to_uint8(channels_first(to_numpy(source)[None], shape=shape))[0]
+        array: UInt8[np.ndarray, "c h w"] = to_uint8(channels_first(to_numpy(source)[None], shape=expected))[0]
         return array
+    bring = Preprocessing(shape) if isinstance(shape, tuple) else shape
     with _opened(source) as image:
         image.load()
-        pixels = _to_8_bits(_upright(image))
-        if shape is not None:
-            pixels = _fit(pixels, shape)
+        pixels = _to_8_bits(_upright(image), bring.transparency if bring else Transparency.WHITE)
+        if bring is not None:
+            return bring(pixels)
         interleaved: UInt8[np.ndarray, "h w c"] = np.atleast_3d(np.asarray(pixels))
         return np.array(interleaved.transpose(2, 0, 1), order="C")
 
@@ -216,7 +220,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image) if turned else image
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image, transparency: Transparency) -> Image.Image:
     """Any supported mode as L or RGB. Colour profiles are not applied.
 
     | mode | what it is | becomes |
@@ -226,13 +230,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     | I;16, I | integers; outside 0..65535 refused | L: v / 257, rounded (Pillow's `convert` would clip at 255) |
     | F | floating point; outside [0, 1] refused, as for arrays | L: v · 255, rounded |
     | P | palette | RGB |
-    | LA, RGBA, PA; L, RGB, P with a transparent colour | transparency | L or RGB, over white |
+    | LA, RGBA, PA; L, RGB, P with a transparent colour | transparency | L or RGB, over white, or without it |
     | CMYK, YCbCr, HSV | other colour spaces | RGB by Pillow's plain formulas |
     """
     mode = "L" if _channels(image) == 1 else "RGB"
     if image.mode in _WIDE_MODES:
         return Image.fromarray(_narrowed(np.asarray(image)))
-    if image.has_transparency_data:
+    if image.has_transparency_data and transparency is Transparency.WHITE:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
     return image if image.mode == mode else image.convert(mode)
@@ -249,17 +253,3 @@ def _narrowed(pixels: Num[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
         raise ImageError(f"expected 16-bit pixels in 0..65535, got {low} to {high}; scale them to 8 bits first")
     narrowed = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return narrowed
-
-
-def _fit(image: Image.Image, shape: ImageShape) -> Image.Image:
-    """An L or RGB image with the shape's channels and size.
-
-    Grey becomes three equal channels, colour becomes its luma (ITU-R 601). Only where the size differs: the largest
-    centred part with the shape's aspect ratio, resized (bicubic, antialiased); that is to say, the shorter side is
-    fitted and the rest cropped.
-    """
-    channels, height, width = shape
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)

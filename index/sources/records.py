@@ -18,6 +18,7 @@ from PIL import Image
 
 from tmm_engine.index.columns import is_column_name
 from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.sources.images import decode_image, natural_shape
 from tmm_engine.index.types import ImageShape
 
@@ -89,8 +90,12 @@ class ImageSource(Protocol):
             InputError: No image is readable.
         """
 
-    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
-        """All images in order, each of the given shape; see `index.sources.images.decode_image` for how they get it."""
+    def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
+        """All images in order, each brought to a shape as `index.sources.images.decode_image` does.
+
+        Args:
+            shape: (c, h, w), or a classifier's preprocessing where it asks for more than the usual.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class EncodedSource(ABC):
                     return _capped(channels, height, width)
         raise InputError(f"{self.name}: expected at least one readable image, got none; check the files")
 
-    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order, decoded by a few threads that run a bounded number of images ahead."""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as pool:
             pending: deque[Future[list[ImageRecord | UnreadableImage]]] = deque()
@@ -148,7 +153,7 @@ def _chunks(items: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
         yield chunk
 
 
-def _decode(chunk: Sequence[Encoded], shape: ImageShape) -> list[ImageRecord | UnreadableImage]:
+def _decode(chunk: Sequence[Encoded], shape: Target) -> list[ImageRecord | UnreadableImage]:
     records: list[ImageRecord | UnreadableImage] = []
     for item in chunk:
         try:

@@ -6,9 +6,9 @@ from typing import TypeVar
 import numpy as np
 
 from tmm_engine.index.errors import InputError
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
-from tmm_engine.index.types import ImageShape
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def reservoir(items: Iterable[T], size: int, generator: np.random.Generator) -> 
     return kept
 
 
-def readable(source: ImageSource, shape: ImageShape, progress: Progress = silent) -> Iterator[ImageRecord]:
+def readable(source: ImageSource, shape: Target, progress: Progress = silent) -> Iterator[ImageRecord]:
     """The source's images that can be read.
 
     Args:
@@ -46,7 +46,7 @@ def readable(source: ImageSource, shape: ImageShape, progress: Progress = silent
 
 
 def sampled(
-    source: ImageSource, shape: ImageShape, size: int, *, seed: int = 0, progress: Progress = silent
+    source: ImageSource, shape: Target, size: int, *, seed: int = 0, progress: Progress = silent
 ) -> list[ImageRecord]:
     """A uniform sample of the readable images, in random order; all where there are no more.
 

@@ -31,7 +31,7 @@ def write_index(
     """Write an index of the source's images. It appears at `target` whole, or not at all.
 
     Args:
-        source: The images; decoded to `classifier.image_shape`.
+        source: The images; decoded to `classifier.target`.
         target: The index's folder; its parent must exist.
         classifier: Computes the features; stored in the index.
         columns: Of features that are stored beside φ(x).

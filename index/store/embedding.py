@@ -61,7 +61,7 @@ def embedded(
     """All readable images of the source with their features, batch by batch; the next batch is decoded meanwhile.
 
     Args:
-        source: The images; decoded to `classifier.image_shape`.
+        source: The images; decoded to `classifier.target`.
         classifier: Its predictions stand in where there are no labels.
         columns: What is computed, φ(x) among it.
         report: Exemplars and skipped images are counted here.
@@ -138,7 +138,7 @@ def readable_records(
         InputError: an id is there twice, a label is out of range, or, with `strict`, an image is unreadable.
     """
     seen: set[str] = set()
-    for record in source.read(classifier.image_shape):
+    for record in source.read(classifier.target):
         if isinstance(record, ImageRecord):
             _check_label(record, classifier)
             _check_new(record, seen)

@@ -71,7 +71,7 @@ class MemoryStore:
         """A source's readable images and their features, as an index of them would have them.
 
         Args:
-            source: The images; decoded to `classifier.image_shape`.
+            source: The images; decoded to `classifier.target`.
             classifier: Computes φ(x), and predicts labels where there are none.
             columns: Of features beside φ(x).
             progress: Told of images done.
