@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
-from tmm_engine.index.names import spelled
 from tmm_engine.index.models.preprocessing import Target
+from tmm_engine.index.names import spelled
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage
 from tmm_engine.index.types import ImageShape
 
