@@ -3,18 +3,21 @@
 from pathlib import Path
 
 from tmm_engine.describing import DEFAULT_VIEWS, describe
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.opening import as_source
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.building import check_build, write_index
 from tmm_engine.index.store.embedding import BuildReport
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 
 
+@checked
 def build_index(
-    source: ImageSource,
-    index: Path,
+    source: ImageSource | str | Path,
+    index: str | Path,
     classifier: Classifier,
     *,
     views: int = DEFAULT_VIEWS,
@@ -28,7 +31,7 @@ def build_index(
     """Build an index of a source's images. It appears at `index` whole, or not at all.
 
     Args:
-        source: The exemplars.
+        source: The exemplars, or what `open_source` takes: a folder, a Parquet file, a data set's name.
         index: A folder that does not exist yet, or an index to replace.
         classifier: Computes the features.
         views: Symmetric views that the descriptors of mode ``robust`` are the mean of, 1 to 10: so many more passes
@@ -47,6 +50,7 @@ def build_index(
         InputError: source and classifier do not fit, no image can be read, an id is there twice, a label is out of
             range, the images are such that `make_global_trigger` refuses them, or, with `strict`, one is unreadable.
     """
+    source, index = as_source(source), Path(index)
     check_build(source, index, classifier, overwrite=overwrite, neighbours=neighbours)
     described = describe(
         source, classifier, views=views, recogniser=recogniser, global_trigger=global_trigger, progress=progress

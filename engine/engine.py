@@ -1,21 +1,24 @@
 """`Engine`: a handle on an index, which it opens, searches and changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack, overload
 
 import numpy as np
+import torch
 from torch import nn
 
 from tmm_engine.backends import Backend, compare_backends
 from tmm_engine.describing import DEFAULT_VIEWS, describe
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import ImageError, InputError, member
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.opening import as_source
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact, delete_exemplars
 from tmm_engine.index.store.embedding import check_fit
@@ -57,6 +60,7 @@ class Engine:
         self._last_filter: tuple[Snapshot, str, Snapshot] | None = None
 
     @classmethod
+    @checked
     def open(
         cls,
         path: str | Path,
@@ -102,15 +106,16 @@ class Engine:
         return cls(Snapshot.open(Path(path), opening), opening=opening)
 
     @classmethod
+    @checked
     def from_arrays(
         cls,
-        images: np.ndarray,
-        labels: Sequence[int] | np.ndarray | None,
+        images: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor],
+        labels: Sequence[int] | np.ndarray | torch.Tensor | None,
         classifier: Classifier,
         *,
         ids: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
-        metadata: dict[str, Sequence[Any]] | None = None,
+        metadata: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
         neighbours: str = EXACT,
         views: int = DEFAULT_VIEWS,
         recogniser: str | None = None,
@@ -120,7 +125,7 @@ class Engine:
         """An index in memory, with the same methods.
 
         Args:
-            images: (n, c, h, w), (n, h, w, c) or (n, h, w); uint8, or float in [0, 1].
+            images: (n, c, h, w), (n, h, w, c) or (n, h, w), or a list of n alike; uint8, or float in [0, 1].
             labels: Class indices, or None: the model's predictions are used and marked.
             classifier: Computes the features.
             ids: Unique; default: positions.
@@ -144,7 +149,7 @@ class Engine:
         snapshot = Snapshot.of(
             classifier,
             store,
-            class_names=class_names or classifier.class_names,
+            class_names=source.class_names or classifier.class_names,
             neighbours=neighbours,
             global_trigger=described.global_trigger,
             describer=described.describer,
@@ -266,6 +271,8 @@ class Engine:
         Raises:
             InputError: an unknown mode, or an option out of range or without effect.
         """
+        if isinstance(queries, str | bytes) or not isinstance(queries, Sequence):
+            raise InputError(f"expected a list of queries, got {type(queries).__name__}; put a query alone into a list")
         asked, snapshot = _asked(options, keywords), self._snapshot
         found: list[SearchResult | FailedQuery | Query] = []
         for position, item in enumerate(queries):
@@ -279,6 +286,7 @@ class Engine:
         answers = iter(self._each(good, asked, progress))
         return [next(answers) if isinstance(item, Query) else item for item in found]
 
+    @checked
     def matching(self, where: str) -> "Engine":
         """An engine over those exemplars alone for which a filter is true; its answers are those of an index of them.
 
@@ -292,6 +300,7 @@ class Engine:
         """
         return Engine(self._filtered(self._snapshot, where), opening=self._opening)
 
+    @checked
     def exemplar(self, id_: str) -> Query:
         """A stored exemplar as a query, by its id.
 
@@ -302,9 +311,10 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------- changing
 
+    @checked
     def add(
         self,
-        source: ImageSource,
+        source: ImageSource | str | Path,
         *,
         replace: bool = False,
         strict: bool = False,
@@ -314,7 +324,7 @@ class Engine:
         """Add a source's images, with their features; see `index.store.changes.add_exemplars`.
 
         Args:
-            source: As `index.open_source` makes it.
+            source: As `index.open_source` makes it, or what that takes: a folder, a file, a data set's name.
             replace: Images whose id is there take the old one's place; without it they are refused.
             strict: Fail at the first image that cannot be read instead of skipping it.
             id_prefix: Put before the source's ids.
@@ -322,7 +332,7 @@ class Engine:
         """
         report = add_exemplars(
             self._changeable(),
-            source,
+            as_source(source),
             self.classifier,
             replace_same=replace,
             strict=strict,
@@ -332,9 +342,10 @@ class Engine:
         self.refresh()
         return report
 
+    @checked
     def sync(
         self,
-        source: ImageSource,
+        source: ImageSource | str | Path,
         *,
         delete: bool = False,
         dry_run: bool = False,
@@ -346,7 +357,7 @@ class Engine:
         `index.store.syncing.sync_index`.
 
         Args:
-            source: As `index.open_source` makes it.
+            source: As for `add`.
             delete: Remove exemplars that the source has no image of.
             dry_run: Say what would happen, and change nothing.
             strict: Fail at the first image that cannot be read instead of leaving it as it was.
@@ -355,7 +366,7 @@ class Engine:
         """
         report = sync_index(
             self._changeable(),
-            source,
+            as_source(source),
             self.classifier,
             delete=delete,
             dry_run=dry_run,
@@ -367,12 +378,14 @@ class Engine:
             self.refresh()
         return report
 
+    @checked
     def delete(self, *, ids: Sequence[str] = (), where: str | None = None) -> ChangeReport:
         """Remove exemplars by id, or those that a filter matches; see `index.store.changes.delete_exemplars`."""
         report = delete_exemplars(self._changeable(), ids=ids, where=where)
         self.refresh()
         return report
 
+    @checked
     def compact(self, *, discard_versions: bool = False) -> ChangeReport:
         """Write the exemplars anew, without deleted ones and in few files; see `index.store.changes.compact`."""
         report = compact(self._changeable(), discard_versions=discard_versions)
@@ -468,7 +481,13 @@ class Engine:
 
 
 def _asked(options: SearchOptions | None, keywords: SearchKeywords) -> SearchOptions:
-    return SearchOptions(**keywords) if options is None else replace(options, **keywords)
+    if options is None:
+        return SearchOptions(**keywords)
+    if not isinstance(options, SearchOptions):
+        raise InputError(
+            f"options: expected SearchOptions, got {type(options).__name__}; name an option, as in mode=…, k=…"
+        )
+    return replace(options, **keywords)
 
 
 def _query(item: ImageLike | Query, snapshot: Snapshot, position: int) -> Query:

@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.descriptors.columns import DESCRIPTORS, ROBUST_FEATURE, Descriptors
 from tmm_engine.index.store.manifest import Manifest
 
 LIBRARIES = ("tmm-engine", "torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
 
 
-def describe_index(path: Path, *, version: int | None = None) -> dict[str, Any]:
+@checked
+def describe_index(path: str | Path, *, version: int | None = None) -> dict[str, Any]:
     """Facts about an index, or an older version of it, in an order to read them in.
 
     Raises:
         IndexStateError: no index there, of another format version, or damaged.
     """
+    path = Path(path)
     manifest = Manifest.read(path, version=version)
     manifest.check_sizes(path)
     return {

@@ -12,6 +12,7 @@ from torch import nn
 import tmm_engine.index.descriptors.columns
 import tmm_engine.rerank.columns  # noqa: F401 - both make columns known
 from tmm_engine.backends import damaged_graphs
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import is_registered, load_columns
 from tmm_engine.index.errors import IndexStateError, InputError, ModelError, TmmEngineError
@@ -86,8 +87,9 @@ class Verification:
         self.findings.append(Finding(what, remedy, harmless))
 
 
+@checked
 def verify_index(
-    index: Path, *, model: nn.Module | str | None = None, sample: int = SAMPLE, progress: Progress = silent
+    index: str | Path, *, model: nn.Module | str | None = None, sample: int = SAMPLE, progress: Progress = silent
 ) -> Verification:
     """Compare every file with its SHA-256; then rows, ids and features with each other; then the caches.
 
@@ -102,6 +104,7 @@ def verify_index(
     Raises:
         IndexStateError: no index there.
     """
+    index = Path(index)
     recover(index)
     done = Verification()
     if not index.exists() or not any(index.glob("*.json")):
@@ -121,7 +124,8 @@ def verify_index(
     return done
 
 
-def repair_index(index: Path, *, model: nn.Module | str | None = None, progress: Progress = silent) -> list[str]:
+@checked
+def repair_index(index: str | Path, *, model: nn.Module | str | None = None, progress: Progress = silent) -> list[str]:
     """Rebuild what can be rebuilt: caches, and features from images; remove what killed writers left.
 
     Images, labels, ids and metadata are never changed; what is wrong with them is an error that says so.
@@ -133,6 +137,7 @@ def repair_index(index: Path, *, model: nn.Module | str | None = None, progress:
         IndexStateError: damage that nothing here can rebuild.
         ModelError: the model is needed and not given.
     """
+    index = Path(index)
     found = verify_index(index, model=model, progress=progress)
     manifest = Manifest.read(index)
     beyond = [finding for finding in found.findings if not finding.harmless and finding.remedy != REPAIR]

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.store.manifest import Manifest, older_versions
 
 
@@ -28,12 +29,14 @@ class Version:
         return asdict(self)
 
 
-def versions_of(index: Path) -> list[Version]:
+@checked
+def versions_of(index: str | Path) -> list[Version]:
     """Every version of an index that can be opened, oldest first.
 
     Raises:
         IndexStateError: no index there, or damaged.
     """
+    index = Path(index)
     newest = Manifest.read(index)
     older = [Manifest.read(index, version=number) for number in older_versions(index) if number < newest.version]
     return [Version(each.version, each.created, each.exemplars, each.change) for each in (*older, newest)]

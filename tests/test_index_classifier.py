@@ -239,7 +239,7 @@ def test_what_was_saved_is_the_default_and_what_is_given_wins(tmp_path):
     read = Classifier.from_architecture("mobilenet_v3_small", image_shape=(3, 24, 24), weights=path)
     assert (read.spec.small_stem, read.spec.mean, read.class_names) == (True, (0.1, 0.2, 0.3), names)
     assert read.image_shape == (3, 24, 24)
-    given = {"small_stem": False, "mean": (0.0, 0.0, 0.0), "class_names": "ab"}
+    given = {"small_stem": False, "mean": (0.0, 0.0, 0.0), "class_names": ("a", "b")}
     read = Classifier.from_architecture("mobilenet_v3_small", image_shape=(3, 32, 32), weights=path, **given)
     assert (read.spec.small_stem, read.spec.mean, read.class_names) == (False, (0.0, 0.0, 0.0), ("a", "b"))
     assert read.spec.std == (0.4, 0.5, 0.6)
@@ -352,7 +352,7 @@ def test_what_else_the_fingerprint_covers():
     assert len(prints) == 4
     assert all(len(value) == 64 and int(value, 16) for value in prints)
     assert small_classifier().fingerprint in prints
-    assert small_classifier(class_names="abc").fingerprint in prints, "names are not part of the model"
+    assert small_classifier(class_names=[*"abc"]).fingerprint in prints, "names are not part of the model"
 
 
 def test_addresses_in_printed_code_do_not_count():

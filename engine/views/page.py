@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from jinja2 import Environment, StrictUndefined
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import (
     agrees,
@@ -25,6 +26,7 @@ from tmm_engine.views.showing import (
 )
 
 
+@checked
 def write_html(
     results: Sequence[SearchResult | FailedQuery],
     path: Path | str,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFont, ImageOps
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import (
@@ -52,6 +53,7 @@ _LEGEND = (
 )
 
 
+@checked
 def write_png(results: Sequence[SearchResult | FailedQuery], path: Path | str, *, columns: int = 10) -> None:
     """Write one picture: a block per query, a row per result, neighbours enlarged and framed by agreement.
 

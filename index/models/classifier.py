@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, ModelError, nearest
 from tmm_engine.index.files import replacing
 from tmm_engine.index.models.architectures import READY_MODULE, ModelSpec, Normalise, build_model, fit_spec, own_copy
@@ -48,6 +49,7 @@ class Classifier:
     fingerprint: str
 
     @classmethod
+    @checked
     def from_module(
         cls,
         model: nn.Module,
@@ -75,12 +77,13 @@ class Classifier:
         return _assemble(own_copy(model), draft, class_names)
 
     @classmethod
+    @checked
     def from_architecture(
         cls,
         architecture: str,
         *,
         image_shape: Sequence[int],
-        weights: Path | None = None,
+        weights: str | Path | None = None,
         seed: int | None = None,
         num_classes: int | None = None,
         small_stem: bool | None = None,
@@ -109,8 +112,9 @@ class Classifier:
         Raises:
             ModelError: The name, the weights and the arguments do not go together, or as `from_module`.
         """
+        weights = None if weights is None else Path(weights)
         saved, saved_names = (None, None) if weights is None else _read_saved(weights)
-        class_names = class_names or saved_names
+        class_names = saved_names if class_names is None else class_names
         draft = _draft(
             architecture,
             image_shape,
@@ -142,7 +146,8 @@ class Classifier:
             apply_state_dict(network, state)
         return _assemble(network, draft, class_names, num_classes=num_classes)
 
-    def save(self, path: Path) -> None:
+    @checked
+    def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically: the user's tensor names, and beside them what `load` needs.
 
         Weights are float32. `from_architecture` takes the file as ``weights`` too.
@@ -151,11 +156,12 @@ class Classifier:
         tensors = {name: tensor.detach().clone().cpu() for name, tensor in self._tensors().items()}
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         saved = json.dumps({"spec": self.spec.to_json(), "class_names": self.class_names})
-        with replacing(path) as written:  # not save_file, whose files only their owner can read
+        with replacing(Path(path)) as written:  # not save_file, whose files only their owner can read
             written.write_bytes(safetensors.torch.save(tensors, metadata={METADATA_KEY: saved}))
 
     @classmethod
-    def load(cls, path: Path, *, model: nn.Module | str | None = None) -> "Classifier":
+    @checked
+    def load(cls, path: str | Path, *, model: nn.Module | str | None = None) -> "Classifier":
         """Read what `save` wrote.
 
         Args:
@@ -166,6 +172,7 @@ class Classifier:
         Raises:
             ModelError: A damaged file, one that `save` did not write, weights that do not fit, or the model is missing.
         """
+        path = Path(path)
         spec, class_names = _read_saved(path)
         if spec is None:
             raise ModelError(f"expected a file that Classifier.save wrote, got {path} (use from_architecture)")
@@ -288,7 +295,7 @@ def _assemble(
     if num_classes not in (None, logits.shape[1]):
         raise ModelError(f"expected {num_classes} classes, got a model of {logits.shape[1]} (correct num_classes)")
     spec = replace(draft, num_classes=logits.shape[1])
-    names = tuple(class_names) if class_names else tuple(map(str, range(spec.num_classes)))
+    names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(spec.num_classes)))
     if len(names) != spec.num_classes:
         raise ModelError(f"expected {spec.num_classes} class names, one per class, got {len(names)}")
     spec = replace(spec, head=_find_head(network, images, logits, draft.head))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, to_numpy, to_uint8
@@ -21,7 +22,8 @@ class ArraySource:
     """Images held in memory. They are never resized: their own shape, whatever its size, is the only one they have.
 
     Args:
-        images: (n, c, h, w), (n, h, w, c) or (n, h, w); uint8 or floating point in [0, 1]. Not copied if uint8.
+        images: (n, c, h, w), (n, h, w, c) or (n, h, w), or a list of n alike; uint8 or floating point in [0, 1]. Not
+            copied if an array of uint8.
         labels: n integers, 0 or more.
         ids: n different strings. Default: the row in eight digits.
         class_names: In label order.
@@ -32,20 +34,21 @@ class ArraySource:
         InputError: Other shapes, types, lengths or ranges.
     """
 
+    @checked
     def __init__(
         self,
-        images: np.ndarray | torch.Tensor,
+        images: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor],
         labels: Sequence[int] | np.ndarray | torch.Tensor | None = None,
         *,
         ids: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
-        metadata: Mapping[str, Sequence[Any]] | None = None,
+        metadata: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
         name: str = "arrays",
     ) -> None:
         self.name = name
         self.class_names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
         self.labelled = labels is not None
-        self._images = channels_first(to_numpy(images))
+        self._images = channels_first(_stacked(images))
         if len(self) == 0:
             raise InputError("expected at least one image, got none")
         if self._images.dtype != np.uint8:
@@ -98,7 +101,7 @@ class ArraySource:
         return numbers
 
     def _typed_columns(
-        self, metadata: Mapping[str, Sequence[Any]]
+        self, metadata: Mapping[str, Sequence[Any] | np.ndarray]
     ) -> tuple[dict[str, type], dict[str, list[str | int | float | bool | None]]]:
         import pyarrow as pa
 
@@ -118,3 +121,15 @@ class ArraySource:
             name = free_name(original, types)
             types[name], columns[name] = kind, column.to_pylist()
         return types, columns
+
+
+def _stacked(images: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor]) -> np.ndarray:
+    """An array of all, also of a list of them."""
+    if isinstance(images, np.ndarray | torch.Tensor):
+        return to_numpy(images)
+    if not images:
+        raise InputError("expected at least one image, got none")
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise InputError(f"expected images of one shape, got {shapes[0]} and {shapes[1]}; resize them first")
+    return np.stack([to_numpy(image) for image in images])

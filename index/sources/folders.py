@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.images import IMAGE_SUFFIXES
 from tmm_engine.index.sources.metadata_csv import METADATA_CSV, MetadataTable
@@ -25,7 +26,9 @@ class FolderSource(EncodedSource):
             name is not UTF-8, or a ``metadata.csv`` that does not fit.
     """
 
-    def __init__(self, path: Path, *, limit: int | None = None) -> None:
+    @checked
+    def __init__(self, path: str | Path, *, limit: int | None = None) -> None:
+        path = Path(path)
         self.name = printable(path)
         folders, images = ([], [path]) if path.is_file() else _listed(path)
         classes = [(folder.name, _found(folder)) for folder in folders]

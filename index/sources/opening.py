@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.sources.datasets import DATASET_ROOT, DATASETS, TorchvisionSource
 from tmm_engine.index.sources.folders import FolderSource
@@ -10,8 +11,9 @@ from tmm_engine.index.sources.parquet import ParquetSource
 from tmm_engine.index.sources.records import ImageSource
 
 
+@checked
 def open_source(
-    source: str | Path, *, split: str | None = None, root: Path | None = None, limit: int | None = None
+    source: str | Path, *, split: str | None = None, root: str | Path | None = None, limit: int | None = None
 ) -> ImageSource:
     """The source that a name or a path means.
 
@@ -30,7 +32,7 @@ def open_source(
         raise InputError(f"expected a limit of at least 1 image, got {limit}")
     name = re.sub(r"[-_]", "", str(source).lower())
     if isinstance(source, str) and name in DATASETS:
-        return TorchvisionSource(name, root=root or DATASET_ROOT, split=split or "train", limit=limit)
+        return TorchvisionSource(name, root=Path(root or DATASET_ROOT), split=split or "train", limit=limit)
     if root is not None:
         raise InputError(f"expected a root only with a data set's name ({', '.join(DATASETS)}), got it with {source}")
     path = Path(source)
@@ -43,3 +45,8 @@ def open_source(
     raise InputError(
         f"expected a path or a data set's name ({', '.join(DATASETS)}), got {source}{nearest(name, DATASETS)}"
     )
+
+
+def as_source(source: ImageSource | str | Path) -> ImageSource:
+    """A source as it is; what a name or a path means, as `open_source`."""
+    return open_source(source) if isinstance(source, str | Path) else source

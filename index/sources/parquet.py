@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.sources.records import Encoded, EncodedSource, free_name, python_type
 
@@ -32,9 +33,11 @@ class ParquetSource(EncodedSource):
             or beyond the class names (looked for in all rows, up to the limit, before any image is read).
     """
 
-    def __init__(self, path: Path, *, split: str | None = None, limit: int | None = None) -> None:
+    @checked
+    def __init__(self, path: str | Path, *, split: str | None = None, limit: int | None = None) -> None:
         import pyarrow.parquet as pq
 
+        path = Path(path)
         self._prefix, self._shards = _shards(path, split)
         self.name = path.name if path.is_file() else f"{path.resolve().name} ({self._prefix})"
         with _arrow_errors(path):
