@@ -133,10 +133,11 @@ def measure_rivals(
             scores, taken = _scores(rival, of_queries, of_exemplars)
             about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
             about |= {"method": rival.name}
-            found = _best(scores[count:], k)
+            best = _best(scores, k + 1)
+            found = best[count:, :k]
             kept = answers.setdefault(rival.name, found)
             for job, measured in (
-                (VERY_IMAGE, _very_image(scores[:count], suite.store.labels, rows, k)),
+                (VERY_IMAGE, _very_image(scores[:count], best[:count], suite.store.labels, rows)),
                 (UNSEEN, _unseen(found, kept, suite.store.labels, held.labels, taken and taken[count:])),
             ):
                 if not record_file.done(job=job, perturbation=perturbation.name, method=rival.name):
@@ -150,11 +151,11 @@ def _pixels(suite: Suite, rows: Int64[np.ndarray, "rows"]) -> Float32[np.ndarray
 
 def _scores(
     rival: Rival, queries: dict[Part, Float[Tensor, "q _"]], exemplars: dict[Part, Float[Tensor, "n _"]]
-) -> tuple[Float64[np.ndarray, "q n"], list[bool] | None]:
+) -> tuple[Float[Tensor, "q n"], list[bool] | None]:
     """Larger is nearer; and which queries were taken for copies, where that is looked at."""
     (_, first), *_ = rival.parts
     if first.source == RAW:
-        return (-torch.cdist(queries[first].double(), exemplars[first].double())).numpy(), None
+        return -torch.cdist(queries[first].double(), exemplars[first].double()), None
     own, theirs = _joined(rival, queries), _joined(rival, exemplars)
     taken = None
     if rival.reranking == "gate":
@@ -167,7 +168,7 @@ def _scores(
         scores = expanded(own, theirs, neighbours=int(rival.reranking.split()[1]), power=3.0)
     else:
         scores = own @ theirs.T
-    return scores.double().numpy(), taken
+    return scores, taken
 
 
 def _joined(rival: Rival, computed: dict[Part, Float[Tensor, "n _"]]) -> Float[Tensor, "n d"]:
@@ -176,20 +177,25 @@ def _joined(rival: Rival, computed: dict[Part, Float[Tensor, "n _"]]) -> Float[T
     return normalize(torch.cat([weight**0.5 * computed[part] for weight, part in rival.parts], dim=1))
 
 
-def _best(scores: Float64[np.ndarray, "q n"], k: int) -> Int64[np.ndarray, "q k"]:
+def _best(scores: Float[Tensor, "q n"], k: int) -> Int64[np.ndarray, "q k"]:
     """The k best of each row; ties go to the first."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].numpy()
 
 
 def _very_image(
-    scores: Float64[np.ndarray, "q n"], labels: Int64[np.ndarray, "n"], rows: Int64[np.ndarray, "q"], k: int
+    scores: Float[Tensor, "q n"],
+    best: Int64[np.ndarray, "q k1"],
+    labels: Int64[np.ndarray, "n"],
+    rows: Int64[np.ndarray, "q"],
 ) -> dict[str, list[int]]:
-    own = np.take_along_axis(scores, rows[:, None], axis=1)
-    rank = (scores > own).sum(axis=1)
-    others = scores.copy()
-    np.put_along_axis(others, rows[:, None], -np.inf, axis=1)
-    right = (labels[_best(others, k)] == labels[rows][:, None]).sum(axis=1)
-    return {"rank": rank.tolist(), "right": right.tolist()}
+    """`best` is one more than is looked at, since the image itself does not count."""
+    own = torch.from_numpy(rows)[:, None]
+    rank = (scores > scores.gather(1, own)).sum(dim=1)
+    right = []
+    for found, itself in zip(best, rows, strict=True):
+        others = found[found != itself][: best.shape[1] - 1]
+        right.append(int((labels[others] == labels[itself]).sum()))
+    return {"rank": rank.tolist(), "right": right}
 
 
 def _unseen(
