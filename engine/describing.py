@@ -18,7 +18,7 @@ from tmm_engine.rerank.columns import StretchedColumn, global_columns
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig, preset
 
-DEFAULT_VIEWS = 5
+DEFAULT_VIEWS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)

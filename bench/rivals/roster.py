@@ -10,9 +10,9 @@ from tmm_engine.bench.rivals.parts import CHOSEN, FEATURES, PROBABILITIES, RAW, 
 from tmm_engine.index.descriptors.layers import PIXEL_LAYER, PIXELS, Layer
 
 GRIDS = (1, 2, 4)
-VIEWS = (1, 5, 10)
+VIEWS = (1, 2, 4, 10)
 FEATURE_WEIGHTS, PIXEL_WEIGHTS, PROBABILITY_WEIGHTS = (0.5, 1.0, 2.0), (0.0, 0.5, 1.0), (1.0, 2.0, 4.0)
-MIXED_VIEWS = 5
+MIXED_VIEWS = 4
 WHOLE = 64  # cells a side: every pixel of a small image
 
 Reranking = Literal["gate", "expansion 2", "expansion 5", "k-reciprocal"]

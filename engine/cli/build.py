@@ -45,7 +45,7 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
 @click.option(
     "--views",
     type=click.IntRange(min=0, max=10),  # as index.descriptors.views, which is too heavy to import here
-    default=5,
+    default=4,
     show_default=True,
     help="What the descriptors of mode robust are the mean of: so many more passes over the images. 0: none.",
 )

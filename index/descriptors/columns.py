@@ -20,7 +20,7 @@ from tmm_engine.index.columns import FeatureColumn, registered
 from tmm_engine.index.descriptors.descriptor import FEATURES, PROBABILITIES, Descriptor, Part
 from tmm_engine.index.descriptors.layers import Activations, Layer, Taps
 from tmm_engine.index.descriptors.projection import Projection
-from tmm_engine.index.descriptors.views import MAX_VIEWS, symmetric_views
+from tmm_engine.index.descriptors.views import MAX_VIEWS, ORDER, symmetric_views
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.models.classifier import Classifier
 
@@ -54,7 +54,7 @@ class Descriptors:
             parts[name] = [{"source": str(part.source), "weight": part.weight} for part in descriptor.parts]
             for place, part in enumerate(descriptor.parts):
                 tensors |= {f"{name}.{place}.{what}": tensor for what, tensor in _tensors(part).items()}
-        about = {"parts": parts, "views": self.views, "report": self.report}
+        about = {"parts": parts, "views": self.views, "order": ORDER[: self.views], "report": self.report}
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         path.write_bytes(save(whole, {METADATA: json.dumps(about)}))
 
@@ -70,6 +70,8 @@ class Descriptors:
                 about = json.loads(file.metadata()[METADATA])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             views = int(about["views"])
+            if about["order"] != [list(view) for view in ORDER[:views]]:
+                raise ValueError("its views are another version's")
             if not 1 <= views <= MAX_VIEWS or not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise ValueError(f"expected finite tensors and 1 to {MAX_VIEWS} views, got {views} views")
             found = {

@@ -18,8 +18,19 @@ BLUR = 1 / 40
 SHIFT = 1 / 16
 """As a share of each side: 2 pixels of 32."""
 
-ORDER = tuple((y, x, blurred) for blurred in (False, True) for y, x in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)))
-"""(down, right, whether blurred) of each view: the first is the image itself."""
+ORDER = (
+    (0, 0, False),
+    (0, 0, True),
+    (1, 0, False),
+    (-1, 0, True),
+    (0, 1, False),
+    (0, -1, True),
+    (-1, 0, False),
+    (1, 0, True),
+    (0, -1, False),
+    (0, 1, True),
+)
+"""(down, right, whether blurred) of each view: the first is the image itself; half of any even number are blurred."""
 
 MAX_VIEWS = len(ORDER)
 
