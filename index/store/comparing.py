@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Bool, UInt64
 
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
 from tmm_engine.index.store.commit import Change
 from tmm_engine.index.store.embedding import EmbeddedBatch, grouped
 from tmm_engine.index.store.lance_store import ROW_DIGEST, as_table, flat, row_digests, stored_columns
-from tmm_engine.index.types import ImageShape, Rows
+from tmm_engine.index.types import Rows
 
 
 class WatchedSource(AdaptedSource):
@@ -34,7 +35,7 @@ class WatchedSource(AdaptedSource):
         )
         self.unreadable: set[str] = set()
 
-    def read(self, shape: ImageShape) -> Iterator[ImageRecord | UnreadableImage]:
+    def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order."""
         for record in super().read(shape):
             if isinstance(record, UnreadableImage):
