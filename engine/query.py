@@ -54,7 +54,8 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
         name = str(image)
     pixels = decode_image(image, shape=shape).astype(np.float32) / np.float32(255.0)
     if isinstance(image, np.ndarray | torch.Tensor) and np.issubdtype(to_numpy(image).dtype, np.floating):
-        pixels = np.array(channels_first(to_numpy(image)[None], shape=expected)[0], dtype=np.float32, order="C")
+        values = channels_first(to_numpy(image)[None], shape=expected)[0]
+        pixels = np.array(values, dtype=np.float32, order="C").clip(0, 1)
     return Query(name, pixels, None)
 
 

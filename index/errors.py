@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeVar
 
 from tmm_engine.index.names import composed
@@ -28,6 +29,11 @@ class ModelError(TmmEngineError, ValueError):
 
 class IndexStateError(TmmEngineError):
     """An index on disk that is missing, of another format, damaged, locked, or in the way."""
+
+
+def printable(name: str | Path) -> str:
+    """A name with whatever is not UTF-8 in it escaped."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,7 @@ def test_every_form_of_an_image_is_the_same_query(memory: Engine, tmp_path: Path
         tmp_path / "query.png",
         str(tmp_path / "query.png"),
         (tmp_path / "query.png").read_bytes(),
+        BytesIO((tmp_path / "query.png").read_bytes()),
         image,
         IMAGES[300],
         IMAGES[300][None],
@@ -115,7 +117,7 @@ def test_every_form_of_an_image_is_the_same_query(memory: Engine, tmp_path: Path
     results = memory.search(forms, k=4, mode="cosine")
     assert len({tuple(answer(result)) for result in results}) == 1
     assert results[0].query == str(tmp_path / "query.png")
-    assert results[4].query == "query 4"
+    assert results[5].query == "query 5"
 
 
 def test_floating_point_queries_keep_their_precision(memory: Engine):

@@ -129,6 +129,38 @@ def test_a_16_bit_file_is_scaled(tmp_path):
         assert natural_shape(tmp_path / name) == (1, 8, 8)
 
 
+@pytest.mark.parametrize(("most", "bits"), [(255, 8), (256, 12), (4095, 12), (4096, 16), (65535, 16)])
+def test_fewer_bits_than_16_are_not_nearly_black(most, bits):
+    values, assumed = np.array([[0, most // 2, most]]), list[str]()
+    image = Image.fromarray(values.astype(np.uint16))
+    expected = np.rint(values[0] * 255 / ((1 << bits) - 1)).astype(int).tolist()
+    assert decode_image(image, assumed=assumed)[0, 0].tolist() == expected
+    assert [f"read as {bits} bits" in said for said in assumed] == ([] if bits == 16 else [True])
+
+
+def test_open_files_are_read_from_their_beginning_and_left_where_they_were(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    stream = io.BytesIO()
+    stream.write(content)
+    with (tmp_path / "a.png").open("rb") as file:
+        for source in (stream, file, bytearray(content), memoryview(content)):
+            np.testing.assert_array_equal(decode_image(source), decode_image(content))
+            assert natural_shape(source) == natural_shape(content)
+    assert stream.tell() == len(content)
+    for wrong, message in ((io.BytesIO(), "0 bytes"), (io.StringIO("x"), "binary mode"), (file, "open it again")):
+        with pytest.raises(ImageError, match=message):
+            decode_image(wrong)
+
+
+def test_rounding_does_not_put_floats_out_of_range():
+    array = np.full((1, 2, 2), 1.0000001)
+    assert decode_image(array).tolist() == [[[255, 255], [255, 255]]]
+    assert decode_image(array - 1.0000002).max() == 0
+    with pytest.raises(ImageError, match=r"got 1\.0001 to 1\.0001"):
+        decode_image(np.full((1, 2, 2), 1.0001))
+
+
 def test_integers_and_floats_out_of_range_are_refused():
     for values in (np.array([[-1, 5]], np.int32), np.array([[65536]], np.int32)):
         with pytest.raises(ImageError, match=r"0\.\.65535"):

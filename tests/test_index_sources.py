@@ -19,6 +19,7 @@ from tmm_engine.index.sources.folders import FolderSource
 from tmm_engine.index.sources.images import decode_image
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
+from tmm_engine.index.sources.shapes import common_shape
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data sets in ../shared/data")
@@ -129,6 +130,110 @@ def test_unusable_folders_say_why(tmp_path, class_folders):
     for name, message in cases.items():
         with pytest.raises(InputError, match=message):
             open_source(tmp_path / name)
+
+
+def test_what_is_left_out_is_counted_and_said(class_folders):
+    assert open_source(class_folders).remarks == ("left out: 2 hidden, 1 .md, 1 .txt",)
+    saved(class_folders / "__MACOSX" / "cat" / "._10.png")
+    (class_folders / "horse").mkdir()
+    (class_folders / "dog" / "c.HEIC").write_bytes(b"ftypheic")
+    (class_folders / "dog" / "link.png").symlink_to("nowhere.png")
+    (class_folders / "dog" / "round").symlink_to(class_folders)
+    source = open_source(class_folders)
+    assert (source.class_names, len(source)) == (("cat", "dog", "horse"), 6)
+    assert source.remarks == (
+        "formats that are not read: 1 .heic; convert these images to PNG or JPEG",
+        "folders without images that can be read: horse (each is a class all the same)",
+        "left out: 2 hidden, 1 folder __MACOSX, 1 .md, 1 .txt, 1 circular link",
+    )
+    unreadable = [r.id for r in source.read((3, 5, 6)) if isinstance(r, UnreadableImage)]
+    assert unreadable == ["dog/c.HEIC", "dog/link.png"]
+
+
+def test_a_flat_folder_with_unread_pictures_and_empty_folders(tmp_path):
+    saved(tmp_path / "a.jfif")
+    (tmp_path / "b.avif").touch()
+    (tmp_path / "empty").mkdir()
+    source = open_source(tmp_path)
+    assert (source.class_names, len(source)) == (None, 2)
+    assert [remark.partition(":")[0] for remark in source.remarks] == [
+        "formats that are not read",
+        "folders without images that can be read",
+    ]
+    (tmp_path / "a.jfif").unlink()
+    with pytest.raises(InputError, match=r"found none but 1 \.avif"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train", "valid"), ("train", "valid")),
+        (("Training", "dev", "eval"), ("Training", "dev", "eval")),
+        (("test_set", "training_set"), ("test_set", "training_set")),
+        (("annotations", "train2017", "val2017"), ("train2017", "val2017")),
+        (("test",), ("test",)),
+        (("bus", "car", "train"), ()),
+        (("evaluator", "trainer"), ()),
+    ],
+)
+def test_folders_of_splits_are_no_classes(tmp_path, names, splits):
+    for seed, name in enumerate(names):
+        saved(tmp_path / name / "cat" / "a.png", seed)
+    if not splits:
+        assert open_source(tmp_path).class_names == names
+        with pytest.raises(InputError, match="no splits"):
+            open_source(tmp_path, split=names[0])
+        return
+    with pytest.raises(InputError, match=f"open one of them .{', '.join(splits)}"):
+        open_source(tmp_path)
+    with pytest.raises(InputError, match="did you mean"):
+        open_source(tmp_path, split=splits[-1] + "x")
+    source = open_source(tmp_path, split=splits[-1])
+    assert (source.class_names, source.name) == (("cat",), str(tmp_path / splits[-1]))
+    [record] = source.read((3, 5, 6))
+    assert record.id == "cat/a.png"
+    np.testing.assert_array_equal(record.image, pixels(names.index(splits[-1])))
+
+
+def test_a_folder_that_cannot_be_listed_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="a folder that can be listed"):
+        FolderSource(tmp_path / "missing")
+
+
+def test_one_odd_image_does_not_decide_for_all(tmp_path):
+    saved(tmp_path / "a.png", size=(1, 1))
+    for name in ("b.png", "c.png"):
+        saved(tmp_path / name, size=(6, 5))
+    source = open_source(tmp_path)
+    assert source.natural_shape() == (3, 5, 6)
+    [remark] = source.remarks
+    assert "the first 3 images are 1×1 to 5×6 (height × width); the commonest is taken: 5×6, coloured" in remark
+    same = open_source(saved(tmp_path / "same" / "d.png"))
+    assert (same.natural_shape(), same.remarks) == ((3, 5, 6), ())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ([(1, 8, 8), (3, 8, 8), (3, 8, 8)], (3, 8, 8)),
+        ([(3, 8, 8), (3, 9, 9)], (3, 8, 8)),
+        ([(3, 480, 640), (3, 640, 480), (3, 10, 10)], (3, 224, 224)),
+        ([(3, 10, 40), (3, 20, 30), (3, 30, 20), (3, 40, 10), (3, 41, 9)], (3, 30, 20)),
+    ],
+)
+def test_the_commonest_shape_is_taken_else_the_median(shapes, expected):
+    assert common_shape(shapes) == expected
+
+
+def test_what_is_assumed_of_images_is_said_once(tmp_path):
+    for i in range(70):
+        Image.fromarray(np.full((4, 4), 4095 if i > 2 else 65535, np.uint16)).save(tmp_path / f"{i:02d}.png")
+    source = open_source(tmp_path)
+    for _ in range(2):
+        assert all((record.image == 255).all() for record in source.read((1, 4, 4)))
+    [remark] = source.remarks
+    assert remark.startswith("images such as 03.png were read as 12 bits")
 
 
 def test_order_survives_many_files_and_threads(tmp_path):

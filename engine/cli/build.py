@@ -29,10 +29,8 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
     default=None,
     help="First convolution 3x3, stride 1. Default: as the checkpoint says.",
 )
-@click.option("--image-size", callback=size, metavar="N|HxW", help="Default: the first image's, at most 224.")
-@click.option(
-    "--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as the first image."
-)
+@click.option("--image-size", callback=size, metavar="N|HxW", help="Default: most of the first images', at most 224.")
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as most are.")
 @click.option("--mean", callback=numbers, metavar="R,G,B", help="Normalisation mean of pixels in [0, 1]. Default: 0.")
 @click.option("--std", callback=numbers, metavar="R,G,B", help="Normalisation standard deviation. Default: 1.")
 @click.option("--head", metavar="NAME", help="The final linear layer, where it is not found by itself.")
@@ -90,9 +88,10 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     """
     from tmm_engine.backends import choose_device
     from tmm_engine.building import build_index as build
-    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
     from tmm_engine.index.sources.opening import open_source
+    from tmm_engine.index.sources.records import remarks_of
     from tmm_engine.index.store.target import check_target
     from tmm_engine.rerank.settings import GLOBAL_PRESET, GlobalRecipe, preset
 
@@ -102,6 +101,8 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     device = choose_device(options["device"])
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     classifier = _classifier(images, options).to(device)
+    said = remarks_of(images)
+    say_remarks(said)
     recipe = GlobalRecipe.of(preset(GLOBAL_PRESET)).with_settings(options["settings"])
     with progress_bar() as progress:
         report = build(
@@ -120,6 +121,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
         click.echo(f"skipped {image.id}: {image.reason}", err=True)
     if report.skipped_count:
         click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+    say_remarks(report.remarks, said=said)
     if options["compare_backends"]:
         with Engine.open(index, model=options["model"], device=options["device"]) as engine:
             speeds = engine.compare_backends()
@@ -144,11 +146,6 @@ def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
     """The classifier that the options of build-index describe, for images of the source."""
     from tmm_engine.index.models.classifier import Classifier
 
-    channels, height, width = source.natural_shape()
-    if options["channels"]:
-        channels = int(options["channels"])
-    if options["image_size"]:
-        height, width = options["image_size"]
     if options["model"] is None:
         ignored = [name for name in MODEL_OPTIONS if options[name] is not None]
         if ignored:
@@ -158,6 +155,10 @@ def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
                 "no model: pass --model NAME with --weights FILE, or --weights of a file saved by this program"
             )
         return Classifier.load(options["weights"])
+    size, channels = options["image_size"], options["channels"]
+    usual, *usual_size = source.natural_shape() if size is None or channels is None else (0, 0, 0)
+    height, width = size or usual_size
+    channels = int(channels or usual)
     return Classifier.from_architecture(
         options["model"],
         image_shape=(channels, height, width),

@@ -1,7 +1,7 @@
 """What a person sees in a terminal: progress on stderr, tables on stdout."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.progress import Progress
 from tmm_engine.results import FailedQuery, SearchResult
 
@@ -86,6 +87,13 @@ def _bars(console: Console) -> Iterator[Progress]:
             bars.update(task, completed=done, total=total)
 
         yield show
+
+
+def say_remarks(remarks: Iterable[str], *, said: Container[str] = ()) -> None:
+    """On stderr, what a source of images guessed, left out or converted, but for what was said before."""
+    for remark in remarks:
+        if remark not in said:
+            click.echo(f"note: {for_command_line(remark)}", err=True)
 
 
 def print_result(result: SearchResult) -> None:

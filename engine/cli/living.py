@@ -34,7 +34,7 @@ def add(index: Path, source: str, **options: Any) -> None:
       engine add photos.idx corrected/ --replace
       engine add photos.idx holiday/ --id-prefix holiday/
     """
-    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
     from tmm_engine.index.sources.opening import open_source
 
@@ -54,6 +54,7 @@ def add(index: Path, source: str, **options: Any) -> None:
         click.echo(f"skipped {image.id}: {image.reason}", err=True)
     if report.skipped_count:
         click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+    say_remarks(report.remarks)
     _say(index, report, f"{report.added:,} added, {report.replaced:,} replaced")
 
 

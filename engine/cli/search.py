@@ -180,8 +180,10 @@ def _config(options: dict[str, Any]) -> "TmmConfig":
 
 def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query | FailedQuery]":
     """Every query of a search, decoded, or what is wrong with it; a bad one that is alone is an error at once."""
+    from tmm_engine.cli.display import say_remarks
     from tmm_engine.index.errors import ImageError
     from tmm_engine.index.sources.opening import open_source
+    from tmm_engine.index.sources.records import remarks_of
     from tmm_engine.query import as_query, queries_from
     from tmm_engine.results import FailedQuery
 
@@ -189,7 +191,9 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
     queries: list[Query | FailedQuery] = []
     for path in paths:
         if path.is_dir():
-            queries += queries_from(open_source(path, limit=options["limit"]), shape, prefix=f"{path}/")
+            source = open_source(path, limit=options["limit"])
+            queries += queries_from(source, shape, prefix=f"{path}/")
+            say_remarks(remarks_of(source))
             continue
         try:
             queries.append(as_query(path, shape=shape, name=str(path)))
@@ -199,6 +203,7 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
     if options["source"]:
         source = open_source(options["source"], split=options["split"], root=options["root"], limit=options["limit"])
         queries += queries_from(source, shape)
+        say_remarks(remarks_of(source))
     if len(queries) == 1 and isinstance(queries[0], FailedQuery):
         raise ImageError(queries[0].error)
     return queries

@@ -31,9 +31,10 @@ def sync(index: Path, source: str, **options: Any) -> None:
       engine sync photos.idx photos/
       engine sync photos.idx photos/ --delete --dry-run
     """
-    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
     from tmm_engine.index.sources.opening import open_source
+    from tmm_engine.index.sources.records import remarks_of
 
     images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
     with (
@@ -48,6 +49,7 @@ def sync(index: Path, source: str, **options: Any) -> None:
             id_prefix=options["id_prefix"],
             progress=progress,
         )
+    say_remarks(remarks_of(images))
     _print_notes(report, delete=options["delete"])
     if report.dry_run:
         _print_plan(report)

@@ -3,10 +3,13 @@
 import re
 
 FLAGS = {
+    "channels=…": "--channels",
     "head=…": "--head",
     "id_prefix=…": "--id-prefix",
+    "image_size=…": "--image-size",
     "overwrite=True": "--overwrite",
     "replace=True": "--replace",
+    "split=…": "--split",
     "strict=True": "--strict",
     "views=…": "--views",
 }

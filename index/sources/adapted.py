@@ -7,7 +7,7 @@ from pathlib import Path
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.names import spelled
-from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage
+from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage, remarks_of
 from tmm_engine.index.types import ImageShape
 
 
@@ -56,6 +56,11 @@ class AdaptedSource:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The source's."""
+        return remarks_of(self._source)
 
     def natural_shape(self) -> ImageShape:
         """The source's."""

@@ -1,62 +1,88 @@
 """Exemplars from image files: class folders, a flat folder, or one file."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tmm_engine.index.arguments import checked
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.errors import InputError, nearest, printable
 from tmm_engine.index.sources.images import IMAGE_SUFFIXES
+from tmm_engine.index.sources.listing import Listing, counted, split_names
 from tmm_engine.index.sources.metadata_csv import METADATA_CSV, MetadataTable
-from tmm_engine.index.sources.records import Encoded, EncodedSource, Metadata, printable
+from tmm_engine.index.sources.records import Encoded, EncodedSource, Metadata
 
-SPLIT_NAMES = frozenset(("train", "test", "val", "validation"))
+_NAMED = 5  # folders that a remark lists
 
 
 class FolderSource(EncodedSource):
     """Image files: class folders, a flat folder, or one file.
 
     Class folders are read as torchvision's ImageFolder does: the sub-folders' sorted names are the classes, each is
-    searched recursively. A flat folder or a single file has no labels. Ids are paths relative to the folder;
-    metadata: ``path``, and the columns of ``metadata.csv`` in the folder, if there is one (see `MetadataTable`).
-    Hidden files and files without one of IMAGE_SUFFIXES are ignored.
+    searched recursively; one without images stays a class. A flat folder or a single file has no labels. Ids are paths
+    relative to the folder; metadata: ``path``, and the columns of ``metadata.csv`` in the folder, if there is one (see
+    `MetadataTable`). Hidden files, folders that systems leave behind (`LEFTOVERS`) and files without a suffix of images
+    are left out; pictures in formats that are not read (`UNREAD_SUFFIXES`) are images that cannot be read. `remarks`
+    counts both.
+
+    Args:
+        path: The folder or file.
+        split: The sub-folder to take where the sub-folders are splits.
+        limit: Only the first so many images.
 
     Raises:
-        InputError: No images, images beside class folders, sub-folders that are splits rather than classes, or whose
-            name is not UTF-8, or a ``metadata.csv`` that does not fit.
+        InputError: No images, images beside class folders, a folder that may not be listed, sub-folders that are splits
+            of which none is chosen, or whose name is not UTF-8, or a ``metadata.csv`` that does not fit.
     """
 
     @checked
-    def __init__(self, path: str | Path, *, limit: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, split: str | None = None, limit: int | None = None) -> None:
         path = Path(path)
+        top = Listing([], [path]) if path.is_file() else Listing.of(path)
+        splits = split_names(folder.name for folder in top.folders)
+        if splits or split is not None:
+            path = _split_folder(path, splits, split)
+            top = Listing.of(path)
         self.name = printable(path)
-        folders, images = ([], [path]) if path.is_file() else _listed(path)
-        classes = [(folder.name, _found(folder)) for folder in folders]
-        if images and any(files for _, files in classes):
-            raise InputError(
-                f"{path}: expected either images or class folders, got both ({images[0].name} and "
-                f"{folders[0].name}{os.sep}); move the images into class folders or open one folder at a time"
-            )
-        if folders and SPLIT_NAMES.issuperset(name.lower() for name, _ in classes):
-            raise InputError(f"{path}: expected class folders, got splits; open one of them, as in {folders[0]}")
-        if odd := [name for name, _ in classes if name != printable(name)]:
-            raise InputError(f"{self.name}: expected folders with names in UTF-8, got {odd[0]!r}; rename it")
-        self.labelled = not images
-        self.class_names = tuple(name for name, _ in classes) if self.labelled else None
-        labelled = [(file, label) for label, (_, files) in enumerate(classes) for file in files]
-        self._files: list[tuple[Path, int | None]] = [*((file, None) for file in images), *labelled][:limit]
-        if not self._files or (path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES):
-            raise InputError(f"{path}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
         self._folder = path.parent if path.is_file() else path
+        classes = {folder.name: Listing.below(folder, around=[path]) for folder in top.folders}
+        flat = any(map(_readable, top.images))
+        self._check_classes(classes, top.images[0] if flat else None)
+        self.labelled = not flat
+        self.class_names = None if flat else tuple(classes)
+        files: list[tuple[Path, int | None]] = [(file, None) for file in top.images]
+        if not flat:
+            files = [(file, label) for label, listing in enumerate(classes.values()) for file in listing.images]
+        self._files = files[:limit]
+        left_out = sum((listing.left_out for listing in classes.values()), top.left_out)
+        left_out += Counter() if flat else _suffixes(top.images)
+        if not any(_readable(file) for file, _ in files):
+            found = counted(left_out + _suffixes(file for file, _ in files))
+            raise InputError(
+                f"{path}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none{found and f' but {found}'}"
+            )
         self.metadata_types: Mapping[str, type] = {"path": str}
         self._table = None
         if path.is_dir() and (path / METADATA_CSV).is_file():
+            left_out[Path(METADATA_CSV).suffix] -= 1
             table = MetadataTable.read(path / METADATA_CSV, taken=self.metadata_types)
-            self._table = table.matched(self._id(file) for file, _ in (*((image, None) for image in images), *labelled))
+            self._table = table.matched(self._id(file) for file, _ in files)
             self.metadata_types = {"path": str, **self._table.types}
+        empty = [name for name, listing in classes.items() if not any(map(_readable, listing.images))]
+        self._remark(*_remarks(files, empty, left_out))
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def _check_classes(self, classes: Mapping[str, Listing], image: Path | None) -> None:
+        """Refuse class folders beside an image, and names that are no text."""
+        if image is not None and (filled := [name for name, listing in classes.items() if listing.images]):
+            raise InputError(
+                f"{self.name}: expected either images or class folders, got both ({image.name} and "
+                f"{filled[0]}{os.sep}); move the images into class folders or open one folder at a time"
+            )
+        if odd := [name for name in classes if name != printable(name)]:
+            raise InputError(f"{self.name}: expected folders with names in UTF-8, got {odd[0]!r}; rename it")
 
     def _encoded(self) -> Iterator[Encoded]:
         for file, label in self._files:
@@ -69,14 +95,39 @@ class FolderSource(EncodedSource):
         return file.relative_to(self._folder).as_posix()
 
 
-def _listed(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The sub-folders and the images directly inside, hidden ones left out, sorted by name."""
-    visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    images = [entry for entry in visible if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
-    return [entry for entry in visible if entry.is_dir()], images
+def _split_folder(path: Path, splits: list[str], split: str | None) -> Path:
+    """The sub-folder of a split.
+
+    Raises:
+        InputError: there is none of this name, or none is chosen.
+    """
+    if split in splits:
+        return path / split
+    if not splits:
+        raise InputError(f"{path}: got the split {split!r}, but its sub-folders are no splits; leave it out")
+    got = f"{split!r}{nearest(split, splits)}" if split else "none"
+    raise InputError(
+        f"{path}: expected class folders, got splits; open one of them ({', '.join(splits)}), as in "
+        f"{path / splits[0]}, or say which (`split=…`): got {got}"
+    )
 
 
-def _found(folder: Path) -> list[Path]:
-    """All images below the folder, a folder's own before those of its sub-folders."""
-    folders, images = _listed(folder)
-    return [*images, *(image for sub in folders for image in _found(sub))]
+def _readable(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _suffixes(files: Iterable[Path]) -> Counter[str]:
+    return Counter(file.suffix.lower() for file in files)
+
+
+def _remarks(files: Sequence[tuple[Path, int | None]], empty: Sequence[str], left_out: Counter[str]) -> Iterator[str]:
+    """What a user should know of a folder."""
+    if unread := _suffixes(file for file, _ in files if not _readable(file)):
+        yield f"formats that are not read: {counted(unread)}; convert these images to PNG or JPEG"
+    if empty:
+        listed = ", ".join(empty[:_NAMED]) + (f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else "")
+        yield f"folders without images that can be read: {listed}" + (
+            "" if files[0][1] is None else " (each is a class all the same)"
+        )
+    if +left_out:
+        yield f"left out: {counted(+left_out)}"

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Num, Shaped, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.errors import ImageError, InputError, printable
 from tmm_engine.index.limits import MAX_PIXELS
 from tmm_engine.index.models.preprocessing import Preprocessing, Target, Transparency, shape_of
 from tmm_engine.index.types import ImageLike, ImageShape
@@ -20,16 +20,19 @@ from tmm_engine.index.types import ImageLike, ImageShape
 # These and no others: Pillow's EPS plugin, for one, would start Ghostscript on whatever it is given.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+    (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )
 
 _WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _GREY_MODES = ("1", "L", "LA", *_WIDE_MODES)
 _COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV")
+_ROUNDING = 1e-5  # how far floating-point pixels may lie outside [0, 1]
 _warning_filters = threading.Lock()
 
 
-def decode_image(source: ImageLike, *, shape: Target | None = None) -> UInt8[np.ndarray, "c h w"]:
+def decode_image(
+    source: ImageLike, *, shape: Target | None = None, assumed: list[str] | None = None
+) -> UInt8[np.ndarray, "c h w"]:
     """One image as the index stores it.
 
     Files, bytes and PIL images are turned upright (EXIF), converted to 8 bits (the table in `_to_8_bits`) and, where a
@@ -41,9 +44,11 @@ def decode_image(source: ImageLike, *, shape: Target | None = None) -> UInt8[np.
     shape is meant, else (c, h, w).
 
     Args:
-        source: A path, an image file's bytes, a PIL image, a NumPy array, or a tensor on any device. Never modified.
+        source: A path, an image file's bytes, an open binary file (read from its beginning where it can be rewound),
+            a PIL image, a NumPy array, or a tensor on any device. Never modified.
         shape: The expected shape, or a classifier's preprocessing, which says how pictures come to it. Default: the
             image's own size, 1 channel for grey modes, else 3.
+        assumed: Takes what had to be assumed of the image, in sentences.
 
     Returns:
         uint8 (c, h, w), newly allocated, writable and contiguous.
@@ -60,7 +65,8 @@ def decode_image(source: ImageLike, *, shape: Target | None = None) -> UInt8[np.
     bring = Preprocessing(shape) if isinstance(shape, tuple) else shape
     with _opened(source) as image:
         image.load()
-        pixels = _to_8_bits(_upright(image), bring.transparency if bring else Transparency.WHITE)
+        transparency = bring.transparency if bring else Transparency.WHITE
+        pixels = _to_8_bits(_upright(image), transparency, [] if assumed is None else assumed)
         if bring is not None:
             return bring(pixels)
         interleaved: UInt8[np.ndarray, "h w c"] = np.atleast_3d(np.asarray(pixels))
@@ -125,16 +131,16 @@ def to_uint8(images: Shaped[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n c h 
     """A contiguous copy in 8 bits: uint8 as it is, floating point in [0, 1] times 255, rounded.
 
     Raises:
-        ImageError: Another dtype, or values outside [0, 1], NaN included.
+        ImageError: Another dtype, or values outside [0, 1] by more than rounding (1e-5), NaN included.
     """
     if images.dtype == np.uint8:
         return np.array(images, order="C")
     if not np.issubdtype(images.dtype, np.floating):
         raise ImageError(f"expected pixels as uint8 or floating point in [0, 1], got {images.dtype}; convert them")
     low, high = images.min(), images.max()
-    if not (low >= 0 and high <= 1):  # NaN compares false
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN compares false
         raise ImageError(
-            f"expected floating-point pixels in [0, 1], got {low:.6g} to {high:.6g}; divide by their maximum, "
+            f"expected floating-point pixels in [0, 1], got {low:.9g} to {high:.9g}; divide by their maximum, "
             "undo a normalisation, or pass uint8"
         )
     scaled: Float[np.ndarray, "n c h w"] = np.rint(images * images.dtype.type(255))
@@ -182,21 +188,43 @@ def _described(source: ImageLike) -> tuple[str, Path | io.BytesIO | Image.Image]
     """A name for messages, and what Pillow can open."""
     if isinstance(source, Image.Image):
         return "PIL image", source
-    if isinstance(source, bytes):
+    if isinstance(source, io.IOBase):
+        source = _content(source)
+    if isinstance(source, bytes | bytearray | memoryview):
         if not source:
             raise ImageError("expected an image file's bytes, got none (0 bytes)")
         return f"image of {len(source)} bytes", io.BytesIO(source)
     if not isinstance(source, Path | str):
         raise ImageError(
-            f"expected a path, bytes, a PIL image, an array or a tensor, got {type(source).__name__}; convert it"
+            f"expected a path, bytes, an open binary file, a PIL image, an array or a tensor, got "
+            f"{type(source).__name__}; convert it"
         )
-    path = Path(source)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise ImageError(f"{path}: expected an image file, got {found}; check the path")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path}: expected an image file, got an empty one (0 bytes)")
-    return str(path), path
+    path, name = Path(source), printable(source)
+    try:
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "no such file"
+            raise ImageError(f"{name}: expected an image file, got {found}; check the path")
+        if path.stat().st_size == 0:
+            raise ImageError(f"{name}: expected an image file, got an empty one (0 bytes)")
+    except OSError as error:
+        raise ImageError(f"{name}: expected an image file, got {error.strerror}; check the path") from error
+    return name, path
+
+
+def _content(stream: io.IOBase) -> bytes:
+    """All of an open file, which is left at the place where it stood."""
+    try:
+        place = stream.tell() if stream.seekable() else None
+        if place is not None:
+            stream.seek(0)
+        content = stream.read()
+        if place is not None:
+            stream.seek(place)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"expected an open binary file, got {error}; open it again") from error
+    if not isinstance(content, bytes):
+        raise ImageError(f"expected a file opened in binary mode, got {type(content).__name__}; open it with 'rb'")
+    return content
 
 
 def _check_size(image: Image.Image) -> None:
@@ -220,14 +248,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image) if turned else image
 
 
-def _to_8_bits(image: Image.Image, transparency: Transparency) -> Image.Image:
-    """Any supported mode as L or RGB. Colour profiles are not applied.
+def _to_8_bits(image: Image.Image, transparency: Transparency, assumed: list[str]) -> Image.Image:
+    """Any supported mode as L or RGB. Colour profiles are not applied. What is assumed of the image is added.
 
     | mode | what it is | becomes |
     |---|---|---|
     | L, RGB | 8 bits, 16-bit colour (of which Pillow keeps the high byte) | L, RGB: unchanged |
     | 1 | black and white | L: 0 and 255 |
-    | I;16, I | integers; outside 0..65535 refused | L: v / 257, rounded (Pillow's `convert` would clip at 255) |
+    | I;16, I | integers; outside 0..65535 refused | L: v / 257, rounded (Pillow's `convert` would clip at 255); \
+        where none is above 4095, v · 255 / 4095, as cameras of 12 bits write; where none is above 255, unchanged |
     | F | floating point; outside [0, 1] refused, as for arrays | L: v · 255, rounded |
     | P | palette | RGB |
     | LA, RGBA, PA; L, RGB, P with a transparent colour | transparency | L or RGB, over white, or without it |
@@ -235,15 +264,15 @@ def _to_8_bits(image: Image.Image, transparency: Transparency) -> Image.Image:
     """
     mode = "L" if _channels(image) == 1 else "RGB"
     if image.mode in _WIDE_MODES:
-        return Image.fromarray(_narrowed(np.asarray(image)))
+        return Image.fromarray(_narrowed(np.asarray(image), assumed))
     if image.has_transparency_data and transparency is Transparency.WHITE:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
     return image if image.mode == mode else image.convert(mode)
 
 
-def _narrowed(pixels: Num[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
-    """Integers of 16 bits, or floating point in [0, 1], as 8 bits."""
+def _narrowed(pixels: Num[np.ndarray, "h w"], assumed: list[str]) -> UInt8[np.ndarray, "h w"]:
+    """Integers of 16, 12 or 8 bits, or floating point in [0, 1], as 8 bits."""
     narrowed: UInt8[np.ndarray, "h w"]
     if np.issubdtype(pixels.dtype, np.floating):
         narrowed = to_uint8(pixels[None, None])[0, 0]
@@ -251,5 +280,9 @@ def _narrowed(pixels: Num[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     low, high = pixels.min(), pixels.max()
     if low < 0 or high > 65535:
         raise ImageError(f"expected 16-bit pixels in 0..65535, got {low} to {high}; scale them to 8 bits first")
-    narrowed = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    bits = 8 if high < 1 << 8 else 12 if high < 1 << 12 else 16
+    if bits < 16:
+        assumed.append(f"read as {bits} bits, since no pixel of the 16-bit file is above {(1 << bits) - 1}")
+    most = (1 << bits) - 1
+    narrowed = ((pixels.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
     return narrowed

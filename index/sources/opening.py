@@ -21,7 +21,8 @@ def open_source(
         source: A data set's name as a string (``mnist``, ``cifar10``, ``svhn``, ``gtsrb``; case, hyphens and
             underscores do not matter; write ``./mnist`` for a folder of that name), a folder of class folders, a flat
             folder of images, one image file, a Parquet file, or a folder of Parquet shards.
-        split: Of a data set ``train`` (default) or ``test``; of Parquet shards the first part of their names.
+        split: Of a data set ``train`` (default) or ``test``; of Parquet shards the first part of their names; of a
+            folder whose sub-folders are splits the name of one.
         root: Where data sets by name are, or are downloaded to. Default: DATASET_ROOT.
         limit: Only the first so many images.
 
@@ -38,10 +39,8 @@ def open_source(
     path = Path(source)
     if path.suffix.lower() == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
         return ParquetSource(path, split=split, limit=limit)
-    if split is not None:
-        raise InputError(f"expected a split only with a data set's name or with Parquet, got it with {source}")
     if path.exists():
-        return FolderSource(path, limit=limit)
+        return FolderSource(path, split=split, limit=limit)
     raise InputError(
         f"expected a path or a data set's name ({', '.join(DATASETS)}), got {source}{nearest(name, DATASETS)}"
     )

@@ -17,9 +17,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from tmm_engine.index.columns import is_column_name
-from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.errors import ImageError, InputError, printable
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.sources.images import decode_image, natural_shape
+from tmm_engine.index.sources.shapes import common_shape, said_shapes
 from tmm_engine.index.types import ImageShape
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 Metadata = dict[str, str | int | float | bool | None]
 
 RESERVED_COLUMNS = frozenset(("id", "label", "image", "label_is_predicted", "row_digest"))
-MAX_NATURAL_SIDE = 224
 
 _CHUNK = 32  # images that one thread decodes at a time
 _THREADS = min(8, os.cpu_count() or 1)
+_HEADERS = 64  # images that are asked for their shape where nobody says one
+_MOST_HEADERS = 256  # … and so many at most, where some of them cannot be read
 
 
 def is_reserved(name: str) -> bool:
@@ -84,7 +86,9 @@ class ImageSource(Protocol):
         """How many records and unreadable images `read` yields."""
 
     def natural_shape(self) -> ImageShape:
-        """The shape of the first readable image; (c, 224, 224) where a side is longer than that, except for arrays.
+        """The shape that images are brought to where nobody says one: that of most of the first.
+
+        It is (c, 224, 224) where a side is longer than that, except for arrays.
 
         Raises:
             InputError: No image is readable.
@@ -96,6 +100,24 @@ class ImageSource(Protocol):
         Args:
             shape: (c, h, w), or a classifier's preprocessing where it asks for more than the usual.
         """
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A source that says what it guessed, left out or converted.
+
+    Attributes:
+        remarks: Sentences for the user; those of its opening first, more may come while it is read.
+    """
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """As above."""
+
+
+def remarks_of(source: ImageSource) -> tuple[str, ...]:
+    """What a source has to say so far; most have nothing."""
+    return source.remarks if isinstance(source, Remarking) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,36 +137,48 @@ class EncodedSource(ABC):
     class_names: tuple[str, ...] | None
     labelled: bool
     metadata_types: Mapping[str, type]
+    remarks: tuple[str, ...] = ()
+
+    def _remark(self, *remarks: str) -> None:
+        """Add to what the user is told; nothing twice."""
+        self.remarks = tuple(dict.fromkeys((*self.remarks, *remarks)))
 
     @abstractmethod
     def _encoded(self) -> Iterator[Encoded]:
         """All images in order, not decoded."""
 
     def natural_shape(self) -> ImageShape:
-        """The shape of the first readable image; (c, 224, 224) where a side is longer than that."""
-        for item in self._encoded():
+        """The commonest shape of the first images; (c, 224, 224) where a side is longer than that."""
+        shapes: list[ImageShape] = []
+        for looked_at, item in enumerate(self._encoded()):
+            if len(shapes) == _HEADERS or (shapes and looked_at >= _MOST_HEADERS):
+                break
             with contextlib.suppress(ImageError):
                 if item.source is not None:
-                    channels, height, width = natural_shape(item.source)
-                    return _capped(channels, height, width)
-        raise InputError(f"{self.name}: expected at least one readable image, got none; check the files")
+                    shapes.append(natural_shape(item.source))
+        if not shapes:
+            raise InputError(f"{self.name}: expected at least one readable image, got none; check the files")
+        if remark := said_shapes(shapes):
+            self._remark(remark)
+        return common_shape(shapes)
 
     def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order, decoded by a few threads that run a bounded number of images ahead."""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as pool:
-            pending: deque[Future[list[ImageRecord | UnreadableImage]]] = deque()
+            pending: deque[Future[_Decoded]] = deque()
             for chunk in _chunks(self._encoded(), _CHUNK):
                 pending.append(pool.submit(_decode, chunk, shape))
                 if len(pending) > _THREADS:
-                    yield from pending.popleft().result()
+                    yield from self._told(pending.popleft().result())
             while pending:
-                yield from pending.popleft().result()
+                yield from self._told(pending.popleft().result())
 
-
-def _capped(channels: int, height: int, width: int) -> ImageShape:
-    if max(height, width) > MAX_NATURAL_SIDE:
-        return channels, MAX_NATURAL_SIDE, MAX_NATURAL_SIDE
-    return channels, height, width
+    def _told(self, decoded: "_Decoded") -> list[ImageRecord | UnreadableImage]:
+        """The records; what was assumed of images is said once, with the first of them."""
+        for assumption, first in decoded.assumed.items():
+            if not any(remark.endswith(assumption) for remark in self.remarks):
+                self._remark(f"images such as {first} were {assumption}")
+        return decoded.records
 
 
 def _chunks(items: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
@@ -153,23 +187,30 @@ def _chunks(items: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
         yield chunk
 
 
-def _decode(chunk: Sequence[Encoded], shape: Target) -> list[ImageRecord | UnreadableImage]:
-    records: list[ImageRecord | UnreadableImage] = []
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A chunk of images, and what was assumed of them with the id of the first of which it was."""
+
+    records: list[ImageRecord | UnreadableImage]
+    assumed: dict[str, str]
+
+
+def _decode(chunk: Sequence[Encoded], shape: Target) -> _Decoded:
+    decoded = _Decoded([], {})
     for item in chunk:
+        assumed: list[str] = []
         try:
             if item.source is None:
                 raise ImageError("expected an image, got null; embed the image's bytes in the Parquet file")
             if printable(item.id) != item.id:
                 raise ImageError("expected a name in UTF-8; rename the file")
-            records.append(ImageRecord(item.id, decode_image(item.source, shape=shape), item.label, item.metadata))
+            image = decode_image(item.source, shape=shape, assumed=assumed)
+            decoded.records.append(ImageRecord(item.id, image, item.label, item.metadata))
         except ImageError as error:
-            records.append(UnreadableImage(printable(item.id), printable(str(error))))
-    return records
-
-
-def printable(name: str | Path) -> str:
-    """A name with whatever is not UTF-8 in it escaped."""
-    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+            decoded.records.append(UnreadableImage(printable(item.id), printable(str(error))))
+        for assumption in assumed:
+            decoded.assumed.setdefault(assumption, printable(item.id))
+    return decoded
 
 
 def python_type(kind: "pa.DataType") -> type | None:

@@ -44,6 +44,7 @@ class ChangeReport:
         deleted: Exemplars that are gone.
         skipped: Images that could not be read, with reasons; the first of them.
         skipped_count: How many in all.
+        remarks: What the source guessed, left out or converted, in sentences.
     """
 
     version: int
@@ -53,6 +54,7 @@ class ChangeReport:
     deleted: int = 0
     skipped: list[UnreadableImage] = field(default_factory=list)
     skipped_count: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 def add_exemplars(
@@ -123,6 +125,7 @@ def add_exemplars(
         replaced=len(addresses),
         skipped=report.skipped,
         skipped_count=report.skipped_count,
+        remarks=report.remarks,
     )
 
 

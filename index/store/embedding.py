@@ -12,7 +12,7 @@ from tmm_engine.index.batches import forward_batch_size, prefetched
 from tmm_engine.index.columns import FEATURE, FeatureColumn
 from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
+from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage, remarks_of
 
 MAX_REPORTED = 20
 
@@ -26,12 +26,14 @@ class BuildReport:
         skipped: Images that could not be read, with reasons; the first MAX_REPORTED of them.
         skipped_count: How many in all.
         labels_predicted: True if the source had no labels and the model's predictions stand in.
+        remarks: What the source guessed, left out or converted, in sentences.
     """
 
     exemplars: int = 0
     skipped: list[UnreadableImage] = field(default_factory=list)
     skipped_count: int = 0
     labels_predicted: bool = False
+    remarks: tuple[str, ...] = ()
 
     def skip(self, image: UnreadableImage) -> None:
         """Count an unreadable image."""
@@ -132,7 +134,7 @@ def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int
 def readable_records(
     source: ImageSource, classifier: Classifier, report: BuildReport, *, strict: bool
 ) -> Iterator[ImageRecord]:
-    """The source's readable images, checked, in the classifier's shape; the others are counted in the report.
+    """The source's readable images, checked, in the classifier's shape; the report counts the others and has its remarks.
 
     Raises:
         InputError: an id is there twice, a label is out of range, or, with `strict`, an image is unreadable.
@@ -148,6 +150,7 @@ def readable_records(
             raise ImageError(f"{record.id}: {record.reason} (without `strict=True` it would be skipped)")
         else:
             report.skip(record)
+    report.remarks = remarks_of(source)
 
 
 def _check_label(record: ImageRecord, classifier: Classifier) -> None:
