@@ -134,7 +134,7 @@ def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int
 def readable_records(
     source: ImageSource, classifier: Classifier, report: BuildReport, *, strict: bool
 ) -> Iterator[ImageRecord]:
-    """The source's readable images, checked and in the classifier's shape; the report counts others and has its remarks.
+    """The source's readable images, checked, in the classifier's shape; the report counts others and has its remarks.
 
     Raises:
         InputError: an id is there twice, a label is out of range, or, with `strict`, an image is unreadable.
