@@ -2,10 +2,12 @@ from .building import build_index
 from .engine import Engine
 from .options import Mode, Prefilter, SearchOptions
 from .query import Query
-from .results import FailedQuery, Hit, SearchResult
+from .results import FailedQuery, Hit, SearchResult, SearchResults
+from .verify import repair_index, verify_index
 from .versions import Version
 from .views.page import write_html
 from .views.picture import write_png
+from .views.table import write_parquet
 
 __all__ = [
     "Engine",
@@ -16,8 +18,12 @@ __all__ = [
     "Query",
     "SearchOptions",
     "SearchResult",
+    "SearchResults",
     "Version",
     "build_index",
+    "repair_index",
+    "verify_index",
     "write_html",
+    "write_parquet",
     "write_png",
 ]

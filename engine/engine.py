@@ -35,7 +35,7 @@ from tmm_engine.query import Query, as_query
 from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
-from tmm_engine.results import FailedQuery, SearchResult
+from tmm_engine.results import FailedQuery, SearchResult, SearchResults
 from tmm_engine.snapshot import Snapshot
 from tmm_engine.versions import Version, versions_of
 
@@ -213,7 +213,7 @@ class Engine:
         *,
         progress: Progress = silent,
         **keywords: Unpack[SearchKeywords],
-    ) -> list[SearchResult]: ...
+    ) -> SearchResults[SearchResult]: ...
     @overload
     def search(
         self,
@@ -230,7 +230,7 @@ class Engine:
         *,
         progress: Progress = silent,
         **keywords: Unpack[SearchKeywords],
-    ) -> SearchResult | list[SearchResult]:
+    ) -> SearchResult | SearchResults[SearchResult]:
         """The k exemplars that the model sees as most like the query::
 
             engine.search("query.png", k=5, mode="tmm", candidates=2000)
@@ -253,10 +253,10 @@ class Engine:
         current = everything if asked.where is None else self._filtered(everything, asked.where)
         items = query if isinstance(query, list) else [query]
         if not items:
-            return []
+            return SearchResults()
         queries = [_query(item, everything, position) for position, item in enumerate(items)]
         results = current.search(queries, asked, progress, of=everything)
-        return results if isinstance(query, list) else results[0]
+        return SearchResults(results) if isinstance(query, list) else results[0]
 
     def search_each(
         self,
@@ -265,7 +265,7 @@ class Engine:
         *,
         progress: Progress = silent,
         **keywords: Unpack[SearchKeywords],
-    ) -> list[SearchResult | FailedQuery]:
+    ) -> SearchResults[SearchResult | FailedQuery]:
         """As `search` for a list, but for an image that cannot be searched with, what is wrong stands in its place.
 
         Raises:
@@ -284,7 +284,7 @@ class Engine:
                 )
         good: list[ImageLike | Query] = [item for item in found if isinstance(item, Query)]
         answers = iter(self._each(good, asked, progress))
-        return [next(answers) if isinstance(item, Query) else item for item in found]
+        return SearchResults(next(answers) if isinstance(item, Query) else item for item in found)
 
     @checked
     def matching(self, where: str) -> "Engine":

@@ -1,12 +1,16 @@
 """What a search returns: frozen, documented, and convertible to JSON."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from tmm_engine.exports import Exports
 from tmm_engine.index.sources.records import Metadata
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class FailedQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchResult:
+class SearchResult(Exports):
     """The answer to one query in one mode.
 
     Attributes:
@@ -145,3 +149,37 @@ class SearchResult:
         pixels = ("hits", "query_image", "trigger", "triggered_query")
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in pixels}
         return fields | {"hits": [hit.to_json() for hit in self.hits]}
+
+    def to_arrow(self) -> "pyarrow.Table":
+        """A table with a row per hit: what it says of the query, the hit's attributes but the image, its metadata.
+
+        Metadata of a name that is taken are called ``source_…``.
+        """
+        from tmm_engine.views.table import hits_table
+
+        return hits_table([self], errors=False)
+
+    def _answers(self) -> "list[SearchResult | FailedQuery]":
+        return [self]
+
+
+Answer = TypeVar("Answer", bound=SearchResult | FailedQuery)
+
+
+class SearchResults(list[Answer], Exports):
+    """Answers in the order of their queries: a list that can be turned into what one answer can.
+
+    Consecutive answers to the same query are shown together.
+    """
+
+    def to_arrow(self) -> "pyarrow.Table":
+        """As `SearchResult.to_arrow`, one after the other, with a column ``error``.
+
+        A query that could not be answered has one row, where everything but its name and the error is null.
+        """
+        from tmm_engine.views.table import hits_table
+
+        return hits_table(self, errors=True)
+
+    def _answers(self) -> "list[Answer]":
+        return self

@@ -97,6 +97,7 @@ FLAGS = {"settings": "set"}
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a Parquet file with a row for every neighbour.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a picture of queries and neighbours.")
 @model_option
 @device_option
@@ -122,7 +123,9 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
     for name in ("split", "root"):
         if options[name] is not None and not options["source"]:
             raise click.UsageError(f"--{name} has no effect without --source")
-    for path in (options["html"], options["png"]):
+    if options["out"] is not None and options["out"].suffix.lower() != ".parquet":
+        raise click.UsageError(f"--out: expected a file name that ends in .parquet, got {options['out'].name}")
+    for path in (options["html"], options["png"], options["out"]):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: its folder does not exist; create it first")
     asked = _asked(options)
@@ -231,6 +234,7 @@ def _show(results: "list[SearchResult | FailedQuery]", options: dict[str, Any], 
     from tmm_engine.results import FailedQuery
     from tmm_engine.views.page import write_html
     from tmm_engine.views.picture import write_png
+    from tmm_engine.views.table import write_parquet
 
     for result in results:
         if options["as_json"]:
@@ -243,5 +247,7 @@ def _show(results: "list[SearchResult | FailedQuery]", options: dict[str, Any], 
         write_html(results, options["html"], index_name=index_name)
     if options["png"]:
         write_png(results, options["png"])
-    for path in filter(None, (options["html"], options["png"])):
+    if options["out"]:
+        write_parquet(results, options["out"])
+    for path in filter(None, (options["html"], options["png"], options["out"])):
         click.echo(f"wrote {path}", err=True)

@@ -50,7 +50,7 @@ def write_html(
         InputError: There are no results, or the file cannot be written.
     """
     blocks = by_query(results)
-    template = _environment().from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
+    template = environment().from_string(Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"))
     page = template.render(
         blocks=blocks,
         meanings=meanings(blocks),
@@ -61,7 +61,8 @@ def write_html(
     write_file(path, page.encode("utf-8", errors="backslashreplace"))  # file names may hold lone surrogates
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of ours, with the filters that they use."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "clip": clip,

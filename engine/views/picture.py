@@ -70,10 +70,15 @@ def write_png(results: Sequence[SearchResult | FailedQuery], path: Path | str, *
         InputError: There are no results, ``columns`` is below 1, the sheet would be larger than
             ``MAX_SHEET_PIXELS``, or the file cannot be written.
     """
+    write_file(path, png_bytes(draw_sheet(results, columns=columns)))
+
+
+def draw_sheet(results: Sequence[SearchResult | FailedQuery], *, columns: int = 10) -> Image.Image:
+    """The picture that `write_png` writes; raises as it does."""
     blocks = by_query(results)
     if columns < 1:
         raise InputError(f"expected at least 1 column, got {columns}")
-    write_file(path, png_bytes(_sheet(blocks, columns=columns)))
+    return _sheet(blocks, columns=columns)
 
 
 def _sheet(blocks: list[Block], *, columns: int) -> Image.Image:

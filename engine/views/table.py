@@ -1,0 +1,144 @@
+"""Answers as tables, for where people go on working with them: Arrow, pandas, polars, Parquet."""
+
+import typing
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+from tmm_engine.index.arguments import checked
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.records import printable
+from tmm_engine.results import FailedQuery, Hit, SearchResult
+from tmm_engine.views.showing import write_file
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    import pyarrow
+
+OF_QUERY = {
+    "query": "query",
+    "mode": "mode",
+    "query_predicted_class": "predicted_class",
+    "query_true_class": "true_class",
+    "recognised_as": "recognised_as",
+}
+"""What each row says of its query: the column, and the attribute of `SearchResult`."""
+ERROR = "error"
+"""The column that says why a query could not be answered."""
+
+
+def hits_table(results: Sequence[SearchResult | FailedQuery], *, errors: bool) -> "pyarrow.Table":
+    """One row per hit: what `OF_QUERY` says of its query, every plain attribute of `Hit`, and its metadata.
+
+    Metadata of a name that is taken are called ``source_…``. A query that could not be answered has one row, in which
+    all but its name and error is null.
+
+    Args:
+        results: Any number, in any modes.
+        errors: Whether there is a column of errors.
+    """
+    import pyarrow as pa
+
+    rows: list[tuple[SearchResult | FailedQuery, Hit | None]] = []
+    for result in results:
+        rows += [(result, hit) for hit in result.hits] if isinstance(result, SearchResult) else [(result, None)]
+    of_query = OF_QUERY | ({ERROR: ERROR} if errors else {})
+    columns = {
+        name: _column([getattr(result, attribute, None) for result, _ in rows], str)
+        for name, attribute in of_query.items()
+    }
+    for name, kind in plain_attributes(Hit).items():
+        columns[name] = _column([getattr(hit, name, None) for _, hit in rows], kind)
+    metadata = [hit.metadata if hit else {} for _, hit in rows]
+    names = list(dict.fromkeys(name for row in metadata for name in row))
+    renamed = free_names(names, taken=columns)
+    columns |= {renamed[name]: _column([row.get(name) for row in metadata]) for name in names}
+    return pa.table(columns)
+
+
+def plain_attributes(kind: type) -> dict[str, type]:
+    """The attributes of a dataclass that are text, numbers or booleans, or may be missing: their names and types."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        options = [each for each in typing.get_args(hint) or (hint,) if each is not NoneType]
+        if len(options) == 1 and options[0] in (str, int, float, bool):
+            found[name] = options[0]
+    return found
+
+
+def free_names(names: Sequence[str], *, taken: Collection[str]) -> dict[str, str]:
+    """For each name one that is not taken: itself, or with ``source_`` before it as often as it takes."""
+    free = {}
+    for name in names:
+        new = name
+        while new in taken or (new != name and new in names):
+            new = f"source_{new}"
+        free[name] = new
+    return free
+
+
+def as_pandas(table: "pyarrow.Table") -> "pandas.DataFrame":
+    """As a DataFrame in which whole numbers and booleans may be missing.
+
+    Raises:
+        InputError: the 'pandas' extra is not installed.
+    """
+    import pyarrow as pa
+
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise InputError(f"to_pandas needs the 'pandas' extra: pip install 'tmm-engine[pandas]' ({error})") from None
+    return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}.get)
+
+
+def as_polars(table: "pyarrow.Table") -> "polars.DataFrame":
+    """As a DataFrame.
+
+    Raises:
+        InputError: the 'polars' extra is not installed.
+    """
+    try:
+        import polars as pl
+    except ImportError as error:
+        raise InputError(f"to_polars needs the 'polars' extra: pip install 'tmm-engine[polars]' ({error})") from None
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+@checked
+def write_parquet(results: Sequence[SearchResult | FailedQuery], path: str | Path) -> None:
+    """Write a Parquet file of the table that `SearchResults.to_arrow` makes.
+
+    Args:
+        results: At least one.
+        path: The file to write; replaced as a whole or not at all.
+
+    Raises:
+        InputError: there are no results, or the file cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not results:
+        raise InputError("expected at least one search result to write, got none")
+    content = pa.BufferOutputStream()
+    pq.write_table(hits_table(results, errors=True), content)
+    write_file(path, content.getvalue().to_pybytes())
+
+
+def _column(values: Sequence[Any], kind: type | None = None) -> "pyarrow.Array":
+    """Of one type; without one of the values' own, which is text where answers of several indexes disagree about it."""
+    import pyarrow as pa
+
+    types: dict[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    values = [printable(value) if isinstance(value, str) else value for value in values]
+    try:
+        return pa.array(values, None if kind is None else types[kind])
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        if kind is not None:
+            raise
+        return _column([None if value is None else str(value) for value in values], str)
