@@ -91,23 +91,27 @@ class NearestSearch:
         neighbours = self._neighbours(metric, column, timings)
         recognised: Sequence[Recognised | None] = [None] * len(features)
         if gate is not None:
-            recogniser = self._neighbours(metric, gate.column, timings)
+            recognised = self.recognised(gate, metric, timings)
             with timings.step("recognition"):
-                two = recogniser.search(gate.features, k=2)
-                recognised = [
-                    recognise_nearest(
-                        torch.from_numpy(query),
-                        [*zip(rows.tolist(), scores.tolist(), strict=True)],
-                        metric=metric,
-                        threshold=gate.threshold,
-                    )
-                    for query, (rows, scores) in zip(gate.features, two, strict=True)
-                ]
                 pairs = zip(features, recognised, strict=True)
                 features = np.stack([self._moved(own, copy, column) for own, copy in pairs])
         with timings.step("neighbours"):
             found = neighbours.search(features, k=k)
         return [Nearest(*pair, recognised=copy) for pair, copy in zip(found, recognised, strict=True)]
+
+    def recognised(self, gate: Gate, metric: Metric, timings: Timings) -> list[Recognised | None]:
+        """For each query of the gate the exemplar that it may be a copy of; None where there are fewer than two."""
+        recogniser = self._neighbours(metric, gate.column, timings)
+        with timings.step("recognition"):
+            return [
+                recognise_nearest(
+                    torch.from_numpy(query),
+                    [*zip(rows.tolist(), scores.tolist(), strict=True)],
+                    metric=metric,
+                    threshold=gate.threshold,
+                )
+                for query, (rows, scores) in zip(gate.features, recogniser.search(gate.features, k=2), strict=True)
+            ]
 
     def candidates(
         self,

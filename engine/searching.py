@@ -129,7 +129,7 @@ class Searcher:
             Metric(str(options.mode)),
             column=column,
             k=options.k,
-            gate=None if options.threshold is None else Gate(column, queried, options.threshold),
+            gate=self._gate(queries, options, timings) or _own_gate(column, queried, options),
             timings=timings,
         )
         return [
@@ -170,6 +170,7 @@ class Searcher:
         self, queries: list[Query], options: SearchOptions, timings: Timings, progress: Progress
     ) -> list[_Found]:
         """By TMM-NN, over all exemplars or over candidates."""
+        gate = self._gate(queries, options, timings)
         rankings = self._tmm.rank_many(
             self._pixels(queries),
             k=options.k,
@@ -177,10 +178,23 @@ class Searcher:
             candidates=self._chooser(queries, options, timings),
             labels=[options.label] * len(queries),
             together=options.together,
+            copies=None if gate is None else self._nearest.recognised(gate, Metric.COSINE, timings),
             progress=progress,
             timings=timings,
         )
         return [_Found(own.rows, own.scores, own.view.predicted, own.scored, own.recognised, own) for own in rankings]
+
+    def _gate(self, queries: list[Query], options: SearchOptions, timings: Timings) -> Gate | None:
+        """What recognises copies in any mode, where that is asked for and the index has descriptors."""
+        describer = self._describer
+        if options.threshold is None or describer is None:
+            return None
+        copies = []
+        for position, query in enumerate(queries):
+            with timings.step("recognition", [position]), torch.inference_mode():
+                views = describer.views(self._pixels([query]))
+                copies.append(_finite(describer.described(views, describer.descriptors.recogniser), query))
+        return Gate(COPY_FEATURE, np.concatenate(copies), options.threshold)
 
     def _pixels(self, queries: list[Query]) -> Float32[torch.Tensor, "q c h w"]:
         return torch.from_numpy(np.stack([query.pixels for query in queries])).to(self._classifier.device)
@@ -270,6 +284,11 @@ class Searcher:
             )
             for rank, row in enumerate(found.rows)
         )
+
+
+def _own_gate(column: str, features: Float32[np.ndarray, "q d"], options: SearchOptions) -> Gate | None:
+    """Without descriptors: what ranks recognises too."""
+    return None if options.threshold is None else Gate(column, features, options.threshold)
 
 
 def _finite(features: Float32[np.ndarray, "1 d"], query: Query) -> Float32[np.ndarray, "1 d"]:

@@ -110,6 +110,7 @@ class TmmNN:
         candidates: Sequence[Candidates] | Choose | None = None,
         labels: Sequence[int | None] | None = None,
         together: bool = False,
+        copies: Sequence[Recognised | None] | None = None,
         progress: Progress = silent,
         timings: Timings | None = None,
     ) -> list[Ranking]:
@@ -125,6 +126,8 @@ class TmmNN:
             labels: y_q for each query; None takes the model's prediction.
             together: Optimise the triggers jointly, several times as fast. Without it each query's answer is bit for
                 bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
+            copies: For each query the exemplar that it may be a copy of, where another column of features recognises
+                better; by default the nearest by what is scored. Only where the configuration recognises.
             progress: Told of exemplars passed through the backbone.
             timings: Of the search that this is a part of.
 
@@ -151,7 +154,8 @@ class TmmNN:
             members, plan = [views[position] for position in group], plans[group[0]]
             with timings.step("pass", group):
                 triggered = search.passed(members, plan)
-            rankings += search.ranked(group, members, plan, triggered)
+            known = None if copies is None else [copies[position] for position in group]
+            rankings += search.ranked(group, members, plan, triggered, copies=known)
         return rankings
 
     def rank_variants(
@@ -241,6 +245,8 @@ class _Search:
         views: Sequence[QueryView],
         plan: Plan,
         triggered: Sequence[Float[Tensor, "n d"]],
+        *,
+        copies: Sequence[Recognised | None] | None = None,
     ) -> list[Ranking]:
         """Head, scores, recognition, ranking, for queries that shared the pass.
 
@@ -249,13 +255,14 @@ class _Search:
             views: The queries.
             plan: The exemplars that they are compared with.
             triggered: What `passed` found.
+            copies: As `TmmNN.rank_many`, of these queries.
         """
         scorers, scores = self._scored(positions, views, plan, triggered)
         recognised: Sequence[Recognised | None] = [None] * len(views)
         if self.config.rank.recognition is not None and len(plan.scored) > 1:
             with self.timings.step("recognition", positions), torch.inference_mode():
-                pairs = [self._recognised(view, own, plan) for view, own in zip(views, scores, strict=True)]
-            recognised, moved = zip(*pairs, strict=True)
+                recognised = copies or [self._nearest(own, plan) for own in scores]
+                moved = [self._moved(view, own) for view, own in zip(views, recognised, strict=True)]
             scorers, again = self._scored(positions, moved, plan, triggered)
             scores = [new._replace(confidences=own.confidences) for new, own in zip(again, scores, strict=True)]
         rankings = []
@@ -286,19 +293,24 @@ class _Search:
             pairs = zip(scorers, triggered, strict=True)
             return scorers, [scorer.score(features[:kept], plan.candidates) for scorer, features in pairs]
 
-    def _recognised(self, view: QueryView, scores: Scores, plan: Plan) -> tuple[Recognised, QueryView]:
-        """The exemplar that the query may be a copy of, and the query with its features moved to that one's."""
+    def _nearest(self, scores: Scores, plan: Plan) -> Recognised:
+        """The exemplar that the query may be a copy of, by what is scored."""
         threshold = self.config.rank.recognition
         assert threshold is not None
         matches = scores.matches.cpu().numpy()
         first, second = best_first(matches, plan.scored, self.exact.store.ids, k=2)
-        row = plan.scored[[first]]
+        distances = chord(float(matches[first])), chord(float(matches[second]))
+        return Recognised.nearest(int(plan.scored[first]), distances, threshold=threshold)
+
+    def _moved(self, view: QueryView, recognised: Recognised | None) -> QueryView:
+        """The query with its features moved to those of the exemplar that it may be a copy of."""
+        if recognised is None:
+            return view
+        row = np.array([recognised.row])
         [triggered] = self.exact.features([view.found], row, silent)
         column = self.heads.clean_column(self.config.view)
         clean = self.exact.tensors.features(row, triggered.dtype, column=column)
-        distances = chord(float(matches[first])), chord(float(matches[second]))
-        recognised = Recognised.nearest(int(row[0]), distances, threshold=threshold)
-        return recognised, view.moved(recognised, torch.cat([triggered, clean]))
+        return view.moved(recognised, torch.cat([triggered, clean]))
 
     def _rescored(
         self, view: QueryView, scorer: Scorer, scores: Scores, recognised: Recognised | None, plan: Plan

@@ -43,7 +43,14 @@ def classifier() -> Classifier:
 
 @pytest.fixture(scope="module")
 def engine(classifier: Classifier) -> Engine:
-    return Engine.from_arrays(IMAGES[:N], LABELS[:N], classifier, global_trigger=SHORTLY)
+    """Without descriptors: what ranks recognises."""
+    return Engine.from_arrays(IMAGES[:N], LABELS[:N], classifier, views=0, global_trigger=SHORTLY)
+
+
+@pytest.fixture(scope="module")
+def described(classifier: Classifier) -> Engine:
+    """With a recogniser of its own."""
+    return Engine.from_arrays(IMAGES[:N], LABELS[:N], classifier, views=2, global_trigger=SHORTLY)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +134,7 @@ def test_a_held_out_query_keeps_its_answer(engine: Engine, mode: str):
 def test_a_query_as_far_from_two_exemplars_keeps_its_answer(by_pixels: Classifier, mode: str):
     """Halfway between a digit and its mirror image."""
     images = np.concatenate([IMAGES[3:4], IMAGES[3:4, :, ::-1], IMAGES[100:140]])
-    engine = Engine.from_arrays(images, None, by_pixels, global_trigger=None)
+    engine = Engine.from_arrays(images, None, by_pixels, views=0, global_trigger=None)
     halfway = ((images[0] / 255 + images[1] / 255) / 2).astype(np.float32)
     found, without = (engine.search(halfway, k=5, mode=mode, recognition=one) for one in (0.8, False))
     assert {hit.id for hit in without.hits[:2]} == {id_of(0), id_of(1)}
@@ -138,11 +145,31 @@ def test_a_query_as_far_from_two_exemplars_keeps_its_answer(by_pixels: Classifie
     assert (found.recognised_as, found.notes) == (None, ())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_where_there_are_descriptors_every_mode_recognises_by_their_recogniser(described: Engine, mode: str):
+    options = in_mode(mode, PLAIN) | {"recognition": 0.8, "k": 10}
+    for image in (noisy(3), noisy(12), IMAGES[200] / np.float32(255)):
+        robust = described.search(image, recognition=0.8)
+        found = described.search(image, **options)
+        assert found.recognised_as == robust.recognised_as
+        assert found.recognised_share == pytest.approx(robust.recognised_share, abs=1e-5)
+        if found.recognised_as is not None:
+            itself = described.search(described.exemplar(found.recognised_as), **options)
+            assert [hit.id for hit in found.hits] == [hit.id for hit in itself.hits]
+    without = described.search(noisy(3), **options | {"recognition": False})
+    assert (without.recognised_as, without.recognised_share) == (None, None)
+
+
+def test_a_recogniser_may_recognise_what_is_no_candidate(described: Engine):
+    found = described.search(noisy(3), k=5, config=PLAIN, candidates=10, recognition=0.8, prefilter="l2")
+    assert found.recognised_as == id_of(3)
+
+
 @pytest.fixture(scope="module")
 def twice(by_pixels: Classifier) -> Engine:
     """Every exemplar is there twice."""
     images, labels = np.repeat(IMAGES[:30], 2, axis=0), np.repeat(LABELS[:30], 2)
-    return Engine.from_arrays(images, labels, by_pixels, global_trigger=SHORTLY)
+    return Engine.from_arrays(images, labels, by_pixels, views=0, global_trigger=SHORTLY)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -163,7 +190,7 @@ def test_of_duplicates_none_is_recognised_and_the_answer_is_close_to_that_withou
 
 @pytest.mark.parametrize("mode", MODES)
 def test_in_an_index_of_one_exemplar_nothing_is_recognised(by_pixels: Classifier, mode: str):
-    engine = Engine.from_arrays(IMAGES[:1], None, by_pixels, global_trigger=SHORTLY)
+    engine = Engine.from_arrays(IMAGES[:1], None, by_pixels, views=0, global_trigger=SHORTLY)
     found = engine.search(noisy(0), mode=mode, k=1, recognition=0.8)
     assert [hit.id for hit in found.hits] == [id_of(0)]
     assert (found.recognised_as, found.recognised_share, found.notes) == (None, None, ())
@@ -191,7 +218,7 @@ def test_only_what_the_filter_leaves_is_recognised(engine: Engine, mode: str):
 
 def test_where_an_approximate_index_finds_fewer_than_two_nothing_is_recognised(by_pixels: Classifier):
     images = np.concatenate([np.repeat(IMAGES[:3], 20, axis=0), IMAGES[3:4]])  # of 8 clusters most hold none or one
-    engine = Engine.from_arrays(images, None, by_pixels, neighbours="IVF8,Flat", global_trigger=None)
+    engine = Engine.from_arrays(images, None, by_pixels, neighbours="IVF8,Flat", views=0, global_trigger=None)
     queries = list(IMAGES[:230])
     found = engine.search(queries, mode="l2", recognition=0.5)
     without = engine.search(queries, mode="l2")
