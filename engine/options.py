@@ -80,9 +80,9 @@ class SearchOptions:
         stretch: Stretch each query's contrast to [0, 1] first, so that a darkened query is searched for as the original
             was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``; ``robust`` always does.
         recognition: Answer for a query as for the exemplar nearest to it, where that one's distance is a smaller part
-            of the second nearest's than this, in (0, 1] (`rerank.recognise`). By the recogniser
-            where the index has descriptors; else by what ranks, among candidates, if there are any. False: never. None: 0.8 for ``robust``, as the configuration says for ``tmm``, never for ``l2`` and
-            ``cosine``.
+            of the second nearest's than this, in (0, 1] (`rerank.recognise`). By the recogniser where the index has
+            descriptors; else by what ranks, among candidates, if there are any. False: never. None: 0.8 for
+            ``robust``, as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
         where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
             tuned on, as if the index did not have them.
 
