@@ -7,8 +7,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from tmm_engine.index.arguments import checked
-from tmm_engine.index.errors import InputError
-from tmm_engine.index.sources.records import printable
+from tmm_engine.index.errors import InputError, printable
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import write_file
 
