@@ -11,6 +11,7 @@ from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Family, Perturbation, parse, standard_perturbations
 from tmm_engine.bench.suite import Suite
 from tmm_engine.bench.triggers import folder_beside
+from tmm_engine.cli.options import opened_source
 from tmm_engine.index.errors import InputError, member
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.models.preprocessing import Target
@@ -40,7 +41,7 @@ class HeldOut:
 
 def opened(source: str, options: dict[str, Any]) -> tuple[ImageSource, Classifier]:
     """The source and the classifier that the options name."""
-    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    images = opened_source(source, options)
     classifier = Classifier.from_architecture(
         options["model"],
         image_shape=images.natural_shape(),

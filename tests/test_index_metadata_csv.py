@@ -41,6 +41,42 @@ def test_columns_have_their_types_and_belong_to_the_named_image(photos: Path, ke
     assert set(found["digit-1/0001.png"].values()) == {str(photos / "digit-1/0001.png"), None}
 
 
+def test_what_is_written_is_not_lost(photos: Path):
+    (photos / "metadata.csv").write_text(
+        "file_name,code,phone,big,version,weight,none\n"
+        "digit-3/0003.png,007,+491,12345678901234567890,1.10,1.50,\ndigit-0/0000.png,7,,3,2,,\n"
+    )
+    source = FolderSource(photos)
+    found = metadata(source)["digit-3/0003.png"]
+    del found["path"]
+    assert found == {
+        "code": "007", "phone": "+491", "big": "12345678901234567890", "version": 1.1, "weight": 1.5, "none": None,
+    }  # fmt: skip
+    assert metadata(source)["digit-0/0000.png"]["code"] == "7"
+
+
+def test_json_lines_are_read_and_what_they_cannot_say_is_said(photos: Path):
+    (photos / "metadata.jsonl").write_text(
+        '{"file_name": "digit-3/0003.png", "code": "007", "n": 1, "mixed": 1, "tags": ["a"], "label": "three"}\n\n'
+        '{"file_name": "digit-0/0000.png", "code": "é", "x": 0.5, "mixed": "one", "ok": true}\n'
+    )
+    source = FolderSource(photos)
+    assert source.metadata_types == {
+        "path": str, "code": str, "n": int, "mixed": str, "source_label": str, "x": float, "ok": bool,
+    }  # fmt: skip
+    found = metadata(source)["digit-3/0003.png"]
+    assert (found["code"], found["n"], found["mixed"], found["x"]) == ("007", 1, "1", None)
+    assert source.remarks[0].startswith("metadata.jsonl: columns left out: tags (list<")
+    assert "the column 'label' is metadata" in source.remarks[1]
+    for content, message in (("[1]\n", "an object in line 1"), ('{"a": 1}\n{', "JSON in line 2")):
+        (photos / "metadata.jsonl").write_text(content)
+        with pytest.raises(InputError, match=message):
+            FolderSource(photos)
+    (photos / "metadata.csv").touch()
+    with pytest.raises(InputError, match="keep one"):
+        FolderSource(photos)
+
+
 def test_names_that_are_in_use_are_prefixed(photos: Path):
     (photos / "metadata.csv").write_text("file_name,path,label,row_digest\ndigit-3/0003.png,p,3,d\n")
     found = metadata(FolderSource(photos))["digit-3/0003.png"]

@@ -1,4 +1,5 @@
 import json
+from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
 
@@ -98,13 +99,23 @@ def test_columns_of_scalars_become_metadata_under_free_names(tmp_path):
         "text": pa.array(["a", "b"]).dictionary_encode(),
         "vector": [[1, 2], [3]],
         "when": pa.array([0, 1], pa.timestamp("s")),
+        "price": pa.array([Decimal("12.50"), None], pa.decimal128(4, 2)),
     }
     source = open_source(write_parquet(tmp_path / "a.parquet", columns))
     types = {"path": str, "source_id": int, "source_path": str, "source_source_id": float, "flag": bool, "text": str}
+    types |= {"when": str, "price": float}
+    assert source.remarks == (
+        "images are the column 'image'; no column is taken for labels; another can be chosen (`label_column=…`): id, "
+        "path, source_id, flag, text",
+        "columns kept as text: when (timestamp[ms])",
+        "columns kept as numbers: price (decimal128(4, 2))",
+        "columns left out: vector (list<element: int64>)",
+    )
     assert source.metadata_types == types
     assert not any(map(is_reserved, source.metadata_types))
     first, second = source.read((3, 5, 6))
     values = {"source_id": 7, "source_path": "x", "source_source_id": 0.5, "flag": True, "text": "a", "path": "0.png"}
+    values |= {"when": "1970-01-01 00:00:00.000", "price": 12.5}
     assert first.metadata == values
     assert second.metadata["flag"] is None
     assert (first.label, source.labelled, source.class_names) == (None, False, None)
@@ -141,20 +152,106 @@ def test_unusable_parquet_says_why(tmp_path, shards):
     junk.write_bytes(b"PAR1 this is not Parquet PAR1")
     plain = tmp_path / "plain.parquet"
     pq.write_table(pa.table({"x": [1]}), plain)
-    words = write_parquet(tmp_path / "words.parquet", {"label": ["cat"]})
+    lists = write_parquet(tmp_path / "lists.parquet", {"x": [[1]]})
     empty = write_parquet(tmp_path / "empty.parquet", {"label": pa.array([], pa.int64())})
     write_parquet(shards / "train-00002-of-00003.parquet", {"label": [0]})
     cases = [
         (junk, None, "readable Parquet"),
         (plain, None, "expected one column struct"),
-        (words, None, "expected integers in the label column"),
+        (lists, None, "expected integers or names in the label column 'x'"),
         (empty, None, "at least one row"),
         (shards, "train", "same columns"),
         (tmp_path / "missing.parquet", None, "found none"),
     ]
     for path, split, message in cases:
         with pytest.raises(InputError, match=message):
-            open_source(path, split=split)
+            open_source(path, split=split, label_column="x" if path == lists else None)
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "prefix"),
+    [
+        (
+            ["train-00000-of-00002-b42a775f407cee45.parquet", "train-00001-of-00002-8b1d1f2a3c4d5e6f.parquet"],
+            None,
+            "train",
+        ),
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], "train", "train"),
+        (["0000.parquet", "0001.parquet"], None, "repo"),
+        (["default/train/0000.parquet", "default/test/0000.parquet"], "train", "train"),
+        (["fine/train-00000-of-00001.parquet", "coarse/train-00000-of-00001.parquet"], "fine/train", "fine/train"),
+        (["train/part-00000-7e2f.snappy.parquet", "valid/part-00000-1a2b.snappy.parquet"], "train", "train"),
+        (["train.parquet", "test.parquet"], "train", "train"),
+    ],
+)
+def test_layouts_of_shards(tmp_path, files, split, prefix):
+    for number, name in enumerate(files):
+        write_parquet(tmp_path / "repo" / name, {"label": [number]})
+    source = open_source(tmp_path / "repo", split=split)
+    ids = [f"{prefix}/{row:08d}" for row in range(len(files) if split is None else 1)]
+    assert [record.id for record in source.read((3, 5, 6))] == ids
+    if split is not None:
+        with pytest.raises(InputError, match=r"one of the splits .*got none"):
+            open_source(tmp_path / "repo")
+
+
+def test_images_in_any_column_as_struct_or_bytes(tmp_path):
+    rows = [{"bytes": png(0), "path": None}]
+    for name, images in (("struct", rows), ("bare", [png(0)])):
+        pq.write_table(pa.table({"pixels": images, "label": ["cat"]}), tmp_path / f"{name}.parquet")
+        source = open_source(tmp_path / f"{name}.parquet")
+        assert "images are the column 'pixels'" in source.remarks[0]
+        [record] = source.read((3, 5, 6))
+        np.testing.assert_array_equal(record.image, pixels(0))
+    pq.write_table(pa.table({"front": [png(0)], "back": [png(1)]}), tmp_path / "two.parquet")
+    with pytest.raises(InputError, match=r"several, front \(binary\), back \(binary\); say which .`image_column=…`"):
+        open_source(tmp_path / "two.parquet")
+    [record] = open_source(tmp_path / "two.parquet", image_column="back").read((3, 5, 6))
+    np.testing.assert_array_equal(record.image, pixels(1))
+    with pytest.raises(InputError, match="did you mean 'back'"):
+        open_source(tmp_path / "two.parquet", image_column="bac")
+
+
+def test_labels_of_every_kind(tmp_path):
+    def labels(values, **options):
+        source = open_source(write_parquet(tmp_path / "a.parquet", {"label": values}), **options)
+        return source.class_names, [record.label for record in source.read((3, 5, 6))]
+
+    assert labels(["dog", "cat", "dog"]) == (("cat", "dog"), [1, 0, 1])
+    assert labels(["dog", "cat", "dog"], limit=1) == (("cat", "dog"), [1])
+    assert labels(pa.array(["b", "a"]).dictionary_encode()) == (("a", "b"), [1, 0])
+    assert labels([2.0, 0.0]) == (None, [2, 0])
+    assert labels([True, False]) == (("False", "True"), [1, 0])
+    assert labels([-1, -1]) == (None, [None, None])
+    assert labels(pa.array([None, None], pa.string())) == (None, [None, None])
+    for values, message in ((["a", None], "got null in row 1"), ([0.5, 1.0], "whole numbers or names")):
+        with pytest.raises(InputError, match=message):
+            labels(values)
+
+
+def test_columns_that_could_be_labels_are_listed_and_one_can_be_chosen(tmp_path):
+    names = {"_type": "ClassLabel", "names": ["a", "b"]}
+    columns = {"fine_label": [0, 1], "coarse_label": [1, 1]}
+    path = write_parquet(tmp_path / "a.parquet", columns, features=dict.fromkeys(columns, names))
+    with pytest.raises(InputError, match=r"several columns, fine_label \(int64\), coarse_label \(int64\)"):
+        open_source(path)
+    source = open_source(path, label_column="coarse_label")
+    assert ([record.label for record in source.read((3, 5, 6))], source.metadata_types["fine_label"]) == ([1, 1], int)
+    source = open_source(write_parquet(tmp_path / "b.parquet", {"labels": [0, 1]}))
+    assert source.labelled
+    assert "labels the column 'labels'" in source.remarks[0]
+    (tmp_path / "c.png").write_bytes(png(0))
+    with pytest.raises(InputError, match="only of a table"):
+        open_source(tmp_path / "c.png", label_column="x")
+
+
+def test_an_unreadable_shard_is_named_and_the_rest_goes_on(shards):
+    (shards / "train-00000-of-00002.parquet").write_bytes(b"PAR1 no more")
+    source = open_source(shards, split="train")
+    assert len(source) == 2
+    unreadable, record = source.read((3, 5, 6))
+    assert (unreadable.id, record.id, record.label) == ("train-00000-of-00002.parquet", "train/00000000", 1)
+    assert "expected readable Parquet" in unreadable.reason
 
 
 def test_damage_inside_a_file_is_an_input_error(tmp_path):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmm_engine.cli.options import device_option, model_option, numbers, size, source_options
+from tmm_engine.cli.options import device_option, model_option, numbers, opened_source, size, source_options
 from tmm_engine.index.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     from tmm_engine.building import build_index as build
     from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
-    from tmm_engine.index.sources.opening import open_source
     from tmm_engine.index.sources.records import remarks_of
     from tmm_engine.index.store.target import check_target
     from tmm_engine.rerank.settings import GLOBAL_PRESET, GlobalRecipe, preset
@@ -99,7 +98,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
         raise click.UsageError("--set needs --global-trigger: no other part of a build has TMM settings")
     check_target(index, overwrite=options["overwrite"])
     device = choose_device(options["device"])
-    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    images = opened_source(source, options)
     classifier = _classifier(images, options).to(device)
     said = remarks_of(images)
     say_remarks(said)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmm_engine.cli.options import device_option, model_option, source_options
+from tmm_engine.cli.options import device_option, model_option, opened_source, source_options
 from tmm_engine.cli.output import echo_json
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ def add(index: Path, source: str, **options: Any) -> None:
     """
     from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
-    from tmm_engine.index.sources.opening import open_source
 
-    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    images = opened_source(source, options)
     with (
         Engine.open(index, model=options["model"], device=options["device"], backend="torch") as engine,
         progress_bar() as progress,

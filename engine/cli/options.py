@@ -2,13 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from tmm_engine.index.errors import nearest
+
+if TYPE_CHECKING:
+    from tmm_engine.index.sources.records import ImageSource
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -84,12 +87,26 @@ def size_in_bytes(context: click.Context, parameter: click.Parameter, text: str)
 
 
 source_options = joined(
-    click.option("--split", help="Split of a data set: train, test, … Default: train."),
+    click.option(
+        "--split", help="Split of a data set or folder: train, test, … Default: the only one; torchvision: train."
+    ),
     click.option(
         "--root", type=click.Path(path_type=Path), help="Where torchvision data sets are, or are downloaded to."
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first so many images."),
+    click.option("--image-column", metavar="NAME", help="Of a table, where several columns could be the images."),
+    click.option("--label-column", metavar="NAME", help="Of a table, where several columns could be the labels."),
 )
+
+
+def opened_source(source: str, options: Mapping[str, Any]) -> "ImageSource":
+    """The source that a command names, with its options."""
+    from tmm_engine.index.sources.opening import open_source
+
+    names = ("split", "root", "limit", "image_column", "label_column")
+    return open_source(source, **{name: options[name] for name in names})
+
+
 cache_option = click.option(
     "--cache-images",
     callback=size_in_bytes,

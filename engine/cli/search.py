@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmm_engine.cli.options import cache_option, device_option, model_option, modes, ratio, source_options
+from tmm_engine.cli.options import (
+    cache_option,
+    device_option,
+    model_option,
+    modes,
+    opened_source,
+    ratio,
+    source_options,
+)
 from tmm_engine.cli.output import echo_json
 from tmm_engine.cli.settings import CommandWithSettings
 from tmm_engine.index.errors import InputError
@@ -120,9 +128,9 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
 
     if not (images or options["ids"] or options["source"]):
         raise click.UsageError("no query: give image files or folders, --id, or --source")
-    for name in ("split", "root"):
+    for name in ("split", "root", "image_column", "label_column"):
         if options[name] is not None and not options["source"]:
-            raise click.UsageError(f"--{name} has no effect without --source")
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect without --source")
     if options["out"] is not None and options["out"].suffix.lower() != ".parquet":
         raise click.UsageError(f"--out: expected a file name that ends in .parquet, got {options['out'].name}")
     for path in (options["html"], options["png"], options["out"]):
@@ -204,7 +212,7 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
             queries.append(FailedQuery(str(path), str(error)))
     queries += [engine.exemplar(id_) for id_ in options["ids"]]
     if options["source"]:
-        source = open_source(options["source"], split=options["split"], root=options["root"], limit=options["limit"])
+        source = opened_source(options["source"], options)
         queries += queries_from(source, shape)
         say_remarks(remarks_of(source))
     if len(queries) == 1 and isinstance(queries[0], FailedQuery):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmm_engine.cli.options import device_option, model_option, source_options
+from tmm_engine.cli.options import device_option, model_option, opened_source, source_options
 
 if TYPE_CHECKING:
     from tmm_engine.index.store.syncing import SyncReport
@@ -33,10 +33,9 @@ def sync(index: Path, source: str, **options: Any) -> None:
     """
     from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
-    from tmm_engine.index.sources.opening import open_source
     from tmm_engine.index.sources.records import remarks_of
 
-    images = open_source(source, split=options["split"], root=options["root"], limit=options["limit"])
+    images = opened_source(source, options)
     with (
         Engine.open(index, model=options["model"], device=options["device"], backend="torch") as engine,
         progress_bar() as progress,

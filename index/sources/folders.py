@@ -9,7 +9,7 @@ from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, nearest, printable
 from tmm_engine.index.sources.images import IMAGE_SUFFIXES
 from tmm_engine.index.sources.listing import Listing, counted, split_names
-from tmm_engine.index.sources.metadata_csv import METADATA_CSV, MetadataTable
+from tmm_engine.index.sources.metadata_csv import METADATA_FILES, MetadataTable
 from tmm_engine.index.sources.records import Encoded, EncodedSource, Metadata
 
 _NAMED = 5  # folders that a remark lists
@@ -20,10 +20,10 @@ class FolderSource(EncodedSource):
 
     Class folders are read as torchvision's ImageFolder does: the sub-folders' sorted names are the classes, each is
     searched recursively; one without images stays a class. A flat folder or a single file has no labels. Ids are paths
-    relative to the folder; metadata: ``path``, and the columns of ``metadata.csv`` in the folder, if there is one (see
-    `MetadataTable`). Hidden files, folders that systems leave behind (`LEFTOVERS`) and files without a suffix of images
-    are left out; pictures in formats that are not read (`UNREAD_SUFFIXES`) are images that cannot be read. `remarks`
-    counts both.
+    relative to the folder; metadata: ``path``, and the columns of ``metadata.csv`` or ``metadata.jsonl`` in the folder
+    (see `MetadataTable`). Hidden files, folders that systems leave behind (`LEFTOVERS`) and files without a suffix of
+    images are left out; pictures in formats that are not read (`UNREAD_SUFFIXES`) are images that cannot be read.
+    `remarks` counts both.
 
     Args:
         path: The folder or file.
@@ -32,7 +32,7 @@ class FolderSource(EncodedSource):
 
     Raises:
         InputError: No images, images beside class folders, a folder that may not be listed, sub-folders that are splits
-            of which none is chosen, or whose name is not UTF-8, or a ``metadata.csv`` that does not fit.
+            of which none is chosen, or whose name is not UTF-8, or a table of metadata that does not fit.
     """
 
     @checked
@@ -63,11 +63,15 @@ class FolderSource(EncodedSource):
             )
         self.metadata_types: Mapping[str, type] = {"path": str}
         self._table = None
-        if path.is_dir() and (path / METADATA_CSV).is_file():
-            left_out[Path(METADATA_CSV).suffix] -= 1
-            table = MetadataTable.read(path / METADATA_CSV, taken=self.metadata_types)
-            self._table = table.matched(self._id(file) for file, _ in files)
+        tables = [path / name for name in METADATA_FILES if path.is_dir() and (path / name).is_file()]
+        if len(tables) > 1:
+            raise InputError(f"{path}: expected one table of metadata, got {' and '.join(METADATA_FILES)}; keep one")
+        for file in tables:
+            left_out[file.suffix] -= 1
+            table = MetadataTable.read(file, taken=self.metadata_types)
+            self._table = table.matched(self._id(image) for image, _ in files)
             self.metadata_types = {"path": str, **self._table.types}
+            self._remark(*table.remarks)
         empty = [name for name, listing in classes.items() if not any(map(_readable, listing.images))]
         self._remark(*_remarks(files, empty, left_out))
 

@@ -1,15 +1,16 @@
-"""Metadata for a folder of images from a CSV file: `metadata.csv` inside it, as Hugging Face's image folders have."""
+"""Metadata for a folder of images: `metadata.csv` or `metadata.jsonl` in it, as Hugging Face's image folders have."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
-from tmm_engine.index.limits import MAX_METADATA_CSV_BYTES
 from tmm_engine.index.names import spelled
 from tmm_engine.index.sources.records import Metadata, free_name, python_type
+from tmm_engine.index.sources.roles import LABEL_NAMES
+from tmm_engine.index.sources.text_tables import read_text_table
 
-METADATA_CSV = "metadata.csv"
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 NAME_COLUMNS = ("file_name", "path", "id")  # the first of them names the image, relative to the folder
 
 
@@ -21,15 +22,17 @@ class MetadataTable:
         path: The file.
         types: Column -> str, int, float or bool.
         rows: Name of an image -> a value for every column.
+        remarks: What the user should know of it.
     """
 
     path: Path
     types: dict[str, type]
     rows: dict[str, Metadata]
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path, *, taken: Iterable[str]) -> "MetadataTable":
-        """Read a CSV file with a header line; columns that are not text, numbers or booleans become text.
+        """Read a table; its columns are those of `read_text_table`, without lists and objects, which `remarks` names.
 
         Args:
             path: The file, in UTF-8.
@@ -39,33 +42,33 @@ class MetadataTable:
             InputError: not such a file, too large, no column that names images, or an image named twice.
         """
         import pyarrow as pa
-        from pyarrow import csv
 
-        try:
-            size = path.stat().st_size
-            if size > MAX_METADATA_CSV_BYTES:
-                raise InputError(f"{path}: expected at most {MAX_METADATA_CSV_BYTES >> 20} MiB, got {size:,} bytes")
-            table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
-            texts = [column if python_type(column.type) else column.cast(pa.string()) for column in table.columns]
-            table = pa.table(texts, names=table.column_names)
-        except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-            raise InputError(f"{path}: expected CSV with a header line, got {error}; write it again") from error
-        key = next((name for name in NAME_COLUMNS if table.column_names.count(name) == 1), None)
-        if key is None or len(set(table.column_names)) != table.num_columns:
+        table = read_text_table(path)
+        key = next((name for name in NAME_COLUMNS if name in table.column_names), None)
+        if key is None:
             raise InputError(
-                f"{path}: expected different columns, and one of {', '.join(NAME_COLUMNS)} with the images' names, got "
+                f"{path}: expected a column with the images' names, one of {', '.join(NAME_COLUMNS)}, got "
                 f"{', '.join(table.column_names)[:200]}"
             )
         names = table[key].cast(pa.string()).to_pylist()
         if len(set(names)) != len(names) or None in names:
             raise InputError(f"{path}: expected every image once in the column {key!r}, got one twice, or none")
         types: dict[str, type] = {}
-        columns = {}
+        columns, left_out = {}, []
         for column in (name for name in table.column_names if name != key):
+            kind = python_type(table[column].type)
+            if kind is None:
+                left_out.append(f"{column} ({table[column].type})")
+                continue
             name = free_name(column, {*taken, *types})
-            columns[name], types[name] = table[column].to_pylist(), python_type(table[column].type) or str
+            columns[name], types[name] = table[column].to_pylist(), kind
         rows = {image: {name: column[row] for name, column in columns.items()} for row, image in enumerate(names)}
-        return cls(path, types, rows)
+        remarks = [f"{path.name}: columns left out: {', '.join(left_out)}"] if left_out else []
+        if labels := [name for name in table.column_names if name.lower() in LABEL_NAMES]:
+            remarks.append(
+                f"{path.name}: the column {labels[0]!r} is metadata; to take its values for labels, open {path} itself"
+            )
+        return cls(path, types, rows, tuple(remarks))
 
     def matched(self, images: Iterable[str]) -> "MetadataTable":
         """The table with the names that the images have, where they differ in Unicode form.

@@ -144,8 +144,8 @@ class EncodedSource(ABC):
         self.remarks = tuple(dict.fromkeys((*self.remarks, *remarks)))
 
     @abstractmethod
-    def _encoded(self) -> Iterator[Encoded]:
-        """All images in order, not decoded."""
+    def _encoded(self) -> Iterator[Encoded | UnreadableImage]:
+        """All images in order, not decoded; in the place of what cannot even be reached, why."""
 
     def natural_shape(self) -> ImageShape:
         """The commonest shape of the first images; (c, 224, 224) where a side is longer than that."""
@@ -154,7 +154,7 @@ class EncodedSource(ABC):
             if len(shapes) == _HEADERS or (shapes and looked_at >= _MOST_HEADERS):
                 break
             with contextlib.suppress(ImageError):
-                if item.source is not None:
+                if isinstance(item, Encoded) and item.source is not None:
                     shapes.append(natural_shape(item.source))
         if not shapes:
             raise InputError(f"{self.name}: expected at least one readable image, got none; check the files")
@@ -181,7 +181,7 @@ class EncodedSource(ABC):
         return decoded.records
 
 
-def _chunks(items: Iterable[Encoded], size: int) -> Iterator[list[Encoded]]:
+def _chunks(items: Iterable[Encoded | UnreadableImage], size: int) -> Iterator[list[Encoded | UnreadableImage]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -195,9 +195,12 @@ class _Decoded:
     assumed: dict[str, str]
 
 
-def _decode(chunk: Sequence[Encoded], shape: Target) -> _Decoded:
+def _decode(chunk: Sequence[Encoded | UnreadableImage], shape: Target) -> _Decoded:
     decoded = _Decoded([], {})
     for item in chunk:
+        if isinstance(item, UnreadableImage):
+            decoded.records.append(item)
+            continue
         assumed: list[str] = []
         try:
             if item.source is None:

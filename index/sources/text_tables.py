@@ -1,0 +1,108 @@
+"""Tables in text: CSV, tab-separated values, and JSON Lines, in which nothing that is written is lost."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.limits import MAX_METADATA_CSV_BYTES
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXT_TABLES = {".csv": "CSV", ".tsv": "CSV", ".jsonl": "JSON Lines", ".ndjson": "JSON Lines"}
+"""Suffix -> format of the tables that are read."""
+
+_MOST_DIGITS = 15  # that floating point holds exactly
+
+
+def read_text_table(path: Path) -> "pa.Table":
+    """The rows of a CSV file with a header line, or of JSON Lines.
+
+    A column of CSV is of numbers or booleans where each of its values is written as its number would be: ``007`` is
+    text. A column of JSON whose values are of several types becomes text.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Raises:
+        InputError: not such a file, too large, or two columns of one name.
+    """
+    import pyarrow as pa
+
+    kind = TEXT_TABLES[path.suffix.lower()]
+    try:
+        size = path.stat().st_size
+        if size > MAX_METADATA_CSV_BYTES:
+            raise InputError(f"{path}: expected at most {MAX_METADATA_CSV_BYTES >> 20} MiB, got {size:,} bytes")
+        return _read_csv(path) if kind == "CSV" else _read_json_lines(path)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        header = " with a header line" if kind == "CSV" else ""
+        raise InputError(f"{path}: expected {kind}{header}, got {error}; write it again") from error
+
+
+def _read_csv(path: Path) -> "pa.Table":
+    import pyarrow as pa
+    from pyarrow import csv
+
+    parsing = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    guessed = csv.read_csv(path, parse_options=parsing)
+    names = guessed.column_names
+    if len(set(names)) != len(names):
+        raise InputError(f"{path}: expected different columns, got {', '.join(names)[:200]}")
+    as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    written = csv.read_csv(path, parse_options=parsing, convert_options=as_text)
+    return pa.table([_exact(guessed[name], written[name]) for name in names], names=names)
+
+
+def _exact(guessed: "pa.ChunkedArray", written: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """A column as it was guessed where that loses nothing, else as it is written."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = guessed.type
+    if pa.types.is_null(kind) or pa.types.is_boolean(kind) or kind in (pa.string(), pa.large_string()):
+        return guessed
+    written = pc.if_else(guessed.is_null(), pa.scalar(None, pa.string()), written)
+    trimmed = pc.utf8_trim_whitespace(written)
+    if pa.types.is_integer(kind):
+        exact = pc.all(pc.equal(guessed.cast(pa.string()), trimmed)).as_py() is not False
+    else:
+        code = pc.match_substring_regex(trimmed, rf"^(\+|-?0\d|-?\d{{{_MOST_DIGITS + 1},}}$)")
+        exact = pa.types.is_floating(kind) and not pc.any(code).as_py()
+    return guessed if exact else written
+
+
+def _read_json_lines(path: Path) -> "pa.Table":
+    import pyarrow as pa
+
+    rows = list[dict[str, Any]]()
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}: expected JSON in line {number}, got {error}; write it again") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: expected an object in line {number}, got {line[:50]!r}; write it again")
+            rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pa.table([_column([row.get(name) for row in rows]) for name in names], names=names)
+
+
+def _column(values: Sequence[Any]) -> "pa.Array":
+    """Values of one type as they are, of several as text."""
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) > 1 and not kinds <= {int, float}:
+        values = [_as_text(value) for value in values]
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([_as_text(value) for value in values])
+
+
+def _as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
