@@ -1,6 +1,6 @@
 """What a search returns: frozen, documented, and convertible to JSON."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -11,6 +11,8 @@ from tmm_engine.index.sources.records import Metadata
 
 if TYPE_CHECKING:
     import pyarrow
+
+SHOWN = 3  # hits in a result's printed form
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Hit:
     score: float
     confidence: float | None
     metadata: Metadata
-    image: UInt8[np.ndarray, "c h w"]
+    image: UInt8[np.ndarray, "c h w"] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pixels."""
@@ -108,6 +110,11 @@ class SearchResult(Exports):
     recognised_share: float | None = None
     trigger: Float[np.ndarray, "c h w"] | None = None
     triggered_query: Float[np.ndarray, "c h w"] | None = None
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{hit.id} ({hit.class_name}, {hit.score:.4g})" for hit in self.hits[:SHOWN])
+        more = f", and {len(self.hits) - SHOWN} more" if len(self.hits) > SHOWN else ""
+        return f"<SearchResult of {self.query!r} by {self.mode}, predicted {self.predicted_class}: {shown}{more}>"
 
     @property
     def seconds(self) -> float:

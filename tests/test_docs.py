@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests import notebook
 from tests.digits import make_classifier, write_photos, write_queries
 from tmm_engine.cli.main import main
 from tmm_engine.options import RECOGNITION
@@ -55,6 +56,15 @@ def test_python_blocks_run(work: Path, code: str):
         [sys.executable, "-W", "error", "-c", code], cwd=work, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # what runs a notebook has warnings of its own; those of ours are seen elsewhere
+def test_the_notebook_runs_and_its_outputs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for variable in ("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    kept = notebook.kinds(notebook.read())
+    assert ["image/png", "text/plain"] in [form for outputs in kept for form in outputs]
+    assert notebook.kinds(notebook.executed(notebook.read())) == kept
 
 
 def test_every_command_is_in_the_readme():

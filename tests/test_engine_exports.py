@@ -138,6 +138,14 @@ def test_a_list_of_queries_has_a_list_of_answers_that_can_be_exported(index: Pat
 # ---- pictures
 
 
+def test_what_is_printed_is_short_and_has_no_pixels():
+    assert repr(make_result()) == (
+        "<SearchResult of 'q0' by l2, predicted the 2: digit-0 (the 0, -1.5), digit-1 (the 1, -2.5), "
+        "digit-2 (the 2, -3.5), and 1 more>"
+    )
+    assert "array" not in repr(make_hit(0))
+
+
 def test_plot_is_the_sheet(tmp_path: Path):
     results = SearchResults([make_result(k=3), FAILED])
     write_png(results, tmp_path / "sheet.png", columns=2)
