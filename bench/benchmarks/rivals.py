@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
 from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few
@@ -39,6 +38,8 @@ DEFAULT = (
     "brightness 0.4,contrast 0.4,gaussian 2.5,gaussian 5,blur 1,jpeg 15,shift 2,shift 4,rotation 10,crop 0.85,"
     "occlusion 0.25,saturation 0,hue 30,dark-noise 1,crop-blur 0.5"
 )
+
+Vectors = dict[Part, Float[Tensor, "_ _"]]
 
 
 @click.command("rivals")
@@ -129,8 +130,9 @@ def measure_rivals(
         seeds = [int(np.random.SeedSequence((suite.seed, place)).generate_state(1)[0]) for place in range(len(both))]
         changed = np.stack([perturbation.apply(image, seed=seed) for image, seed in zip(both, seeds, strict=True)])
         of_queries = passes(changed)
+        similarities = _Similarities(of_queries, of_exemplars)
         for rival in rivals:
-            scores, taken = _scores(rival, of_queries, of_exemplars)
+            scores, taken = similarities.of(rival)
             about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
             about |= {"method": rival.name}
             best = _best(scores, k + 1)
@@ -149,37 +151,39 @@ def _pixels(suite: Suite, rows: Int64[np.ndarray, "rows"]) -> Float32[np.ndarray
     return suite.store.images(rows).astype(np.float32) / np.float32(255.0)
 
 
-def _scores(
-    rival: Rival, queries: dict[Part, Float[Tensor, "q _"]], exemplars: dict[Part, Float[Tensor, "n _"]]
-) -> tuple[Float[Tensor, "q n"], list[bool] | None]:
-    """Larger is nearer; and which queries were taken for copies, where that is looked at."""
-    (_, first), *_ = rival.parts
-    if first.source == RAW:
-        return -torch.cdist(queries[first].double(), exemplars[first].double()), None
-    own, theirs = _joined(rival, queries), _joined(rival, exemplars)
-    taken = None
-    if rival.reranking == "gate":
-        by = Part(RECOGNISER, first.views)
-        scores, flags = gated(own, theirs, (queries[by], exemplars[by]), threshold=RECOGNITION)
-        taken = flags.tolist()
-    elif rival.reranking == "k-reciprocal":
-        scores = k_reciprocal(own, theirs)
-    elif rival.reranking is not None:
-        scores = expanded(own, theirs, neighbours=int(rival.reranking.split()[1]), power=3.0)
-    else:
-        scores = own @ theirs.T
-    return scores, taken
+class _Similarities:
+    """Of queries and exemplars by each part; a mixture's are the weighted sum, since parts are of unit length."""
 
+    def __init__(self, queries: Vectors, exemplars: Vectors) -> None:
+        self._queries, self._exemplars = queries, exemplars
+        self._computed: dict[Part, Float[Tensor, "q n"]] = {}
 
-def _joined(rival: Rival, computed: dict[Part, Float[Tensor, "n _"]]) -> Float[Tensor, "n d"]:
-    if len(rival.parts) == 1:
-        return computed[rival.parts[0][1]]
-    return normalize(torch.cat([weight**0.5 * computed[part] for weight, part in rival.parts], dim=1))
+    def of(self, rival: Rival) -> tuple[Float[Tensor, "q n"], list[bool] | None]:
+        """Larger is nearer; and which queries were taken for copies, where that is looked at."""
+        (_, first), *_ = rival.parts
+        own, theirs = self._queries[first], self._exemplars[first]
+        if rival.reranking == "gate":
+            by = Part(RECOGNISER, first.views)
+            copies = self._queries[by], self._exemplars[by]
+            scores, flags = gated(own, theirs, copies, threshold=RECOGNITION)
+            return scores, flags.tolist()
+        if rival.reranking == "k-reciprocal":
+            return k_reciprocal(own, theirs), None
+        if rival.reranking is not None:
+            return expanded(own, theirs, neighbours=int(rival.reranking.split()[1]), power=3.0), None
+        return torch.stack([weight * self._by(part) for weight, part in rival.parts]).sum(0), None
+
+    def _by(self, part: Part) -> Float[Tensor, "q n"]:
+        if part not in self._computed:
+            own, theirs = self._queries[part], self._exemplars[part]
+            by_distance = part.source == RAW
+            self._computed[part] = -torch.cdist(own.double(), theirs.double()) if by_distance else own @ theirs.T
+        return self._computed[part]
 
 
 def _best(scores: Float[Tensor, "q n"], k: int) -> Int64[np.ndarray, "q k"]:
-    """The k best of each row; ties go to the first."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].numpy()
+    """The k best of each row, best first."""
+    return scores.topk(k, dim=1).indices.numpy()
 
 
 def _very_image(
