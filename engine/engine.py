@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 from tmm_engine.results import FailedQuery, SearchResult, SearchResults
 from tmm_engine.snapshot import Snapshot
 from tmm_engine.versions import Version, versions_of
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 class Engine:
@@ -308,6 +311,21 @@ class Engine:
             InputError: no exemplar has it.
         """
         return self._snapshot.exemplar(id_)
+
+    @checked
+    def to_arrow(self, *, columns: Sequence[str] = ()) -> "pyarrow.Table":
+        """A table with a row per exemplar: id, label, metadata, and what else is asked for.
+
+        Args:
+            columns: ``image``, ``feature``, and what other features the index has (`ExemplarStore.feature_columns`):
+                lists of numbers, as they are stored.
+
+        Raises:
+            InputError: the index has no such column.
+        """
+        from tmm_engine.views.table import exemplars_table
+
+        return exemplars_table(self.store, self.class_names, columns=columns)
 
     # -------------------------------------------------------------------------------------------- changing
 

@@ -38,9 +38,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.cache
     def hints() -> dict[str, Any]:
-        found = typing.get_type_hints(function)
-        named = {name for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD}
-        return {name: hint for name, hint in found.items() if name in named}
+        told = {
+            name: each.annotation
+            for name, each in signature.parameters.items()
+            if each.kind is not each.VAR_KEYWORD and each.annotation is not each.empty
+        }
+        parameters = types.SimpleNamespace(__annotations__=told)  # what is returned may name what is not imported
+        return typing.get_type_hints(parameters, inspect.unwrap(function).__globals__)
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:

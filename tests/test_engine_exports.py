@@ -135,6 +135,27 @@ def test_a_list_of_queries_has_a_list_of_answers_that_can_be_exported(index: Pat
     assert found.to_arrow().drop_columns("error").slice(0, 2) == found[0].to_arrow()
 
 
+def test_exemplars_are_a_table_too():
+    images, numbers = np.repeat(IMAGES[:12, None], 1, axis=1), [*range(12)]
+    classifier = make_classifier()
+    engine = Engine.from_arrays(images, numbers % np.int64(10), classifier, metadata={"page": numbers}, views=0)
+    table = engine.to_arrow(columns=["feature", "image"])
+    assert [*table.column_names][:4] == ["id", "label", "class_name", "label_is_predicted"]
+    assert (table["page"].to_pylist(), table["class_name"].to_pylist()[9:]) == (numbers, ["9", "0", "1"])
+    assert np.array_equal(np.array(table["image"].to_pylist(), np.uint8).reshape(images.shape), images)
+    assert np.array_equal(np.array(table["feature"].to_pylist(), np.float32), engine.store.features(np.arange(12)))
+    assert engine.matching("page < 3").to_arrow() == engine.to_arrow().slice(0, 3)
+    with pytest.raises(InputError, match=r"'features' \(did you mean 'feature'\?\); there are image, feature"):
+        engine.to_arrow(columns=["features"])
+
+
+def test_exemplars_on_disk_have_their_metadata(index: Path):
+    with Engine.open(index) as engine:
+        table = engine.to_arrow()
+        assert table["id"].to_pylist() == [*engine.store.ids]
+        assert table["path"].to_pylist() == [row["path"] for row in engine.store.metadata(np.arange(len(engine)))]
+
+
 # ---- pictures
 
 

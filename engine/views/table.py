@@ -1,4 +1,4 @@
-"""Answers as tables, for where people go on working with them: Arrow, pandas, polars, Parquet."""
+"""Answers and exemplars as tables, for where people go on working with them: Arrow, pandas, polars, Parquet."""
 
 import typing
 from collections.abc import Collection, Sequence
@@ -6,8 +6,12 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tmm_engine.index.arguments import checked
-from tmm_engine.index.errors import InputError, printable
+from tmm_engine.index.errors import InputError, nearest, printable
+from tmm_engine.index.sources.records import Metadata
+from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import write_file
 
@@ -50,11 +54,40 @@ def hits_table(results: Sequence[SearchResult | FailedQuery], *, errors: bool) -
     }
     for name, kind in plain_attributes(Hit).items():
         columns[name] = _column([getattr(hit, name, None) for _, hit in rows], kind)
-    metadata = [hit.metadata if hit else {} for _, hit in rows]
-    names = list(dict.fromkeys(name for row in metadata for name in row))
-    renamed = free_names(names, taken=columns)
-    columns |= {renamed[name]: _column([row.get(name) for row in metadata]) for name in names}
-    return pa.table(columns)
+    return pa.table(columns | _metadata_columns([hit.metadata if hit else {} for _, hit in rows], taken=columns))
+
+
+def exemplars_table(store: ExemplarStore, class_names: Sequence[str], *, columns: Sequence[str]) -> "pyarrow.Table":
+    """One row per exemplar: id, label, its metadata, and of its pixels and features what is asked for.
+
+    Metadata of a name that is taken are called ``source_…``.
+
+    Args:
+        store: The exemplars.
+        class_names: In label order.
+        columns: ``image``, and names of `ExemplarStore.feature_columns`: fixed-size lists, as they are stored.
+
+    Raises:
+        InputError: no such column.
+    """
+    import pyarrow as pa
+
+    from tmm_engine.index.store.lance_store import fixed_size_column
+
+    rows, known = np.arange(len(store)), ("image", *store.feature_columns)
+    if unknown := [name for name in columns if name not in known]:
+        raise InputError(f"no column {unknown[0]!r}{nearest(unknown[0], known)}; there are {', '.join(known)}")
+    told: dict[str, pa.Array] = {
+        "id": _column(store.ids.tolist(), str),
+        "label": pa.array(store.labels),
+        "class_name": _column([class_names[label] for label in store.labels], str),
+        "label_is_predicted": pa.array(store.label_is_predicted),
+    }
+    told |= {
+        name: fixed_size_column(store.images(rows) if name == "image" else store.features(rows, column=name))
+        for name in columns
+    }
+    return pa.table(told | _metadata_columns(store.metadata(rows), taken=told))
 
 
 def plain_attributes(kind: type) -> dict[str, type]:
@@ -127,6 +160,12 @@ def write_parquet(results: Sequence[SearchResult | FailedQuery], path: str | Pat
     content = pa.BufferOutputStream()
     pq.write_table(hits_table(results, errors=True), content)
     write_file(path, content.getvalue().to_pybytes())
+
+
+def _metadata_columns(metadata: Sequence[Metadata], *, taken: Collection[str]) -> "dict[str, pyarrow.Array]":
+    names = list(dict.fromkeys(name for row in metadata for name in row))
+    renamed = free_names(names, taken=taken)
+    return {renamed[name]: _column([row.get(name) for row in metadata]) for name in names}
 
 
 def _column(values: Sequence[Any], kind: type | None = None) -> "pyarrow.Array":
