@@ -7,8 +7,7 @@ from tmm_engine.index.arguments import checked
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.sources.opening import as_source
-from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.sources.opening import SourceLike, as_source
 from tmm_engine.index.store.building import check_build, write_index
 from tmm_engine.index.store.embedding import BuildReport
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
@@ -16,7 +15,7 @@ from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 
 @checked
 def build_index(
-    source: ImageSource | str | Path,
+    source: SourceLike,
     index: str | Path,
     classifier: Classifier,
     *,
@@ -31,7 +30,7 @@ def build_index(
     """Build an index of a source's images. It appears at `index` whole, or not at all.
 
     Args:
-        source: The exemplars, or what `open_source` takes: a folder, a Parquet file, a data set's name.
+        source: The exemplars, or what `open_source` takes: a folder, a Parquet file, a `datasets.Dataset`, …
         index: A folder that does not exist yet, or an index to replace.
         classifier: Computes the features.
         views: Symmetric views that the descriptors of mode ``robust`` are the mean of, 1 to 10: so many more passes

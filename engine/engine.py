@@ -13,13 +13,12 @@ from torch import nn
 from tmm_engine.backends import Backend, compare_backends
 from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.arguments import checked
-from tmm_engine.index.errors import ImageError, InputError, member
+from tmm_engine.index.errors import ImageError, InputError, member, printable
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
-from tmm_engine.index.sources.opening import as_source
-from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.sources.opening import SourceLike, as_source
 from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact, delete_exemplars
 from tmm_engine.index.store.embedding import check_fit
 from tmm_engine.index.store.exemplars import ExemplarStore
@@ -113,7 +112,7 @@ class Engine:
     def from_arrays(
         cls,
         images: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor],
-        labels: Sequence[int] | np.ndarray | torch.Tensor | None,
+        labels: Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor | None,
         classifier: Classifier,
         *,
         ids: Sequence[str] | None = None,
@@ -129,7 +128,7 @@ class Engine:
 
         Args:
             images: (n, c, h, w), (n, h, w, c) or (n, h, w), or a list of n alike; uint8, or float in [0, 1].
-            labels: Class indices, or None: the model's predictions are used and marked.
+            labels: Class indices, names, or None: the model's predictions are used and marked.
             classifier: Computes the features.
             ids: Unique; default: positions.
             class_names: In label order; default: the classifier's.
@@ -283,7 +282,7 @@ class Engine:
                 found.append(_query(item, snapshot, position))
             except ImageError as error:
                 found.append(
-                    FailedQuery(str(item) if isinstance(item, str | Path) else f"query {position}", str(error))
+                    FailedQuery(printable(item) if isinstance(item, str | Path) else f"query {position}", str(error))
                 )
         good: list[ImageLike | Query] = [item for item in found if isinstance(item, Query)]
         answers = iter(self._each(good, asked, progress))
@@ -332,7 +331,7 @@ class Engine:
     @checked
     def add(
         self,
-        source: ImageSource | str | Path,
+        source: SourceLike,
         *,
         replace: bool = False,
         strict: bool = False,
@@ -363,7 +362,7 @@ class Engine:
     @checked
     def sync(
         self,
-        source: ImageSource | str | Path,
+        source: SourceLike,
         *,
         delete: bool = False,
         dry_run: bool = False,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from tmm_engine.index.errors import ImageError
+from tmm_engine.index.errors import ImageError, printable
 from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, decode_image, to_numpy
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
@@ -51,7 +51,7 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
             )
         return image
     if isinstance(image, str | Path):
-        name = str(image)
+        name = printable(image)
     pixels = decode_image(image, shape=shape).astype(np.float32) / np.float32(255.0)
     if isinstance(image, np.ndarray | torch.Tensor) and np.issubdtype(to_numpy(image).dtype, np.floating):
         values = channels_first(to_numpy(image)[None], shape=expected)[0]

@@ -250,3 +250,14 @@ def test_a_damaged_index_is_an_error(index: Path, tmp_path: Path, damage: str):
         (copy / MANIFEST).write_text(text)
     with pytest.raises(IndexStateError):
         Engine.open(copy)
+
+
+def test_a_query_whose_name_is_not_utf8_has_an_answer_that_can_be_printed(memory: Engine, tmp_path: Path):
+    path = tmp_path / b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    stream = BytesIO()
+    Image.fromarray(IMAGES[300]).save(stream, "PNG")
+    path.write_bytes(stream.getvalue())
+    assert memory.search(path, k=1, mode="l2").query == f"{tmp_path}/caf\\udce9.png"
+    path.write_bytes(b"junk")
+    [failed] = memory.search_each([path], k=1, mode="l2")
+    assert (failed.query + failed.error).encode().count(b"caf\\udce9.png") == 2

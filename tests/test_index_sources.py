@@ -387,6 +387,15 @@ def test_arrays_carry_ids_names_and_metadata():
     assert (second.id, second.label, second.metadata["site"]) == ("p", 0, None)
 
 
+def test_labels_may_be_names():
+    images = np.zeros((3, 2, 2), np.uint8)
+    for labels in (["b", "a", "b"], np.array(["b", "a", "b"])):
+        source = ArraySource(images, labels)
+        assert (source.class_names, [r.label for r in source.read((1, 2, 2))]) == (("a", "b"), [1, 0, 1])
+    given = ArraySource(images, ["b", "a", "b"], class_names=["x", "b", "a"])
+    assert (given.class_names, [r.label for r in given.read((1, 2, 2))]) == (("x", "b", "a"), [1, 2, 1])
+
+
 def test_wrong_arrays_say_why():
     images = np.zeros((2, 3, 4, 4), np.uint8)
     cases = [
@@ -398,6 +407,7 @@ def test_wrong_arrays_say_why():
         ((images, [1, -1]), {}, "labels of 0 or more"),
         ((images, [0, 2]), {"class_names": ["a", "b"]}, "labels of 0 to 1"),
         ((images, np.array([0.0, 1.0])), {}, "row of integers"),
+        ((images, ["a", "x"]), {"class_names": ["a", "b"]}, "one of the class names, got 'x'"),
         ((images,), {"ids": ["a"]}, "expected 2 ids"),
         ((images,), {"ids": ["a", "a"]}, "expected 2 different ids"),
         ((images,), {"metadata": {"n": [1]}}, "expected 2 values of 'n'"),

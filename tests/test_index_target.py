@@ -308,3 +308,9 @@ def test_the_index_has_the_permissions_of_any_new_folder(target):
     replace(target)
     (target.parent / "plain").mkdir()
     assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE((target.parent / "plain").stat().st_mode)
+
+
+def test_a_path_that_is_not_utf8_is_refused_in_one_line(tmp_path):
+    odd = tmp_path / b"caf\xe9.idx".decode("utf-8", "surrogateescape")
+    with pytest.raises(IndexStateError, match=r"caf\\udce9\.idx: expected a path in UTF-8"):
+        check_target(odd, overwrite=False)

@@ -192,7 +192,7 @@ def _config(options: dict[str, Any]) -> "TmmConfig":
 def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query | FailedQuery]":
     """Every query of a search, decoded, or what is wrong with it; a bad one that is alone is an error at once."""
     from tmm_engine.cli.display import say_remarks
-    from tmm_engine.index.errors import ImageError
+    from tmm_engine.index.errors import ImageError, printable
     from tmm_engine.index.sources.opening import open_source
     from tmm_engine.index.sources.records import remarks_of
     from tmm_engine.query import as_query, queries_from
@@ -203,13 +203,13 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
     for path in paths:
         if path.is_dir():
             source = open_source(path, limit=options["limit"])
-            queries += queries_from(source, shape, prefix=f"{path}/")
+            queries += queries_from(source, shape, prefix=f"{printable(path)}/")
             say_remarks(remarks_of(source))
             continue
         try:
-            queries.append(as_query(path, shape=shape, name=str(path)))
+            queries.append(as_query(path, shape=shape, name=printable(path)))
         except ImageError as error:
-            queries.append(FailedQuery(str(path), str(error)))
+            queries.append(FailedQuery(printable(path), str(error)))
     queries += [engine.exemplar(id_) for id_ in options["ids"]]
     if options["source"]:
         source = opened_source(options["source"], options)

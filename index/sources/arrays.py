@@ -12,6 +12,7 @@ from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, to_numpy, to_uint8
+from tmm_engine.index.sources.labels import numbered
 from tmm_engine.index.sources.records import ImageRecord, free_name, python_type
 from tmm_engine.index.types import ImageShape
 
@@ -24,9 +25,9 @@ class ArraySource:
     Args:
         images: (n, c, h, w), (n, h, w, c) or (n, h, w), or a list of n alike; uint8 or floating point in [0, 1]. Not
             copied if an array of uint8.
-        labels: n integers, 0 or more.
+        labels: n integers, 0 or more, or n names.
         ids: n different strings. Default: the row in eight digits.
-        class_names: In label order.
+        class_names: In label order. Default: unknown; of labels that are names, the sorted distinct ones.
         metadata: Column -> n strings, integers, floats or booleans, or None; renamed as in `ParquetSource`.
         name: What an index records as its origin.
 
@@ -38,7 +39,7 @@ class ArraySource:
     def __init__(
         self,
         images: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor],
-        labels: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        labels: Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor | None = None,
         *,
         ids: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
@@ -88,8 +89,12 @@ class ArraySource:
         if len(values) != len(self):
             raise InputError(f"expected {len(self)} {what}, one per image, got {len(values)}")
 
-    def _checked_labels(self, labels: Sequence[int] | np.ndarray | torch.Tensor) -> list[int]:
+    def _checked_labels(self, labels: Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor) -> list[int]:
         array = np.asarray(labels)
+        if array.ndim == 1 and len(array) and all(isinstance(label, str) for label in array.tolist()):
+            self._expect_one_each("labels", array)
+            self.class_names, numbers = numbered(array.tolist(), self.class_names)
+            return numbers
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise InputError(f"expected labels as one row of integers, got {array.dtype} of shape {array.shape}")
         self._expect_one_each("labels", array)
@@ -97,8 +102,7 @@ class ArraySource:
         if array.min() < 0 or array.max() >= classes:
             expected = "0 or more" if self.class_names is None else f"0 to {classes - 1}, as there are class names"
             raise InputError(f"expected labels of {expected}, got {array.min()} to {array.max()}")
-        numbers: list[int] = array.tolist()
-        return numbers
+        return list(map(int, array.tolist()))
 
     def _typed_columns(
         self, metadata: Mapping[str, Sequence[Any] | np.ndarray]

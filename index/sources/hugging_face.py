@@ -153,16 +153,11 @@ def from_hugging_face(source: Any, split: str | None) -> "datasets.Dataset | Non
     """The `datasets.Dataset` that is meant; None where the source is nothing of that package.
 
     Raises:
-        InputError: of a DatasetDict no split is chosen, or one that it does not have; or a data set without a length.
+        InputError: of a DatasetDict no split is chosen, or one that it does not have.
     """
     package = sys.modules.get("datasets")
     if package is None:
         return None
-    if isinstance(source, package.IterableDataset | package.IterableDatasetDict):
-        raise InputError(
-            "expected a data set with a length, got a streamed one (IterableDataset); load it without streaming, or "
-            "make a Dataset of it (Dataset.from_generator)"
-        )
     if isinstance(source, package.DatasetDict):
         return source[_chosen(list(source), split, "the DatasetDict")]
     if not isinstance(source, package.Dataset):

@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from tmm_engine.index.columns import is_column_name
 from tmm_engine.index.errors import ImageError, InputError, printable
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.sources.images import decode_image, natural_shape
 from tmm_engine.index.sources.shapes import common_shape, said_shapes
-from tmm_engine.index.types import ImageShape
+from tmm_engine.index.types import ImageLike, ImageShape
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,7 +123,7 @@ class Encoded:
     """An image still to be decoded; `source` is None where there are no bytes."""
 
     id: str
-    source: Path | bytes | Image.Image | None
+    source: ImageLike | None
     label: int | None
     metadata: Metadata
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.errors import IndexStateError, printable
 from tmm_engine.index.files import sync_folder
 from tmm_engine.index.store.manifest import MANIFEST
 
@@ -23,6 +23,8 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         IndexStateError: it exists and is no index, or is one and `overwrite` is not set, or its folder cannot be
             written.
     """
+    if str(target) != printable(target):
+        raise IndexStateError(f"{printable(target)}: expected a path in UTF-8, which Lance needs; choose another")
     if _exists(target) and not (target / MANIFEST).is_file() and not _is_empty_folder(target):
         raise IndexStateError(f"{target} exists and is not an index: it is left alone; choose another path")
     if (target / MANIFEST).is_file() and not overwrite:
