@@ -250,7 +250,11 @@ def test_an_unreadable_shard_is_named_and_the_rest_goes_on(shards):
     source = open_source(shards, split="train")
     assert len(source) == 2
     unreadable, record = source.read((3, 5, 6))
-    assert (unreadable.id, record.id, record.label) == ("train-00000-of-00002.parquet", "train/00000000", 1)
+    assert (unreadable.id, record.id, record.label) == (
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002/00000000",
+        1,
+    )
     assert "expected readable Parquet" in unreadable.reason
 
 

@@ -216,6 +216,18 @@ def test_what_can_no_longer_be_read_stays_as_it_was(index):
     assert snapshot(index) == before_strict
 
 
+def test_a_shard_that_cannot_be_read_is_no_reason_to_delete_what_it_held(index):
+    class OneShard(ArraySource):
+        def read(self, shape):
+            yield UnreadableImage("train-00000.parquet", "not Parquet", is_shard=True)
+            yield from super().read(shape)
+
+    before = snapshot(index)
+    with pytest.raises(InputError, match=r"train-00000\.parquet: not Parquet; nothing was changed"):
+        sync_index(index, OneShard(POOL[:1], LABELS[:1], metadata={"page": [0]}), CLASSIFIER, delete=True)
+    assert snapshot(index) == before
+
+
 def test_a_prefix_leaves_the_ids_of_others_alone(index):
     add_exemplars(index, source(plain(30, 31, 32)), CLASSIFIER, id_prefix="more/")
     report = synced(index, source(plain(31, 33)), delete=True, id_prefix="more/")

@@ -200,4 +200,5 @@ def _arrow_shard(path: Path) -> ArrowShard | UnreadableImage:
     try:
         return ArrowShard(path)
     except (pa.ArrowException, OSError) as error:
-        return UnreadableImage(path.name, f"expected readable Arrow, got {error}; save the data set again")
+        reason = f"expected readable Arrow, got {error}; save the data set again"
+        return UnreadableImage(path.name, reason, is_shard=True)

@@ -85,4 +85,5 @@ def _shard(path: Path) -> ParquetShard | UnreadableImage:
     try:
         return ParquetShard(path)
     except (pa.ArrowException, OSError) as error:
-        return UnreadableImage(path.name, f"expected readable Parquet, got {error}; fetch or write it again")
+        reason = f"expected readable Parquet, got {error}; fetch or write it again"
+        return UnreadableImage(path.name, reason, is_shard=True)

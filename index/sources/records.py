@@ -58,10 +58,17 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class UnreadableImage:
-    """An image that could not be read, in the place where its record would have come."""
+    """An image that could not be read, in the place where its record would have come.
+
+    Attributes:
+        id: Its own; of a shard its file's name.
+        reason: What is wrong.
+        is_shard: Whether it stands for a file of several images, nobody knows which.
+    """
 
     id: str
     reason: str
+    is_shard: bool = False
 
 
 @runtime_checkable

@@ -54,7 +54,9 @@ class TableSource(EncodedSource):
 
     Args:
         name: What an index records as its origin.
-        prefix: Of ids, which are ``<prefix>/<row>``; the rows are counted over all shards. Paths are ids themselves.
+        prefix: Of ids, which are ``<prefix>/<row>``; the rows are counted over all shards. After a shard that cannot be
+            read they are ``<shard>/<row>``, so that no id means another row than it does with all shards. Paths are
+            ids themselves.
         shards: In order; in the place of one that cannot be read, why.
         image_column: Where it is not the only one that holds images, nor called ``image``.
         label_column: Where it is not called ``label``, nor the only one of its kind.
@@ -161,31 +163,33 @@ class TableSource(EncodedSource):
         import pyarrow as pa
 
         columns = list(dict.fromkeys([self._image, *self._columns.values(), *filter(None, [self._label])]))
-        start = 0
+        before, all_read = 0, True  # rows of the shards before, and whether they are known
         for shard in self._shards:
             if isinstance(shard, UnreadableImage):
+                all_read = False
                 yield shard
                 continue
-            row = start
+            row = 0
             try:
                 for batch in shard.batches(columns):
-                    yield from self._encoded_batch(batch.slice(0, self._rows - row), row)
+                    numbered = (self._prefix, before + row) if all_read else (Path(shard.name).stem, row)
+                    yield from self._encoded_batch(batch.slice(0, self._rows - before - row), *numbered)
                     row += len(batch)
-                    if row >= self._rows:
+                    if before + row >= self._rows:
                         return
             except (pa.ArrowException, OSError) as error:
                 if len(self._shards) == 1:
                     raise _unreadable(shard, error) from error
-                yield UnreadableImage(shard.name, f"cannot be read from row {row - start} on: {error}")
-            start += shard.rows
+                yield UnreadableImage(shard.name, f"cannot be read from row {row} on: {error}", is_shard=True)
+            before += shard.rows
 
-    def _encoded_batch(self, batch: "pa.RecordBatch", start: int) -> Iterator[Encoded]:
+    def _encoded_batch(self, batch: "pa.RecordBatch", prefix: str, start: int) -> Iterator[Encoded]:
         columns = {name: self._values(batch, name) for name in self._columns}
         images = batch.column(self._image).to_pylist()
         labels = batch.column(self._label).to_pylist() if self._label and self._labels else [None] * len(batch)
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             metadata: Metadata = {name: column[i] for name, column in columns.items()}
-            id_, content = f"{self._prefix}/{start + i:08d}", image
+            id_, content = f"{prefix}/{start + i:08d}", image
             if isinstance(image, Mapping):
                 content = image.get("bytes")
                 if content is None and image.get("path") and self._folder is not None:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, UInt64
 
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
@@ -36,9 +37,17 @@ class WatchedSource(AdaptedSource):
         self.unreadable: set[str] = set()
 
     def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
-        """All images in order."""
+        """All images in order.
+
+        Raises:
+            InputError: a shard cannot be read: nobody knows which images it holds.
+        """
         for record in super().read(shape):
             if isinstance(record, UnreadableImage):
+                if record.is_shard:
+                    raise InputError(
+                        f"{record.id}: {record.reason}; nothing was changed, since its images would count as missing"
+                    )
                 self.unreadable.add(record.id)
             yield record
 
