@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tmm_engine.backends import require_onnx
+from tmm_engine.bench.latency_photographs import time_photographs
 from tmm_engine.bench.machine import describe_machine
 from tmm_engine.bench.peak import peak_of_build, peak_of_search
 from tmm_engine.index.batches import forward_batch_size
@@ -46,7 +47,7 @@ from tmm_engine.rerank.reference import LiteralModel, reference_fisher, referenc
 from tmm_engine.rerank.settings import GLOBAL_PRESET, QueryTrigger, preset
 from tmm_engine.rerank.tmm import TmmNN
 
-GROUPS = ("card", "neighbours", "triggers", "forward", "growth", "agreement", "reference", "build")
+GROUPS = ("card", "neighbours", "triggers", "forward", "growth", "agreement", "reference", "build", "photographs")
 """What is measured together; ``card`` on a GPU only."""
 
 SIZES = (2_000, 5_000, 10_000, 20_000, 60_000)
@@ -346,6 +347,10 @@ class LatencyBench:
             "build_peak_mib_small": small,
             "build_peak_mib_large": large,
         }
+
+    def photographs(self) -> None:
+        """Building from JPEG files of 640×480; nothing of the source."""
+        time_photographs(self.latency, self.repeats)
 
     def _tmm(self, exemplars: int, *, precision: Precision = Precision.FP32) -> TmmNN:
         return TmmNN(

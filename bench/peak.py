@@ -8,17 +8,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from tmm_engine.bench.machine import memory_mib, peak_memory_mib, reset_peak_memory
+from tmm_engine.bench.photographs import write_photographs
+from tmm_engine.building import build_index
 from tmm_engine.engine import Engine
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.models.preprocessing import Target, shape_of
+from tmm_engine.index.sources.folders import FolderSource
 from tmm_engine.index.sources.records import ImageRecord
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.index.types import ImageShape
 
 SHAPE: ImageShape = (1, 28, 28)
+PHOTOGRAPH_SHAPE: ImageShape = (3, 224, 224)
 
 
 def peak_of_search(index: Path) -> float:
@@ -29,6 +34,11 @@ def peak_of_search(index: Path) -> float:
 def peak_of_build(exemplars: int) -> float:
     """MiB that building an index of so many random images takes, with a ResNet-18 of random weights."""
     return _in_child("build", str(exemplars))
+
+
+def peak_of_photographs(count: int) -> float:
+    """MiB that building an index of so many JPEG photographs takes, with a small network, so that decoding leads."""
+    return _in_child("photographs", str(count))
 
 
 class RandomImages:
@@ -82,6 +92,18 @@ def _build(exemplars: int) -> float:
         return peak_memory_mib() - before
 
 
+def _photographs(count: int) -> float:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 7, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)
+    )
+    classifier = Classifier.from_module(network, image_shape=PHOTOGRAPH_SHAPE)
+    with tempfile.TemporaryDirectory() as folder:
+        source = FolderSource(write_photographs(Path(folder) / "photographs", count))
+        before = _idle()
+        build_index(source, Path(folder) / "photographs.idx", classifier)
+        return peak_memory_mib() - before
+
+
 def _idle() -> float:
     reset_peak_memory()
     return memory_mib()
@@ -89,4 +111,6 @@ def _idle() -> float:
 
 if __name__ == "__main__":
     job, argument = sys.argv[1:]
-    print(json.dumps(_search(Path(argument)) if job == "search" else _build(int(argument))))
+    jobs = {"search": lambda: _search(Path(argument)), "build": lambda: _build(int(argument))}
+    jobs["photographs"] = lambda: _photographs(int(argument))
+    print(json.dumps(jobs[job]()))

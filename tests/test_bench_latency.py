@@ -19,6 +19,7 @@ from torch import nn
 
 from tests.digits import IMAGES, LABELS, write_photos
 from tmm_engine.bench import latency as module
+from tmm_engine.bench import latency_photographs
 from tmm_engine.bench.latency import Latency, LatencyBench, Record
 from tmm_engine.bench.latency_report import BARS, plot_growth, print_latency
 from tmm_engine.bench.machine import describe_machine, memory_mib, peak_memory_mib, reset_peak_memory
@@ -66,6 +67,9 @@ PATHS = {  # path -> (exemplars, times)
     "reference, batch 1024": (40, 1),
     "build": (40, REPEATS),
     "forward beside build": (40, REPEATS),
+    "photographs decoded": (6, REPEATS),
+    "photographs, passes": (6, REPEATS),
+    "photographs, build": (6, REPEATS),
 }
 RECORDS = st.builds(
     Record,
@@ -121,6 +125,9 @@ def measured(tmp_path_factory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(module, name, value)
+        patch.setattr(latency_photographs, "PHOTOGRAPHS", 6)
+        patch.setattr(latency_photographs, "SHAPE", (3, 64, 64))
+        patch.setattr(latency_photographs, "PEAK_PHOTOGRAPHS", (4, 8))
         patch.setitem(PRESETS, "paper", QUICK)
         patch.setenv("OMP_NUM_THREADS", "1")
         result = run(
@@ -208,11 +215,15 @@ def test_figures_are_what_the_records_say(measured):
         "l2_over_faiss": median("l2") / median("l2 by FAISS alone"),
         "cosine_over_faiss": median("cosine") / median("cosine by FAISS alone"),
         "build_over_forward": median("forward beside build") / median("build"),
+        "photographs_build_over_slower_part": max(median("photographs decoded"), median("photographs, passes"))
+        / median("photographs, build"),
+        "photographs_decoded_per_second": 6 / median("photographs decoded"),
     }
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
     rest = {"bf16_agreement", "trigger_loss", "trigger_loss_eager", "peak_mib"}
-    assert figures.keys() == expected.keys() | rest | {"build_peak_mib_small", "build_peak_mib_large"}
+    rest |= {f"{built}_peak_mib_{size}" for built in ("build", "photographs") for size in ("small", "large")}
+    assert figures.keys() == expected.keys() | rest
     assert 0.0 <= figures["bf16_agreement"] <= 1.0
     assert figures["trigger_loss"] == pytest.approx(figures["trigger_loss_eager"], rel=1e-2)  # of the same steps
     assert all(figures[name] > 0.0 for name in figures if "mib" in name)
@@ -280,7 +291,7 @@ def test_a_run_over_one_size_is_whole_json(tmp_path, monkeypatch):
 # ---- groups
 
 
-@pytest.mark.parametrize("group", [name for name in module.GROUPS if name not in ("card", "build")])
+@pytest.mark.parametrize("group", [name for name in module.GROUPS if name not in ("card", "build", "photographs")])
 def test_a_group_needs_no_other(monkeypatch, group):
     for name, value in SMALL.items():
         monkeypatch.setattr(module, name, value)

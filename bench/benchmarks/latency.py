@@ -20,7 +20,7 @@ from tmm_engine.cli.display import progress_bar
     "--only",
     metavar="GROUP,…",
     default="",
-    help="Of neighbours, triggers, forward, growth, agreement, reference, build.",
+    help="Of neighbours, triggers, forward, growth, agreement, reference, build, photographs.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timings of each path.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write raw records, machine and versions.")

@@ -33,7 +33,6 @@ def sync(index: Path, source: str, **options: Any) -> None:
     """
     from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
-    from tmm_engine.index.sources.records import remarks_of
 
     images = opened_source(source, options)
     with (
@@ -48,7 +47,7 @@ def sync(index: Path, source: str, **options: Any) -> None:
             id_prefix=options["id_prefix"],
             progress=progress,
         )
-    say_remarks(remarks_of(images))
+    say_remarks(report.remarks)
     _print_notes(report, delete=options["delete"])
     if report.dry_run:
         _print_plan(report)

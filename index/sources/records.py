@@ -5,7 +5,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -149,6 +149,10 @@ class EncodedSource(ABC):
         self.remarks = tuple(dict.fromkeys((*self.remarks, *remarks)))
 
     @abstractmethod
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    @abstractmethod
     def _encoded(self) -> Iterator[Encoded | UnreadableImage]:
         """All images in order, not decoded; in the place of what cannot even be reached, why."""
 
@@ -169,9 +173,19 @@ class EncodedSource(ABC):
 
     def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order, decoded by a few threads that run a bounded number of images ahead."""
+        return self._decoded(self._encoded(), shape)
+
+    def read_at(self, shape: Target, positions: Set[int]) -> Iterator[ImageRecord | UnreadableImage]:
+        """Those images that `read` would give at these positions, 0 to n−1; no other is decoded."""
+        chosen = (item for position, item in enumerate(self._encoded()) if position in positions)
+        return self._decoded(chosen, shape)
+
+    def _decoded(
+        self, items: Iterable[Encoded | UnreadableImage], shape: Target
+    ) -> Iterator[ImageRecord | UnreadableImage]:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as pool:
             pending: deque[Future[_Decoded]] = deque()
-            for chunk in _chunks(self._encoded(), _CHUNK):
+            for chunk in _chunks(items, _CHUNK):
                 pending.append(pool.submit(_decode, chunk, shape))
                 if len(pending) > _THREADS:
                     yield from self._told(pending.popleft().result())

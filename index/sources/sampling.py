@@ -8,7 +8,7 @@ import numpy as np
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.sources.records import EncodedSource, ImageRecord, ImageSource
 
 T = TypeVar("T")
 
@@ -50,8 +50,11 @@ def sampled(
 ) -> list[ImageRecord]:
     """A uniform sample of the readable images, in random order; all where there are no more.
 
+    Of a source whose images have to be decoded, only those that are drawn are; for one that cannot be read no other is
+    drawn, unless none of them can.
+
     Args:
-        source: Read to its end.
+        source: Gone through to its end.
         shape: What the images are brought to.
         size: At least 1.
         seed: Of the choice (reservoir sampling) and the order.
@@ -61,5 +64,19 @@ def sampled(
         InputError: no image can be read.
     """
     generator = np.random.default_rng(seed)
-    kept = reservoir(readable(source, shape, progress), size, generator)
+    kept = _drawn(source, shape, size, generator, progress) if isinstance(source, EncodedSource) else []
+    kept = kept or reservoir(readable(source, shape, progress), size, generator)
     return [kept[place] for place in generator.permutation(len(kept))]
+
+
+def _drawn(
+    source: EncodedSource, shape: Target, size: int, generator: np.random.Generator, progress: Progress
+) -> list[ImageRecord]:
+    """A uniform sample of the images without those that cannot be read: decoded after it is drawn."""
+    drawn = reservoir(range(len(source)), size, generator)
+    found: dict[int, ImageRecord] = {}
+    for done, (position, record) in enumerate(zip(sorted(drawn), source.read_at(shape, set(drawn)), strict=False)):
+        if isinstance(record, ImageRecord):
+            found[position] = record
+        progress("reading", done + 1, len(drawn))
+    return [found[position] for position in drawn if position in found]

@@ -24,6 +24,9 @@ class WatchedSource(AdaptedSource):
         source: The images.
         change: Of the index.
         id_prefix: Put before every id.
+
+    Attributes:
+        unreadable: Ids of images that could not be.
     """
 
     def __init__(self, source: ImageSource, change: Change, id_prefix: str) -> None:

@@ -46,6 +46,7 @@ class SyncReport:
         skipped: Images that could not be read, with reasons; the first of them.
         skipped_count: How many in all.
         dry_run: Whether nothing was done.
+        remarks: What the source guessed, left out or converted, in sentences.
     """
 
     version: int
@@ -61,6 +62,7 @@ class SyncReport:
     skipped: tuple[UnreadableImage, ...]
     skipped_count: int
     dry_run: bool
+    remarks: tuple[str, ...]
 
     @property
     def added(self) -> int:
@@ -90,7 +92,8 @@ def sync_index(
     and its metadata are: of a source without labels, where the label is a prediction. With ``delete`` the row digests
     are then those of an index built of the source anew, in the classes and columns of this one. What was measured when
     the index was built (descriptors, a global trigger) stays as it is. An exemplar whose image can no longer be read
-    stays too, and is reported: an unreadable image is not a missing one.
+    stays too, and is reported: an unreadable image is not a missing one. A shard that cannot be read is
+    refused: nobody knows which images are in it.
 
     Args:
         index: Its folder.
@@ -105,7 +108,7 @@ def sync_index(
     Raises:
         IndexStateError: no index there, damaged, not writable, full, being written by another process, or with a column
             of features that this program cannot compute.
-        InputError: no image can be read, an id twice in the source, classes or columns that the index does not have,
+        InputError: no image can be read, or a shard of them cannot, an id twice in the source, classes or columns that the index does not have,
             or, with `strict`, an unreadable image.
         ModelError: another classifier.
     """
@@ -210,4 +213,5 @@ def _report(
         skipped=tuple(reading.skipped),
         skipped_count=reading.skipped_count,
         dry_run=dry_run,
+        remarks=reading.remarks,
     )
