@@ -92,8 +92,8 @@ def sync_index(
     and its metadata are: of a source without labels, where the label is a prediction. With ``delete`` the row digests
     are then those of an index built of the source anew, in the classes and columns of this one. What was measured when
     the index was built (descriptors, a global trigger) stays as it is. An exemplar whose image can no longer be read
-    stays too, and is reported: an unreadable image is not a missing one. A shard that cannot be read is
-    refused: nobody knows which images are in it.
+    stays too, and is reported: an unreadable image is not a missing one. A shard that cannot be read
+    is refused: nobody knows which images are in it.
 
     Args:
         index: Its folder.
@@ -108,8 +108,8 @@ def sync_index(
     Raises:
         IndexStateError: no index there, damaged, not writable, full, being written by another process, or with a column
             of features that this program cannot compute.
-        InputError: no image can be read, or a shard of them cannot, an id twice in the source, classes or columns that the index does not have,
-            or, with `strict`, an unreadable image.
+        InputError: no image can be read, or a shard of them cannot, an id twice in the source, classes or columns that
+            the index does not have, or, with `strict`, an unreadable image.
         ModelError: another classifier.
     """
     with nullcontext(looking(index)) if dry_run else changing(index) as change:
