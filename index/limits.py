@@ -10,6 +10,9 @@ MAX_MANIFEST_BYTES = 64 << 20
 MAX_METADATA_CSV_BYTES = 256 << 20
 """Of a table of metadata beside a folder of images."""
 
+MAX_MEMBER_BYTES = 512 << 20
+"""Of one file in a tar shard: room for an image of MAX_PIXELS, hardly compressed."""
+
 MAX_WHERE_CHARACTERS = 100_000
 """Of a filter: room for a list of some thousand ids."""
 

@@ -77,8 +77,8 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     """Build INDEX from the images in SOURCE and a classifier.
 
     SOURCE is a folder of class folders, a flat folder (labels are then the model's predictions), Parquet (a file or a
-    folder of shards), a folder that save_to_disk of datasets wrote, a CSV or JSON Lines file of paths and labels, or
-    mnist, cifar10, svhn, gtsrb with --root.
+    folder of shards), a folder that save_to_disk of datasets wrote, a CSV or JSON Lines file of paths and labels,
+    tar shards of WebDataset, or mnist, cifar10, svhn, gtsrb with --root.
 
     \b
     Examples:

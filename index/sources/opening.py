@@ -13,12 +13,14 @@ from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.datasets import DATASET_ROOT, DATASETS, TorchvisionSource
 from tmm_engine.index.sources.folders import FolderSource
 from tmm_engine.index.sources.hugging_face import DatasetSource, SavedDatasetSource, from_hugging_face, is_saved
+from tmm_engine.index.sources.listing import Listing
 from tmm_engine.index.sources.lists import ListSource
 from tmm_engine.index.sources.pairs import PairSource, Rows
 from tmm_engine.index.sources.parquet import ParquetSource
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.sources.shards import shard_files
 from tmm_engine.index.sources.text_tables import TEXT_TABLES
+from tmm_engine.index.sources.webdataset import WebDatasetSource, is_tar
 
 SourceLike = ImageSource | str | Path | Rows
 """Whatever exemplars can come from: a source, a name or a path, or rows in Python."""
@@ -40,8 +42,8 @@ def open_source(
         source: A data set's name as a string (``mnist``, ``cifar10``, ``svhn``, ``gtsrb``; case, hyphens and
             underscores do not matter; write ``./mnist`` for a folder of that name), a folder of class folders, a flat
             folder of images, one image file, a Parquet file, a folder of Parquet shards, a folder that `datasets`
-            wrote (`save_to_disk`), or a list of paths and labels (CSV, JSON Lines). Or a `datasets.Dataset`, an array
-            or a tensor of images, a torch `Dataset` or a list of (image, label).
+            wrote (`save_to_disk`), tar shards of WebDataset, or a list of paths and labels (CSV, JSON Lines). Or a
+            `datasets.Dataset`, an array or a tensor of images, a torch `Dataset` or a list of (image, label).
         split: Of a data set ``train`` (default) or ``test``; of Parquet shards the first part of their names; of a
             folder whose sub-folders are splits the name of one.
         root: Where data sets by name are, or are downloaded to. Default: DATASET_ROOT.
@@ -74,16 +76,30 @@ def open_source(
     )
 
 
-def _table_kind(path: Path) -> "type[ParquetSource | SavedDatasetSource | ListSource] | None":
+TableKind = type[ParquetSource | SavedDatasetSource | ListSource | WebDatasetSource]
+
+
+def _table_kind(path: Path) -> TableKind | None:
     """What reads a path that is a table of images; None where it is none."""
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        if is_saved(path):
-            return SavedDatasetSource
-        return ParquetSource if shard_files(path, ".parquet") else None
-    if suffix in TEXT_TABLES:
-        return ListSource
-    return ParquetSource if suffix == ".parquet" else None
+    if not path.is_dir():
+        if path.suffix.lower() in TEXT_TABLES:
+            return ListSource
+        if is_tar(path):
+            return WebDatasetSource
+        return ParquetSource if path.suffix.lower() == ".parquet" else None
+    if is_saved(path):
+        return SavedDatasetSource
+    for suffix, kind in ((".parquet", ParquetSource), (".tar", WebDatasetSource)):
+        files = shard_files(path, suffix)
+        if files and (files[0].parent == path or not _has_images(path)):
+            return kind
+    return None
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether there are images in the folder or in those directly inside."""
+    top = Listing.of(folder)
+    return bool(top.images) or any(Listing.of(sub).images for sub in top.folders)
 
 
 def _rows_source(

@@ -88,11 +88,11 @@ def _read_json_lines(path: Path) -> "pa.Table":
                 raise InputError(f"{path}: expected an object in line {number}, got {line[:50]!r}; write it again")
             rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table([_column([row.get(name) for row in rows]) for name in names], names=names)
+    return pa.table([json_column([row.get(name) for row in rows]) for name in names], names=names)
 
 
-def _column(values: Sequence[Any]) -> "pa.Array":
-    """Values of one type as they are, of several as text."""
+def json_column(values: Sequence[Any]) -> "pa.Array":
+    """Values of JSON as a column: of one type as they are, of several as text."""
     import pyarrow as pa
 
     kinds = {type(value) for value in values if value is not None}
