@@ -58,12 +58,12 @@ def open_parts(path: Path, opening: Opening) -> Parts:
     manifest = Manifest.read(path, version=opening.version)
     manifest.check_sizes(path)
     manifest.check_digests(path, exemplars=opening.verify)
-    classifier = Classifier.load(path / MODEL, model=opening.model)
-    if classifier.fingerprint != manifest.fingerprint:
+    loaded = Classifier.load(path / MODEL, model=opening.model)
+    classifier = loaded.known_as(manifest.fingerprint)
+    if classifier is None:
         raise ModelError(
-            f"{path} was built with the model {manifest.fingerprint[:12]}…, this one is "
-            f"{classifier.fingerprint[:12]}…: its "
-            f"features would not match; open it with the same model, or build the index again"
+            f"{path} was built with the model {manifest.fingerprint[:12]}…, this one is {loaded.fingerprint[:12]}…: "
+            f"its features would not match; open it with the same model, or build the index again"
         )
     classifier = classifier.to(choose_device(opening.device))
     store = LanceStore(

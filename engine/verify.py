@@ -103,11 +103,8 @@ def verify_index(
 
     Raises:
         IndexStateError: no index there.
-        InputError: a sample below 0.
     """
     index = Path(index)
-    if sample < 0:
-        raise InputError(f"sample: expected 0 or more exemplars, got {sample}")
     recover(index)
     done = Verification()
     if not index.exists() or not any(index.glob("*.json")):
@@ -281,10 +278,11 @@ def _damaged_caches(index: Path, manifest: Manifest, done: Verification) -> list
 
 
 def _classifier(index: Path, manifest: Manifest, model: nn.Module | str | None) -> Classifier:
-    classifier = Classifier.load(index / MODEL, model=model)
-    if classifier.fingerprint != manifest.fingerprint:
+    loaded = Classifier.load(index / MODEL, model=model)
+    classifier = loaded.known_as(manifest.fingerprint)
+    if classifier is None:
         raise ModelError(
-            f"{index} was built with the model {manifest.fingerprint[:12]}…, this one is {classifier.fingerprint[:12]}…"
+            f"{index} was built with the model {manifest.fingerprint[:12]}…, this one is {loaded.fingerprint[:12]}…"
         )
     return classifier
 

@@ -1,8 +1,12 @@
 """Checkpoints, read without ever running what is in them."""
 
+import json
+import math
+import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -10,26 +14,60 @@ from torch import Tensor, nn
 
 from tmm_engine.index.errors import ModelError
 
+EMA_UNDER = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "shadow_params", "averaged_model")
+EMA_WORDS = ("ema", "averaged", "swa", "teacher", "shadow")
 NESTED_UNDER = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 LISTED = 10
 
+OTHER_FORMATS = {  # how a file begins, and what it is
+    b"\x89HDF": "HDF5, as Keras writes it",
+    b"GGUF": "GGUF",
+    b"\x93NUMPY": "a NumPy array",
+}
+CONVERT = "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+
 T = TypeVar("T")
 
 
-def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: safetensors, or a PyTorch file that holds tensors only.
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A checkpoint under a model's own names.
+
+    Attributes:
+        tensors: By name.
+        notes: What was taken off or left out, and chosen, in words.
+    """
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def load_state_dict(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without what was said of it; see `load_checkpoint`."""
+    return load_checkpoint(path).tensors
+
+
+def load_checkpoint(path: Path | str, *, ema: bool = False) -> Fitted:
+    """The tensors of a checkpoint: safetensors, the index of its shards, or a PyTorch file that holds tensors only.
 
     A state dict may lie under a usual key (``state_dict``, ``model``, …); prefixes that a wrapper put before every
     name are removed.
+
+    Args:
+        path: The file.
+        ema: Of a file that holds raw and averaged (EMA) weights under keys of their own, take the averaged ones.
 
     Returns:
         By name, on the CPU; floating point as float32, finite; integers as they are.
 
     Raises:
-        ModelError: A missing or damaged file, pickled objects (they are never run), no tensors, NaN or infinity.
+        ModelError: A missing or damaged file, pickled objects (they are never run), no tensors, NaN or infinity, or
+            no averaged weights where they are asked for.
     """
-    tensors = _plain_names(_find_tensors(path, _read(path)))
+    path = Path(path)
+    content, notes = _ema_chosen(path, _read(path), ema=ema)
+    tensors = _plain_names(_find_tensors(path, content))
     odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
     if odd:
         raise ModelError(
@@ -42,7 +80,82 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"expected finite weights in {path}, got NaN or infinity in {_some(broken)} (train them again)"
         )
-    return state
+    return Fitted(state, notes)
+
+
+def fit_names(state: Mapping[str, Tensor], model: nn.Module, *, ema: bool = False) -> Fitted:
+    """A checkpoint under the model's own names, where a prefix taken off turns its names into exactly these.
+
+    Args:
+        state: The checkpoint.
+        model: What it is for; shapes do not matter.
+        ema: Where a prefix of raw and one of averaged (EMA) weights fit, take the averaged ones.
+
+    Returns:
+        Without what had no such prefix; as it was where none fits, which `apply_state_dict` then says.
+
+    Raises:
+        ModelError: several prefixes fit, and nothing tells which is meant.
+    """
+    names = set(_plain_names(model.state_dict()))
+    expected = {name for name in names if _must_be_there(name)}
+    if expected <= state.keys():
+        return Fitted(dict(state))
+    fitting = [prefix for prefix in _prefixes(state) if expected <= _below(state, prefix).keys() <= names]
+    averaged = [prefix for prefix in fitting if any(word in prefix.lower() for word in EMA_WORDS)]
+    raw = [prefix for prefix in fitting if prefix not in averaged]
+    chosen = (averaged if ema else raw) or fitting
+    if not chosen:
+        return Fitted(dict(state))
+    if len(chosen) > 1:
+        raise ModelError(
+            f"expected weights of one model, got several that fit, under {', '.join(map(repr, chosen))} (save the one "
+            f"that is meant by itself: {CONVERT})"
+        )
+    if averaged and raw:
+        notes = [_both(chosen[0], (raw if ema else averaged)[0], ema=ema)]
+    else:
+        notes = [f"weights: the prefix {chosen[0]!r} was taken off their names"]
+        if left := [name for name in state if not name.startswith(chosen[0])]:
+            notes.append(f"weights: what is not the model's was left out: {_some(left)}")
+    return Fitted(_below(state, chosen[0]), tuple(notes))
+
+
+def _both(taken: str, other: str, *, ema: bool) -> str:
+    if ema:
+        return f"weights: the averaged (EMA) ones under {taken!r} were taken, not the raw ones under {other!r}"
+    return (
+        f"weights: there are raw and averaged (EMA) ones; the raw ones under {taken!r} were taken, `ema=True` takes "
+        f"the averaged ones under {other!r}"
+    )
+
+
+def _must_be_there(name: str) -> bool:
+    return not name.endswith("num_batches_tracked") and name.partition(".")[0] not in ("aux1", "aux2", "AuxLogits")
+
+
+def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
+    """Everything up to a dot that names begin with, the shortest first."""
+    found = {name[: place + 1] for name in state for place, letter in enumerate(name) if letter == "."}
+    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _ema_chosen(path: Path, content: object, *, ema: bool) -> tuple[object, tuple[str, ...]]:
+    """The raw or the averaged weights of a file that has both, or averaged ones only, under keys of their own."""
+    if not isinstance(content, dict):
+        return content, ()
+    averaged = next((key for key in EMA_UNDER if isinstance(content.get(key), dict) and content[key]), None)
+    raw = next((key for key in NESTED_UNDER if isinstance(content.get(key), dict)), None)
+    if averaged is None:
+        return content, ()
+    if raw is None or ema:
+        note = _both(averaged, raw, ema=True) if raw else f"weights: those under {averaged!r} are averaged (EMA) ones"
+        return content[averaged], (note,)
+    return content, (_both(raw, averaged, ema=False),)
 
 
 def apply_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -57,6 +170,8 @@ def apply_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     )
     missing = [name for name in expected.keys() - state.keys() if not name.endswith("num_batches_tracked")]
     unexpected = state.keys() - expected.keys()
+    if not missing and not unexpected:
+        _check_positions(expected, state)
     misshapen = [
         f"{name} (expected {tuple(expected[name][1].shape)}, got {tuple(state[name].shape)})"
         for name in expected.keys() & state.keys()
@@ -71,6 +186,20 @@ def apply_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     full = model.state_dict()  # with the layout versions that some architectures insist on
     full.update({expected[name][0]: tensor for name, tensor in state.items()})
     model.load_state_dict(full)
+
+
+def _check_positions(expected: Mapping[str, tuple[str, Tensor]], state: Mapping[str, Tensor]) -> None:
+    """Refuse a transformer's weights for images of another size, which differ in their positions alone."""
+    wrong = [name for name in state if expected[name][1].shape != state[name].shape]
+    if len(wrong) != 1 or "pos" not in wrong[0] or state[wrong[0]].ndim != 3:
+        return
+    have, want = (shape[1] for shape in (state[wrong[0]].shape, expected[wrong[0]][1].shape))
+    side = math.isqrt(have - 1)
+    patches = f" ({side} × {side} patches and a class token)" if side * side == have - 1 else ""
+    raise ModelError(
+        f"the weights are for images of another size: {wrong[0]} has {have} positions{patches}, this size has "
+        f"{want} (give the size that they were trained with as `image_shape=(c, h, w)`)"
+    )
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -89,12 +218,15 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _is_safetensors(path: Path) -> bool:
+    return _start(path)[8:9] == b"{" or path.suffix == ".safetensors"  # eight bytes of length, then a JSON header
+
+
+def _start(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            return file.read(16)
     except OSError as error:
         raise ModelError(f"expected a file of weights, got {path}: {error.strerror} (check the path)") from error
-    return start[8:] == b"{" or path.suffix == ".safetensors"  # eight bytes of length, then a JSON header
 
 
 def _read(path: Path) -> object:
@@ -103,14 +235,57 @@ def _read(path: Path) -> object:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
+    if path.suffix == ".json" or _start(path).lstrip()[:1] == b"{":
+        return _read_shards(path)
+    if other := _other_format(path):
+        raise ModelError(f"expected weights as safetensors or a PyTorch checkpoint, got {path}, which is {other}")
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever bytes make the restricted unpickler raise
         raise ModelError(
             f"expected tensors only in {path}, got pickled objects, which are never run, or a damaged file. "
-            "Where you trust it, load it yourself and convert it: "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+            f"Where you trust it, load it yourself and convert it: {CONVERT}"
         ) from error
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files that an index names, which lie beside it."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(
+            f"expected weights, or the index of their shards with a 'weight_map', got JSON without one in {path} "
+            "(give the file of weights beside it)"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(map(str, names))):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{path}: expected names of safetensors files beside it, got {name!r}")
+        found: Any = _read(path.parent / name)
+        tensors |= found
+    return tensors
+
+
+def _other_format(path: Path) -> str | None:
+    """What a file is, if it is known and no checkpoint, and what to do about it."""
+    start = _start(path)
+    known = next((kind for beginning, kind in OTHER_FORMATS.items() if start.startswith(beginning)), None)
+    if known is not None:
+        return f"{known} (save the weights with PyTorch: {CONVERT})"
+    if path.suffix == ".onnx" or (start[:1] == b"\x08" and start[1:2] < b"\x20" and start[2:3] in b"\x12\x3a"):
+        return f"an ONNX graph (give the weights of the model that it was exported from: {CONVERT})"
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        return (
+            "TorchScript, a model with its code (where you trust it: "
+            "safetensors.torch.save_file(torch.jit.load(file).state_dict(), 'model.safetensors'))"
+        )
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        return f"a program of torch.export (give the weights of the model that it was exported from: {CONVERT})"
+    return None
 
 
 def _damaged(path: Path, error: Exception) -> ModelError:

@@ -1,11 +1,9 @@
 """The user's classifier as the index needs it: f = head ∘ φ, split, checked, frozen, with a fingerprint."""
 
 import copy
-import hashlib
 import json
-import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,15 +14,24 @@ from torch import Tensor, nn
 
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, ModelError, nearest
-from tmm_engine.index.files import write_file
-from tmm_engine.index.models.architectures import READY_MODULE, ModelSpec, Normalise, build_model, fit_spec, own_copy
-from tmm_engine.index.models.checkpoints import apply_state_dict, load_state_dict, read_metadata
+from tmm_engine.index.files import replacing
+from tmm_engine.index.models.architectures import (
+    ModelSpec,
+    Normalise,
+    build_model,
+    channels_hint,
+    drop_missing_auxiliaries,
+    own_copy,
+    run_once,
+)
+from tmm_engine.index.models.checkpoints import apply_state_dict, load_state_dict
+from tmm_engine.index.models.drafting import METADATA_KEY, Asked, draft, draft_of_module, read_saved
+from tmm_engine.index.models.fingerprints import fingerprint, former_fingerprint
+from tmm_engine.index.models.outputs import take_logits
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.types import ImageShape
 
-METADATA_KEY = "tmm_engine"
 LISTED = 10
-DRAFT_CLASSES = 1000  # torchvision's own default, until the weights tell
 TOLERANCE = 1e-4  # of the largest logit; the two ways to compute it normally agree bit for bit
 
 
@@ -40,6 +47,9 @@ class Classifier:
         head: d -> C, as frozen as the backbone; it may have no bias.
         fingerprint: Hexadecimal SHA-256 over float32 weights, architecture, preprocessing and the head's name. The
             same after save and load, on every device and in every precision.
+        former_fingerprint: By the rule of before, where that is another: of the user's code.
+        notes: What was guessed or left out when it was made, in words.
+        max_pool_assumed: Nothing told whether the small stem is followed by a max-pool; it was taken to be there.
     """
 
     spec: ModelSpec
@@ -47,6 +57,9 @@ class Classifier:
     backbone: nn.Sequential
     head: nn.Linear
     fingerprint: str
+    former_fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+    max_pool_assumed: bool = False
 
     @classmethod
     @checked
@@ -54,7 +67,8 @@ class Classifier:
         cls,
         model: nn.Module,
         *,
-        image_shape: Sequence[int],
+        image_shape: Sequence[int] | None = None,
+        processor: object = None,
         head: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -62,9 +76,15 @@ class Classifier:
     ) -> "Classifier":
         """From a model that maps (n, c, h, w) to logits (n, C). The model is copied and stays as it is.
 
+        Models of timm and transformers bring what is done to a picture before, unless `image_shape` is given without a
+        processor; an index of theirs opens without the model.
+
         Args:
-            model: Any module whose logits a Linear layer makes; DataParallel and compiled wrappers are taken off.
+            model: Any module whose logits a Linear layer makes; DataParallel and compiled wrappers are taken off. It
+                may return a structure with one part that can be the logits, or one called ``logits``.
             image_shape: (c, h, w).
+            processor: What makes a picture the model's input: an image processor of transformers, torchvision's
+                ``weights.transforms()``, or a transform of timm's. It says image shape, mean and std.
             head: Dotted name of that layer; by default the last one that proves to be it.
             mean: Per channel, 0 by default; for a model that expects normalised images.
             std: Per channel, 1 by default.
@@ -73,8 +93,10 @@ class Classifier:
         Raises:
             ModelError: The model cannot be copied, run at this shape, or split into backbone and Linear head.
         """
-        draft = _draft(READY_MODULE, image_shape, head=head, mean=mean, std=std)
-        return _assemble(own_copy(model), draft, class_names)
+        network = own_copy(model)
+        asked = Asked(image_shape=image_shape, processor=processor, head=head, mean=mean, std=std)
+        made = draft_of_module(network, asked)
+        return _assemble(network, made.spec, made.class_names if class_names is None else class_names, notes=made.notes)
 
     @classmethod
     @checked
@@ -82,11 +104,14 @@ class Classifier:
         cls,
         architecture: str,
         *,
-        image_shape: Sequence[int],
+        image_shape: Sequence[int] | None = None,
+        processor: object = None,
         weights: str | Path | None = None,
+        ema: bool = False,
         seed: int | None = None,
         num_classes: int | None = None,
         small_stem: bool | None = None,
+        max_pool: bool | None = None,
         head: str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -97,13 +122,20 @@ class Classifier:
         What is not given comes from the checkpoint: from what `save` wrote beside the weights, else from their shapes.
 
         Args:
-            architecture: A torchvision classification model, ``vit_tiny_32``, or ``package.module:factory``.
-            image_shape: (c, h, w).
-            weights: A checkpoint. A factory may do without and return a model that has its weights already.
+            architecture: A torchvision classification model, ``vit_tiny_32``, ``timm:NAME``, ``hf:FOLDER`` of a model
+                of transformers with its image processor, or ``package.module:factory``.
+            image_shape: (c, h, w). A library's model brings its own, and what is done to pictures before it; so does a
+                checkpoint that is torchvision's own.
+            processor: As in `from_module`.
+            weights: A checkpoint; for timm also a folder that it saved. A factory may do without and return a model
+                that has its weights already, and the folder of transformers holds them.
+            ema: Of a checkpoint with raw and averaged weights, take the averaged ones.
             seed: Random weights instead, for tests and demonstrations; needs ``num_classes``. Not for a factory.
             num_classes: C. For a factory a check only.
             small_stem: First convolution 3×3 with stride 1. Not for a factory. Weights do not show a stride: say it
                 for an architecture whose first convolution is 3×3 by itself, with another stride.
+            max_pool: Whether there is a max-pool after it, which weights do not show either. Default: there is, and
+                `notes` say so where the stem makes one doubt.
             head: As in `from_module`; so are the others.
             mean: Per channel.
             std: Per channel.
@@ -112,58 +144,43 @@ class Classifier:
         Raises:
             ModelError: The name, the weights and the arguments do not go together, or as `from_module`.
         """
-        weights = None if weights is None else Path(weights)
-        saved, saved_names = (None, None) if weights is None else _read_saved(weights)
-        class_names = saved_names if class_names is None else class_names
-        draft = _draft(
+        made = draft(
             architecture,
-            image_shape,
-            saved,
-            num_classes=num_classes,
-            small_stem=small_stem,
-            head=head,
-            mean=mean,
-            std=std,
+            None if weights is None else Path(weights),
+            Asked(
+                image_shape=image_shape,
+                processor=processor,
+                num_classes=num_classes,
+                small_stem=small_stem,
+                max_pool=max_pool,
+                head=head,
+                mean=mean,
+                std=std,
+            ),
+            seed=seed,
+            ema=ema,
         )
-        state = None if weights is None else load_state_dict(weights)
-        if draft.is_user_code:
-            if seed is not None or small_stem is not None:
-                raise ModelError(
-                    f"expected neither seed nor small_stem with {architecture!r} (let the factory apply them)"
-                )
-            network = own_copy(build_model(draft))
-        elif state is not None and seed is None:
-            draft = fit_spec(draft, state, num_classes=num_classes, small_stem=small_stem)
-            network = build_model(draft)
-        elif seed is not None and state is None and num_classes is not None:
-            network = build_model(draft, seed=seed)
-        else:
-            raise ModelError(
-                f"expected for {architecture!r} either weights, or a seed and num_classes for random weights, "
-                f"got weights={weights}, seed={seed}, num_classes={num_classes}"
-            )
-        if state is not None:
-            apply_state_dict(network, state)
-        return _assemble(network, draft, class_names, num_classes=num_classes)
+        classifier = _assemble(
+            made.network,
+            made.spec,
+            made.class_names if class_names is None else class_names,
+            num_classes=num_classes,
+            notes=made.notes,
+        )
+        return replace(classifier, max_pool_assumed=made.max_pool_assumed)
 
     @checked
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically: the user's tensor names, and beside them what `load` needs.
 
         Weights are float32. `from_architecture` takes the file as ``weights`` too.
-
-        Raises:
-            InputError: the path is a folder's, or cannot be written.
         """
-        write_file(path, self.to_bytes())
-
-    def to_bytes(self) -> bytes:
-        """The content of the file that `save` writes."""
         # Clones: safetensors refuses tensors that share memory.
         tensors = {name: tensor.detach().clone().cpu() for name, tensor in self._tensors().items()}
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         saved = json.dumps({"spec": self.spec.to_json(), "class_names": self.class_names})
-        return safetensors.torch.save(tensors, metadata={METADATA_KEY: saved})
+        with replacing(Path(path)) as written:  # not save_file, whose files only their owner can read
+            written.write_bytes(safetensors.torch.save(tensors, metadata={METADATA_KEY: saved}))
 
     @classmethod
     @checked
@@ -179,7 +196,7 @@ class Classifier:
             ModelError: A damaged file, one that `save` did not write, weights that do not fit, or the model is missing.
         """
         path = Path(path)
-        spec, class_names = _read_saved(path)
+        spec, class_names = read_saved(path)
         if spec is None:
             raise ModelError(f"expected a file that Classifier.save wrote, got {path} (use from_architecture)")
         if isinstance(model, nn.Module):
@@ -193,8 +210,17 @@ class Classifier:
             )
         else:
             network = build_model(spec)
-        apply_state_dict(network, load_state_dict(path))
+        state = load_state_dict(path)
+        run_once(network, spec.image_shape)
+        drop_missing_auxiliaries(network, state)
+        apply_state_dict(network, state)
         return _assemble(network, spec, class_names)
+
+    def known_as(self, stored: str) -> "Classifier | None":
+        """Under a stored fingerprint, if it is its own, by today's rule or by the one of before; else None."""
+        if stored == self.fingerprint:
+            return self
+        return replace(self, fingerprint=stored) if stored == self.former_fingerprint else None
 
     @property
     def num_classes(self) -> int:
@@ -243,18 +269,10 @@ class Classifier:
         logits: Tensor = self.head(features)
         return logits
 
-    @checked
     def to(self, device: torch.device | str) -> "Classifier":
-        """A copy on ``device``.
-
-        Raises:
-            InputError: torch has no such device here.
-        """
+        """A copy on ``device``."""
         backbone, head = copy.deepcopy((self.backbone, self.head))
-        try:
-            return replace(self, backbone=backbone.to(device), head=head.to(device))
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        return replace(self, backbone=backbone.to(device), head=head.to(device))
 
     def double(self) -> "Classifier":
         """A copy in float64."""
@@ -265,44 +283,18 @@ class Classifier:
         return _named_tensors(self.backbone.get_submodule("network"), self.head, self.spec.head)
 
 
-def _draft(
-    architecture: str,
-    image_shape: Sequence[int],
-    saved: ModelSpec | None = None,
-    *,
-    head: str | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    num_classes: int | None = None,
-    small_stem: bool | None = None,
-) -> ModelSpec:
-    """A specification before the weights have told the rest: what is given, else what was saved, else a default."""
-    if len(image_shape) != 3:
-        raise ModelError(f"expected an image shape (c, h, w), got {tuple(image_shape)}")
-    channels, height, width = image_shape
-    plain = ModelSpec(
-        architecture, DRAFT_CLASSES, channels, False, (height, width), (0.0,) * channels, (1.0,) * channels
-    )
-    base = saved or plain
-    return ModelSpec(
-        architecture=architecture,
-        num_classes=base.num_classes if num_classes is None else num_classes,
-        in_channels=channels,
-        small_stem=base.small_stem if small_stem is None else small_stem,
-        image_size=(height, width),
-        mean=base.mean if mean is None else tuple(map(float, mean)),
-        std=base.std if std is None else tuple(map(float, std)),
-        head=base.head if head is None else head,
-    )
-
-
 def _assemble(
-    network: nn.Module, draft: ModelSpec, class_names: Sequence[str] | None, *, num_classes: int | None = None
+    network: nn.Module,
+    draft: ModelSpec,
+    class_names: Sequence[str] | None,
+    *,
+    num_classes: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Classifier:
     """Split, check and freeze ``network``, which is ours from here on; every way to make a classifier ends here."""
     network.float().eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    normalise = Normalise(draft.mean, draft.std).to(device)
+    normalise = Normalise(draft.mean, draft.std, bgr=draft.bgr).to(device)
     probe = torch.rand(2, *draft.image_shape, generator=torch.Generator().manual_seed(0))
     images = normalise(probe.to(device))
     logits = _forward(network, images)
@@ -313,31 +305,47 @@ def _assemble(
     if len(names) != spec.num_classes:
         raise ModelError(f"expected {spec.num_classes} class names, one per class, got {len(names)}")
     spec = replace(spec, head=_find_head(network, images, logits, draft.head))
-    code = repr(network)
+    tensors = network.state_dict()
+    identity, former = fingerprint(spec, network, tensors), former_fingerprint(spec, network, tensors)
     head = network.get_submodule(spec.head)
     assert isinstance(head, nn.Linear)
     network.set_submodule(spec.head, nn.Identity())
-    fingerprint = _fingerprint(spec, code, _named_tensors(network, head, spec.head))
     backbone = nn.Sequential(OrderedDict(normalise=normalise, network=network)).eval()
-    return Classifier(spec, names, backbone, head, fingerprint)
+    return Classifier(spec, names, backbone, head, identity, former, notes)
 
 
 @torch.no_grad()
 def _forward(network: nn.Module, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n classes"]:
-    """The logits, or what is wrong with them."""
+    """The logits, or what is wrong with them; the network returns nothing else from here on."""
     try:
         logits = network(images)
     except Exception as error:  # the user's code may raise anything
         raise ModelError(
             f"expected a model that takes images of shape {tuple(images.shape[1:])}, got in its forward pass "
-            f"{type(error).__name__}: {error} (check image_shape)"
+            f"{type(error).__name__}: {error} ({_advice(network, images)})"
         ) from error
+    if not isinstance(logits, Tensor):
+        take_logits(network, logits, len(images))
+        logits = network(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"expected logits of shape ({len(images)}, classes), got {got} (wrap the model)")
+    if logits.dtype != images.dtype:
+        raise ModelError(
+            f"expected logits as {images.dtype}, like the images, got {logits.dtype}: the model converts by itself, as "
+            "torch.autocast in its forward does (take that out: precision is chosen when searching)"
+        )
     if not torch.isfinite(logits).all():
         raise ModelError("expected finite logits for images in [0, 1], got NaN or infinity (check weights and std)")
     return logits
+
+
+def _advice(network: nn.Module, images: Float[Tensor, "n c h w"]) -> str:
+    """What to try when a network cannot take images of a shape."""
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != images.shape[1] and first.groups == 1:
+        return f"its first convolution takes {first.in_channels} channels: {channels_hint(first.in_channels)}"
+    return "check `image_shape=(c, h, w)`"
 
 
 def _find_head(
@@ -392,28 +400,3 @@ def _named_tensors(network: nn.Module, head: nn.Linear, name: str) -> dict[str, 
     """The user's state dict: φ's tensors and the head's under the names that they had together."""
     tensors: dict[str, Tensor] = network.state_dict()
     return tensors | {f"{name}.{part}": tensor for part, tensor in head.state_dict().items()}
-
-
-def _fingerprint(spec: ModelSpec, code: str, tensors: Mapping[str, Tensor]) -> str:
-    # For the user's code its printed form stands in, so that a module and the factory that makes it agree.
-    architecture = re.sub(r" at 0x[0-9a-f]+", "", code) if spec.is_user_code else spec.architecture
-    digest = hashlib.sha256(json.dumps(replace(spec, architecture=architecture).to_json(), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _read_saved(path: Path) -> tuple[ModelSpec, tuple[str, ...]] | tuple[None, None]:
-    """What `Classifier.save` wrote beside the weights, if it was that."""
-    metadata = read_metadata(path)
-    if METADATA_KEY not in metadata:
-        return None, None
-    try:
-        saved = json.loads(metadata[METADATA_KEY])
-    except json.JSONDecodeError as error:
-        raise ModelError(f"expected JSON in the metadata of {path}, got {error} (save the classifier again)") from error
-    names = saved.get("class_names") if isinstance(saved, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ModelError(f"expected a list of class names in the metadata of {path}, got {names!r}")
-    return ModelSpec.from_json(saved.get("spec")), tuple(names)

@@ -57,7 +57,7 @@ def write_index(
                 writer.write(stored_columns(batch, source))
                 progress("building", report.exemplars + report.skipped_count, len(source))
             version = writer.commit()
-            (staging / MODEL).write_bytes(classifier.to_bytes())
+            classifier.save(staging / MODEL)
             for column in columns:
                 column.save(staging)
             _manifest(

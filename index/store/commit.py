@@ -63,7 +63,7 @@ class Change:
         Raises:
             ModelError: it is not the one that the index was built with.
         """
-        if classifier.fingerprint != self.manifest.fingerprint:
+        if classifier.known_as(self.manifest.fingerprint) is None:
             raise ModelError(
                 f"{self.index} was built with the model {self.manifest.fingerprint[:12]}…, this one is "
                 f"{classifier.fingerprint[:12]}…: add with the same model, or build the index again"

@@ -1,0 +1,148 @@
+"""Models of timm, transformers and torchvision: our logits are those of the library's own pipeline."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image, ImageOps
+
+from tests.photographs import photographs
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.images import decode_image
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+CLASSES = 12
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+HF_MODELS = {
+    "vit": (
+        transformers.ViTConfig(image_size=48, patch_size=8, **SMALL),
+        transformers.ViTImageProcessor(size={"height": 48, "width": 48}),
+    ),
+    "convnext": (
+        transformers.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]),
+        transformers.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+    ),
+    "resnet": (
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+        transformers.CLIPImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 63, "width": 63}),
+    ),
+    "swin": (
+        transformers.SwinConfig(image_size=64, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4),
+        transformers.ViTImageProcessorPil(size={"height": 64, "width": 64}, resample=3),
+    ),
+    "mobilevit": (
+        transformers.MobileViTConfig(
+            image_size=64, hidden_sizes=[12, 16, 20], neck_hidden_sizes=[8, 8, 12, 16, 20, 24, 32],
+            num_attention_heads=2,
+        ),
+        transformers.MobileViTImageProcessor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64}),
+    ),
+    "efficientnet": (
+        transformers.EfficientNetConfig(
+            image_size=64, width_coefficient=0.25, depth_coefficient=0.2, hidden_dim=320, num_hidden_layers=4
+        ),
+        transformers.EfficientNetImageProcessor(size={"height": 64, "width": 64}, rescale_offset=True),
+    ),
+}  # fmt: skip
+TIMM_MODELS = ["test_vit", "test_resnet.r160_in1k", "test_efficientnet", "test_convnext"]
+TORCHVISION_MODELS = {
+    "mobilenet_v3_small": torchvision.models.MobileNet_V3_Small_Weights.IMAGENET1K_V1,
+    "shufflenet_v2_x0_5": torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="module")
+def opened(files):
+    return [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in files]
+
+
+def ours(classifier, files):
+    images = torch.from_numpy(np.stack([decode_image(file, shape=classifier.target) for file in files]))
+    with torch.no_grad():
+        return classifier.logits(classifier.features(images.float() / 255))
+
+
+def assert_same(mine, theirs):
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(mine.topk(5).indices, theirs.topk(5).indices)
+    assert theirs.std(0).mean() > 1e-4, "the model says the same of every picture: nothing was compared"
+
+
+def seeded(make, *arguments, side=64, **options):
+    """A model with random weights and BatchNorms with a past, so that what it says depends on the picture."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = make(*arguments, **options)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                module.momentum = None  # the mean of all batches
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=0.1)
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+        model.train()(torch.randn(8, 3, side, side))
+    return model.eval()
+
+
+def hf_model(kind):
+    config, processor = HF_MODELS[kind]
+    config.id2label = {label: f"{kind} {label}" for label in range(CLASSES)}
+    return seeded(
+        transformers.AutoModelForImageClassification.from_config, config, side=getattr(config, "image_size", 64)
+    ), processor
+
+
+@pytest.mark.parametrize("kind", HF_MODELS)
+def test_a_folder_of_transformers(kind, tmp_path, files, opened):
+    model, processor = hf_model(kind)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    processor.save_pretrained(tmp_path)
+    own = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        theirs = torch.cat([model(own(images=image, return_tensors="pt")["pixel_values"]).logits for image in opened])
+    classifier = Classifier.from_architecture(f"hf:{tmp_path}")
+    assert_same(ours(classifier, files), theirs)
+    assert classifier.class_names == tuple(f"{kind} {label}" for label in range(CLASSES))
+    classifier.save(tmp_path / "saved.safetensors")
+    again = Classifier.load(tmp_path / "saved.safetensors")
+    assert (again.fingerprint, again.target) == (classifier.fingerprint, classifier.target)
+    assert Classifier.from_module(model, processor=own).fingerprint == classifier.fingerprint
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_a_model_of_timm(name, tmp_path, files, opened):
+    model = seeded(timm.create_model, name, num_classes=CLASSES, side=160)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    with torch.no_grad():
+        theirs = model(torch.stack([transform(image) for image in opened]))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pt")
+    classifier = Classifier.from_architecture(f"timm:{name}", weights=tmp_path / "timm.pt")
+    assert_same(ours(classifier, files), theirs)
+    classifier.save(tmp_path / "saved.safetensors")
+    assert Classifier.load(tmp_path / "saved.safetensors").fingerprint == classifier.fingerprint
+    at_hand = Classifier.from_module(model)
+    assert (at_hand.target, at_hand.spec.architecture.split(".")[0]) == (
+        classifier.target,
+        f"timm:{name.split('.')[0]}",
+    )
+    assert_same(ours(at_hand, files), theirs)
+
+
+@pytest.mark.parametrize("name", TORCHVISION_MODELS)
+def test_a_model_of_torchvision(name, tmp_path, files, opened):
+    transform = TORCHVISION_MODELS[name].transforms()
+    model = seeded(torchvision.models.get_model, name, num_classes=CLASSES)
+    with torch.no_grad():
+        theirs = model(torch.stack([transform(image) for image in opened]))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    classifier = Classifier.from_architecture(name, weights=tmp_path / "weights.pt", processor=transform)
+    assert_same(ours(classifier, files), theirs)
+    assert_same(ours(Classifier.from_module(model, processor=transform), files), theirs)
