@@ -1,6 +1,7 @@
 """Which software passes exemplars through the backbone: PyTorch or ONNX Runtime; and which is faster here."""
 
 import shutil
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from tmm_engine.index.batches import forward_batch_size
-from tmm_engine.index.errors import InputError, ModelError, member
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError, member
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import CACHE, Manifest
@@ -54,7 +55,7 @@ def choose_backbone(
 
     Raises:
         InputError: ONNX Runtime is asked for another precision than fp32, or not installed.
-        IndexStateError: see `cached_onnx`, also for the others.
+        ModelError: the backbone cannot be expressed in ONNX.
     """
     if backend is Backend.AUTO:
         speeds = manifest.backend_speeds
@@ -70,9 +71,10 @@ def choose_backbone(
 def cached_onnx(index: Path, classifier: Classifier, device: torch.device) -> OnnxBackbone:
     """The index's graph in ONNX Runtime; exported into the index's cache where it is missing or another model's.
 
+    An index that cannot be written is searched all the same: its graph is exported anew each time it is opened.
+
     Raises:
         InputError: the 'onnx' extra is not installed.
-        IndexStateError: the cache cannot be written.
         ModelError: the backbone cannot be expressed in ONNX.
     """
     require_onnx()
@@ -83,9 +85,14 @@ def cached_onnx(index: Path, classifier: Classifier, device: torch.device) -> On
         except ModelError:  # damaged, or another model's: a cache is made anew
             pass
     shutil.rmtree(folder, ignore_errors=True)  # `export_onnx` leaves alone what it does not know for an export
-    folder.parent.mkdir(exist_ok=True)
-    export_onnx(classifier, folder)
-    return OnnxBackbone.load(folder / TRIGGERED, classifier, device=device)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        export_onnx(classifier, folder)
+        return OnnxBackbone.load(folder / TRIGGERED, classifier, device=device)
+    except (OSError, IndexStateError):  # no cache then, as for FAISS
+        with tempfile.TemporaryDirectory() as temporary:
+            export_onnx(classifier, Path(temporary) / "onnx")
+            return OnnxBackbone.load(Path(temporary) / "onnx" / TRIGGERED, classifier, device=device)
 
 
 def damaged_graphs(index: Path) -> list[Path]:
