@@ -34,7 +34,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_queries(folder, count=1)
     (folder / "query-200.png").rename(folder / "query.png")
     make_classifier().save(folder / "resnet18.safetensors")
+    write_vit(folder / "vit-folder")
     return folder
+
+
+def write_vit(folder: Path) -> None:
+    """What transformers saves of a classifier and its image processor."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        num_labels=10,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 def test_there_is_something_to_run():

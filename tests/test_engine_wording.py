@@ -37,8 +37,13 @@ def test_only_what_is_known_and_in_backticks_is_said_otherwise(python, expected)
 
 
 def test_every_flag_and_command_exists_and_is_named_by_a_message():
-    flags = {flag for command in main.commands.values() for each in command.params for flag in each.opts}
-    assert set(FLAGS.values()) <= flags
+    flags = {
+        flag
+        for command in main.commands.values()
+        for each in command.params
+        for flag in (*each.opts, *each.secondary_opts)
+    }
+    assert {flag.split()[0] for flag in FLAGS.values()} <= flags
     assert {name.removeprefix("engine ") for name in COMMANDS.values()} <= main.commands.keys()
     for name in FLAGS | COMMANDS:
         assert f"`{name}`" in code_of("index", "rerank", "engine")

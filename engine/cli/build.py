@@ -1,18 +1,12 @@
 """The command build-index. Nothing heavy is imported early."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from tmm_engine.cli.models import classifier_of
 from tmm_engine.cli.options import device_option, model_option, numbers, opened_source, size, source_options
-from tmm_engine.index.errors import InputError
-
-if TYPE_CHECKING:
-    from tmm_engine.index.models.classifier import Classifier
-    from tmm_engine.index.sources.records import ImageSource
-
-MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", "std", "head")
 
 
 @click.command("build-index")
@@ -20,7 +14,16 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
 @click.argument("index", type=click.Path(path_type=Path))
 @model_option
 @click.option(
-    "--weights", type=click.Path(path_type=Path), help="Checkpoint: safetensors, or torch.load(weights_only=True)."
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Checkpoint: safetensors, the index of its shards, or torch.load(weights_only=True); of timm also its folder.",
+)
+@click.option("--ema", is_flag=True, help="Of a checkpoint with raw and averaged weights, take the averaged ones.")
+@click.option(
+    "--preprocessing",
+    metavar="WEIGHTS",
+    help="Resize, crop and normalise as torchvision does for these weights, as in ResNet18_Weights.IMAGENET1K_V1. "
+    "Models of timm and hf bring their own.",
 )
 @source_options
 @click.option("--num-classes", type=click.IntRange(min=2), help="Classes of the head. Default: as the checkpoint says.")
@@ -28,6 +31,11 @@ MODEL_OPTIONS = ("num_classes", "small_stem", "image_size", "channels", "mean", 
     "--small-stem/--standard-stem",
     default=None,
     help="First convolution 3x3, stride 1. Default: as the checkpoint says.",
+)
+@click.option(
+    "--max-pool/--no-max-pool",
+    default=None,
+    help="After a small stem. Default: what agrees better with the labels; where that is not clear, you are asked.",
 )
 @click.option("--image-size", callback=size, metavar="N|HxW", help="Default: most of the first images', at most 224.")
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as most are.")
@@ -85,6 +93,8 @@ def build_index(source: str, index: Path, **options: Any) -> None:
       engine build-index photos/ photos.idx --model resnet18 --weights resnet18.safetensors --image-size 224
       engine build-index cifar10/ cifar.idx --split train --model resnet18 --small-stem --weights cifar.pt \\
           --mean .4914,.4822,.4465 --std .2470,.2435,.2616
+      engine build-index photos/ photos.idx --model hf:vit-folder
+      engine build-index photos/ photos.idx --model timm:convnext_tiny.fb_in1k --weights convnext.safetensors
       engine build-index mnist mnist.idx --root data --model mypackage.models:make_net --overwrite
     """
     from tmm_engine.backends import choose_device
@@ -100,7 +110,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     check_target(index, overwrite=options["overwrite"])
     device = choose_device(options["device"])
     images = opened_source(source, options)
-    classifier = _classifier(images, options).to(device)
+    classifier = classifier_of(images, options).to(device)
     said = remarks_of(images)
     say_remarks(said)
     recipe = GlobalRecipe.of(preset(GLOBAL_PRESET)).with_settings(options["settings"])
@@ -140,32 +150,3 @@ def _chosen(index: Path) -> str:
     weights = ", ".join(f"{weight:g} · {source}" for source, weight in found["robust"].items())
     how = f"chosen on {found['sample']:,} images" if found["changed"] else "by default: too few to measure on"
     return f"ranks by {weights}; recognises copies by {found['recogniser']}; {how} (engine info says more)"
-
-
-def _classifier(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
-    """The classifier that the options of build-index describe, for images of the source."""
-    from tmm_engine.index.models.classifier import Classifier
-
-    if options["model"] is None:
-        ignored = [name for name in MODEL_OPTIONS if options[name] is not None]
-        if ignored:
-            raise click.UsageError(f"--{ignored[0].replace('_', '-')} needs --model NAME")
-        if options["weights"] is None:
-            raise InputError(
-                "no model: pass --model NAME with --weights FILE, or --weights of a file saved by this program"
-            )
-        return Classifier.load(options["weights"])
-    size, channels = options["image_size"], options["channels"]
-    usual, *usual_size = source.natural_shape() if size is None or channels is None else (0, 0, 0)
-    height, width = size or usual_size
-    channels = int(channels or usual)
-    return Classifier.from_architecture(
-        options["model"],
-        image_shape=(channels, height, width),
-        weights=options["weights"],
-        num_classes=options["num_classes"],
-        small_stem=options["small_stem"],
-        head=options["head"],
-        mean=options["mean"],
-        std=options["std"],
-    )

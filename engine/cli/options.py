@@ -115,6 +115,8 @@ cache_option = click.option(
     help="What may stay in memory between searches: images, then features.",
 )
 model_option = click.option(
-    "--model", metavar="NAME", help="torchvision architecture, vit_tiny_32, or package.module:factory."
+    "--model",
+    metavar="NAME",
+    help="torchvision architecture, vit_tiny_32, timm:NAME, hf:FOLDER, or package.module:factory.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

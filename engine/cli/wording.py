@@ -4,11 +4,17 @@ import re
 
 FLAGS = {
     "channels=…": "--channels",
+    "ema=True": "--ema",
     "head=…": "--head",
     "id_prefix=…": "--id-prefix",
     "image_column=…": "--image-column",
+    "image_shape=(1, h, w)": "--channels 1",
+    "image_shape=(3, h, w)": "--channels 3",
+    "image_shape=(c, h, w)": "--image-size",
     "image_size=…": "--image-size",
     "label_column=…": "--label-column",
+    "max_pool=False": "--no-max-pool",
+    "max_pool=True": "--max-pool",
     "overwrite=True": "--overwrite",
     "replace=True": "--replace",
     "split=…": "--split",
