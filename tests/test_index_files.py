@@ -1,8 +1,11 @@
 """Files and folders are replaced as a whole, or stay."""
 
+from pathlib import Path
+
 import pytest
 
-from tmm_engine.index.files import TEMPORARY, replacing
+from tmm_engine.index.errors import InputError
+from tmm_engine.index.files import TEMPORARY, replacing, write_file
 
 
 def write(path, content, *, folder):
@@ -77,3 +80,15 @@ def test_a_new_file_can_be_read_by_whoever_may_read_new_files(tmp_path):
     with replacing(tmp_path / "target", durable=True) as written:
         written.write_text("")
     assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path, text: bool):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "photo.png").write_bytes(b"photo")
+    with pytest.raises(InputError, match="expected a file to write to, got .*photos, which is a folder"):
+        write_file(str(folder) if text else folder, b"content")
+    assert (folder / "photo.png").read_bytes() == b"photo"
+    write_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
