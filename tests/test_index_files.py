@@ -87,7 +87,7 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path, text: bool):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "photo.png").write_bytes(b"photo")
-    with pytest.raises(InputError, match="expected a file to write to, got .*photos, which is a folder"):
+    with pytest.raises(InputError, match=r"expected a file to write to, got .*photos, which is a folder"):
         write_file(str(folder) if text else folder, b"content")
     assert (folder / "photo.png").read_bytes() == b"photo"
     write_file(tmp_path / "file", b"content")
