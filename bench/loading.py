@@ -16,6 +16,7 @@ from tmm_engine.index.errors import InputError, member
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.progress import Progress
+from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 
@@ -49,7 +50,13 @@ def opened(source: str, options: dict[str, Any]) -> tuple[ImageSource, Classifie
         mean=options["mean"],
         std=options["std"],
     )
-    return images, classifier.to(choose_device(options["device"]))
+    return in_classes(images, classifier), classifier.to(choose_device(options["device"]))
+
+
+def in_classes(source: ImageSource, classifier: Classifier) -> ImageSource:
+    """The source with its labels as numbers of the model's classes, by name; as it is where they have other names."""
+    adapted = AdaptedSource.of_new_index(source, classifier.class_names)
+    return source if adapted.labels.vocabulary.others else adapted
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -103,7 +110,7 @@ def load_held_out(source: str, options: dict[str, Any], progress: Progress) -> H
         InputError: the queries are not held out, have no labels or other classes, or are too few.
     """
     images, classifier = opened(source, options)
-    others = _query_source(source, options)
+    others = in_classes(_query_source(source, options), classifier)
     if not others.labelled:
         raise InputError(f"{others.name}: expected labelled queries, got none with a label (class folders have them)")
     if images.class_names != others.class_names and None not in (images.class_names, others.class_names):

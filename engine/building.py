@@ -46,11 +46,12 @@ def build_index(
 
     Raises:
         IndexStateError: the target is in the way, not writable, full, or being built by another process.
-        InputError: source and classifier do not fit, no image can be read, an id is there twice, a label is out of
-            range, the images are such that `make_global_trigger` refuses them, or, with `strict`, one is unreadable.
+        InputError: no image can be read, an id is there twice, a label is out of range, the images are such that
+            `make_global_trigger` refuses them, or, with `strict`, one is unreadable.
+        ModelError: the features of most images are not finite.
     """
     source, index = as_source(source), Path(index)
-    check_build(source, index, classifier, overwrite=overwrite, neighbours=neighbours)
+    check_build(index, classifier, overwrite=overwrite, neighbours=neighbours)
     described = describe(
         source, classifier, views=views, recogniser=recogniser, global_trigger=global_trigger, progress=progress
     )

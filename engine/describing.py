@@ -88,7 +88,7 @@ def chosen_descriptors(
     labels = [record.label for record in sample]
     chosen = calibrate(
         np.stack([record.image for record in sample]),
-        np.array(labels, dtype=np.int64) if source.labelled else None,
+        None if None in labels else np.array(labels, dtype=np.int64),
         classifier,
         queries=queries,
         recogniser=recogniser,

@@ -17,10 +17,11 @@ from tmm_engine.index.errors import ImageError, InputError, member, printable
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.opening import SourceLike, as_source
 from tmm_engine.index.store.changes import ChangeReport, add_exemplars, compact, delete_exemplars
-from tmm_engine.index.store.embedding import check_fit
+from tmm_engine.index.store.embedding import BuildReport
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.index.store.memory import MemoryStore
@@ -54,12 +55,16 @@ class Engine:
     Args:
         snapshot: What it shows.
         opening: How an index on disk was opened.
+
+    Attributes:
+        report: What `from_arrays` guessed and found; None for an index on disk.
     """
 
     def __init__(self, snapshot: Snapshot, *, opening: Opening | None = None) -> None:
         self._held: Snapshot | None = snapshot
         self._opening = opening
         self._last_filter: tuple[Snapshot, str, Snapshot] | None = None
+        self.report: BuildReport | None = None
 
     @classmethod
     @checked
@@ -112,7 +117,7 @@ class Engine:
     def from_arrays(
         cls,
         images: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor],
-        labels: Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor | None,
+        labels: Sequence[int | str | None] | np.ndarray | torch.Tensor | None,
         classifier: Classifier,
         *,
         ids: Sequence[str] | None = None,
@@ -128,10 +133,11 @@ class Engine:
 
         Args:
             images: (n, c, h, w), (n, h, w, c) or (n, h, w), or a list of n alike; uint8, or float in [0, 1].
-            labels: Class indices, names, or None: the model's predictions are used and marked.
+            labels: Names, or numbers of the classes; None, or None among them: the model's predictions are used and
+                marked.
             classifier: Computes the features.
             ids: Unique; default: positions.
-            class_names: In label order; default: the classifier's.
+            class_names: Of the labels that are numbers, in their order; default: the classifier's.
             metadata: Columns of n values.
             neighbours: FAISS factory string.
             views: As `build_index`, and so is the recogniser.
@@ -143,20 +149,23 @@ class Engine:
             InputError: shapes, lengths, labels or ids that do not fit.
         """
         source = ArraySource(images, labels, ids=ids, class_names=class_names, metadata=metadata)
-        check_fit(source, classifier)
+        adapted = AdaptedSource.of_new_index(source, classifier.class_names)
         described = describe(
             source, classifier, views=views, recogniser=recogniser, global_trigger=global_trigger, progress=progress
         )
-        store = MemoryStore.of(source, classifier, columns=described.columns, progress=progress)
+        report = BuildReport()
+        store = MemoryStore.of(adapted, classifier, columns=described.columns, report=report, progress=progress)
         snapshot = Snapshot.of(
             classifier,
             store,
-            class_names=source.class_names or classifier.class_names,
+            vocabulary=adapted.labels.vocabulary,
             neighbours=neighbours,
             global_trigger=described.global_trigger,
             describer=described.describer,
         )
-        return cls(snapshot)
+        engine = cls(snapshot)
+        engine.report = report
+        return engine
 
     def close(self) -> None:
         """Let go of exemplars and caches; nothing can be asked of a closed engine."""
@@ -187,8 +196,13 @@ class Engine:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In label order."""
-        return self._snapshot.class_names
+        """Of the model's classes, in their order."""
+        return self._snapshot.vocabulary.class_names
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Of all labels, by their number: the model's classes, and behind them labels that are none."""
+        return self._snapshot.vocabulary.names
 
     @property
     def manifest(self) -> Manifest | None:
@@ -295,7 +309,7 @@ class Engine:
         L2 and cosine are exact there, whatever the index's FAISS factory string. The last filter's is kept.
 
         Args:
-            where: SQL over id, label and metadata, as in ``label = 3 AND page > 10``.
+            where: SQL over id, label, predicted class and metadata, as in ``label = 'cat' AND page > 10``.
 
         Raises:
             InputError: not such a filter, or nothing matches it.
@@ -313,7 +327,7 @@ class Engine:
 
     @checked
     def to_arrow(self, *, columns: Sequence[str] = ()) -> "pyarrow.Table":
-        """A table with a row per exemplar: id, label, metadata, and what else is asked for.
+        """A table with a row per exemplar: id, label, predicted class, metadata, and what else is asked for.
 
         Args:
             columns: ``image``, ``feature``, and what other features the index has (`ExemplarStore.feature_columns`):
@@ -324,7 +338,7 @@ class Engine:
         """
         from tmm_engine.views.table import exemplars_table
 
-        return exemplars_table(self.store, self.class_names, columns=columns)
+        return exemplars_table(self.store, self.label_names, columns=columns)
 
     # -------------------------------------------------------------------------------------------- changing
 

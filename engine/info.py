@@ -35,8 +35,12 @@ def describe_index(path: str | Path, *, version: int | None = None) -> dict[str,
         "image_shape": list(manifest.image_shape),
         "feature_dim": manifest.feature_dim,
         "columns": manifest.columns,
+        "num_classes": len(manifest.class_names),
         "classes": list(manifest.class_names),
+        "num_other_labels": len(manifest.other_labels),
+        "other_labels": list(manifest.other_labels),
         "labels": "predicted by the model, all or some" if manifest.labels_predicted else "given",
+        "agreement": _agreement(manifest),
         "model": manifest.model.architecture,
         "fingerprint": manifest.fingerprint,
         "descriptors": _descriptors(path, manifest),
@@ -44,6 +48,13 @@ def describe_index(path: str | Path, *, version: int | None = None) -> dict[str,
         "backend": _backend(manifest.backend_speeds),
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }
+
+
+def _agreement(manifest: Manifest) -> str:
+    """Of the model's predictions with labels, in words."""
+    if manifest.agreement is None:
+        return "not known: built before predictions were stored; build it again"
+    return "; ".join(manifest.agreement.sentences())
 
 
 def _descriptors(path: Path, manifest: Manifest) -> dict[str, Any] | None:

@@ -71,6 +71,7 @@ def open_parts(path: Path, opening: Opening) -> Parts:
         image_shape=manifest.image_shape,
         columns=manifest.columns,
         version=manifest.lance_version,
+        classifier=classifier,
     )
     manifest.check_exemplars(path, len(store), store.files)
     backbone = choose_backbone(path, manifest, classifier, backend=opening.backend, precision=opening.precision)

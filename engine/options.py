@@ -83,8 +83,8 @@ class SearchOptions:
             of the second nearest's than this, in (0, 1] (`rerank.recognise`). By the recogniser where the index has
             descriptors; else by what ranks, among candidates, if there are any. False: never. None: 0.8 for
             ``robust``, as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
-        where: A filter in SQL over id, label and metadata: exemplars outside are neither candidates nor scored nor
-            tuned on, as if the index did not have them.
+        where: A filter in SQL over id, label, predicted class and metadata (`index.store.where`): exemplars outside
+            are neither candidates nor scored nor tuned on, as if the index did not have them.
 
     Raises:
         InputError: an unknown mode, prefilter or preset, an option out of range, or one that has no effect beside the

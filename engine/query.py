@@ -22,12 +22,12 @@ class Query:
     Attributes:
         name: Its path, id, or position: how answers refer to it.
         pixels: float32 (c, h, w) in [0, 1].
-        label: Its own class index where it is known; only shown, never used in a search.
+        label: Its own where it is known, by name, or by its number in the index; only shown, never used in a search.
     """
 
     name: str
     pixels: Float32[np.ndarray, "c h w"]
-    label: int | None = None
+    label: int | str | None = None
 
 
 def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
@@ -62,6 +62,8 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
 def queries_from(source: ImageSource, shape: Target, *, prefix: str = "") -> list[Query | FailedQuery]:
     """All images of a source as queries, with their labels where it has them; for one that cannot be read, why.
 
+    Labels that have names are names: their numbers in the source are not those of the index.
+
     Args:
         source: Where they come from.
         shape: What the index's classifier looks at (`Classifier.target`).
@@ -71,7 +73,9 @@ def queries_from(source: ImageSource, shape: Target, *, prefix: str = "") -> lis
     for record in source.read(shape):
         name = prefix + record.id
         if isinstance(record, ImageRecord):
-            queries.append(Query(name, record.image.astype(np.float32) / np.float32(255.0), record.label))
+            names, label = source.class_names, record.label
+            own = label if label is None or names is None else names[label]
+            queries.append(Query(name, record.image.astype(np.float32) / np.float32(255.0), own))
         else:
             queries.append(FailedQuery(name, record.reason))
     return queries

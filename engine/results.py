@@ -22,9 +22,13 @@ class Hit:
     Attributes:
         rank: Position in the answer, 0 first.
         id: The exemplar's id in the index.
-        label: Class index.
-        class_name: The class's name (the index as text where no names are known).
-        label_is_predicted: True if the source had no labels and the model's prediction stands in.
+        label: Number of its label: a class of the model's, or from C on another label of the index's
+            (`Engine.label_names` has the names of all).
+        class_name: The label's name, in the user's words (the number as text where no names are known).
+        label_is_predicted: True if it has no label of its own, and the predicted class stands in.
+        label_is_class: True if the label is a class of the model's: then Eq. 3 uses it, else the predicted class.
+        predicted_label: The class that the model predicts for it.
+        predicted_class: Its name, in the model's words.
         score: Log-odds, logit, similarity or a fusion (tmm, as its configuration says), minus the L2 distance (l2),
             cosine similarity of features (cosine) or of descriptors (robust).
         confidence: In [0, 1] for tmm, None otherwise: P(dummy class), or with a head in closed form the positive part
@@ -38,6 +42,9 @@ class Hit:
     label: int
     class_name: str
     label_is_predicted: bool
+    label_is_class: bool
+    predicted_label: int
+    predicted_class: str
     score: float
     confidence: float | None
     metadata: Metadata
@@ -75,8 +82,8 @@ class SearchResult(Exports):
         hits: At most k hits, best first; ties in order of id.
         predicted_label: The model's prediction on the query.
         predicted_class: Its name.
-        true_label: The query's own label where its source had one.
-        true_class: Its name.
+        true_label: The number of the query's own label, where it has one that the index has too.
+        true_class: Its name, where it has one.
         scored: How many exemplars were scored (the candidates, or all).
         exemplars: How many the index holds.
         config: The settings that had an effect, by name, as plain values (tmm only).

@@ -10,7 +10,9 @@ from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.descriptors.columns import COPY_FEATURE, ROBUST_FEATURE, Describer
 from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.names import spelled
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import EXACT
@@ -23,6 +25,7 @@ from tmm_engine.query import Query
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.rank import Ranking
 from tmm_engine.rerank.recognise import Recognised
+from tmm_engine.rerank.settings import TunedHead
 from tmm_engine.rerank.timing import Timings
 from tmm_engine.rerank.tmm import Choose, TmmNN
 from tmm_engine.rerank.view import QueryView
@@ -57,7 +60,7 @@ class Searcher:
         classifier: Embeds the queries as it embedded the exemplars: unlike `tmm.classifier`, without any rearrangement.
         tmm: Ranks the exemplars of its store.
         describer: Of the store's descriptors, if it has them.
-        class_names: In label order.
+        vocabulary: Of the store's labels.
         neighbours: FAISS factory string.
         cache: Where FAISS indexes are kept, if anywhere.
     """
@@ -68,12 +71,13 @@ class Searcher:
         tmm: TmmNN,
         describer: Describer | None,
         *,
-        class_names: tuple[str, ...],
+        vocabulary: Vocabulary,
         neighbours: str,
         cache: FaissCache | None,
     ) -> None:
         self._classifier, self._tmm, self._store = classifier, tmm, tmm.store
-        self._class_names, self._describer = class_names, describer
+        self._vocabulary, self._describer = vocabulary, describer
+        self._numbers = vocabulary.numbers()
         self._nearest = NearestSearch(tmm.store, factory=neighbours, cache=cache)
 
     @property
@@ -84,8 +88,8 @@ class Searcher:
     def over(self, store: ExemplarStore) -> "Searcher":
         """The same over other exemplars with features of the same classifier; L2 and cosine are exact there."""
         tmm = self._tmm.over(store)
-        names = self._class_names
-        return Searcher(self._classifier, tmm, self._describer, class_names=names, neighbours=EXACT, cache=None)
+        names = self._vocabulary
+        return Searcher(self._classifier, tmm, self._describer, vocabulary=names, neighbours=EXACT, cache=None)
 
     def close(self) -> None:
         """Let go of the FAISS indexes."""
@@ -234,7 +238,12 @@ class Searcher:
     def _result(self, query: Query, found: _Found, options: SearchOptions, timings: dict[str, float]) -> SearchResult:
         ranking, recognised = found.ranking, found.recognised
         original = None if recognised is None or recognised.share < 0.5 else str(self._store.ids[recognised.row])
+        true_label, true_class = self._true(query)
         notes = []
+        if true_class is not None and true_label is None:
+            notes.append(f"the query's label {true_class!r} is none of the index's")
+        if ranking is not None and isinstance(options.tmm.head, TunedHead):
+            notes += self._tmm.classes.notes
         if recognised is not None and original is not None and not self._shows(query, recognised.row):
             notes.append(f"recognised as {original}: ranked by what is like that exemplar")
         if len(found.rows) < options.k:
@@ -246,9 +255,9 @@ class Searcher:
             mode=str(options.mode),
             hits=self._hits(found),
             predicted_label=found.predicted,
-            predicted_class=self._class_names[found.predicted],
-            true_label=query.label,
-            true_class=None if query.label is None else self._class_names[query.label],
+            predicted_class=self._vocabulary.class_names[found.predicted],
+            true_label=true_label,
+            true_class=true_class,
             scored=found.scored,
             exemplars=len(self._store),
             config=options.tmm.to_json() if ranking else None,
@@ -262,6 +271,15 @@ class Searcher:
             triggered_query=ranking.view.triggered.cpu().numpy() if ranking else None,
         )
 
+    def _true(self, query: Query) -> tuple[int | None, str | None]:
+        """The number of a query's label, where the index has it, and its name, where it has a label."""
+        names = self._vocabulary.names
+        if isinstance(query.label, str):
+            return self._numbers.get(spelled([query.label], self._numbers).get(query.label, "")), query.label
+        if query.label is None:
+            return None, None
+        return (query.label, names[query.label]) if 0 <= query.label < len(names) else (None, str(query.label))
+
     def _shows(self, query: Query, row: int) -> bool:
         """Whether the query is the exemplar itself, pixel by pixel."""
         return np.array_equal(np.rint(query.pixels * 255.0), self._store.images(np.array([row]))[0])
@@ -269,14 +287,18 @@ class Searcher:
     def _hits(self, found: _Found) -> tuple[Hit, ...]:
         store = self._store
         images, metadata = store.images(found.rows), store.metadata(found.rows)
+        names, predicted = self._vocabulary.names, store.predictions(found.rows).tolist()
         confidences = None if found.ranking is None else found.ranking.confidences
         return tuple(
             Hit(
                 rank=rank,
                 id=str(store.ids[row]),
                 label=int(store.labels[row]),
-                class_name=self._class_names[store.labels[row]],
+                class_name=names[store.labels[row]],
                 label_is_predicted=bool(store.label_is_predicted[row]),
+                label_is_class=self._vocabulary.is_class(int(store.labels[row])),
+                predicted_label=predicted[rank],
+                predicted_class=names[predicted[rank]],
                 score=float(found.scores[rank]),
                 confidence=None if confidences is None else float(confidences[rank]),
                 metadata=metadata[rank],

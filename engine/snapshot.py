@@ -1,6 +1,5 @@
 """One version of an index, opened: everything that a search needs. It never changes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from tmm_engine.index.descriptors.columns import Describer
 from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.names import spelled
 from tmm_engine.index.neighbours.cache import FaissCache
@@ -35,7 +35,7 @@ class Snapshot:
     Attributes:
         classifier: Embeds queries as it embedded the exemplars.
         store: The exemplars.
-        class_names: In label order.
+        vocabulary: Of the store's labels.
         searcher: Answers searches over the store.
         rows: Of the exemplars, by id.
         global_trigger: The index's, if it has one.
@@ -46,7 +46,7 @@ class Snapshot:
 
     classifier: Classifier
     store: ExemplarStore
-    class_names: tuple[str, ...]
+    vocabulary: Vocabulary
     searcher: Searcher
     rows: dict[str, int]
     global_trigger: GlobalTrigger | None = None
@@ -60,7 +60,7 @@ class Snapshot:
         classifier: Classifier,
         store: ExemplarStore,
         *,
-        class_names: Sequence[str],
+        vocabulary: Vocabulary,
         neighbours: str = EXACT,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         precision: Precision = Precision.FP32,
@@ -75,7 +75,7 @@ class Snapshot:
         Args:
             classifier: Computed the store's features.
             store: The exemplars.
-            class_names: In label order.
+            vocabulary: Of the store's labels.
             neighbours: FAISS factory string.
             cache_bytes: What may stay in memory on the device between searches, images first, then features.
             precision: Of the pass over the exemplars.
@@ -97,12 +97,8 @@ class Snapshot:
             global_trigger=global_trigger,
         )
         cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
-        searcher = Searcher(
-            classifier, tmm, describer, class_names=tuple(class_names), neighbours=neighbours, cache=cache
-        )
-        return cls(
-            classifier, store, tuple(class_names), searcher, _rows(store), global_trigger, manifest=manifest, path=path
-        )
+        searcher = Searcher(classifier, tmm, describer, vocabulary=vocabulary, neighbours=neighbours, cache=cache)
+        return cls(classifier, store, vocabulary, searcher, _rows(store), global_trigger, manifest=manifest, path=path)
 
     @classmethod
     def open(cls, path: Path, opening: Opening) -> "Snapshot":
@@ -111,7 +107,7 @@ class Snapshot:
         return cls.of(
             parts.classifier,
             parts.store,
-            class_names=parts.manifest.class_names,
+            vocabulary=parts.manifest.vocabulary,
             neighbours=parts.manifest.neighbours,
             cache_bytes=opening.cache_bytes,
             precision=opening.precision,
@@ -128,7 +124,7 @@ class Snapshot:
         Raises:
             InputError: not a filter, or nothing matches it.
         """
-        rows = matching_rows(self.store, where)
+        rows = matching_rows(self.store, where, self.vocabulary)
         if len(rows) == 0:
             raise InputError(f"no exemplar matches {shortened(where)}")
         store = Subset(self.store, rows)
@@ -145,7 +141,8 @@ class Snapshot:
             raise InputError(f"no exemplar has the id {id_!r}{nearest(id_, self.rows)}")
         row = self.rows[known]
         image = self.store.images(np.array([row]))[0]
-        return Query(known, image.astype(np.float32) / 255.0, int(self.store.labels[row]))
+        label = None if self.store.label_is_predicted[row] else int(self.store.labels[row])
+        return Query(known, image.astype(np.float32) / 255.0, label)
 
     def search(
         self, queries: list[Query], options: SearchOptions, progress: Progress, *, of: "Snapshot"

@@ -205,7 +205,7 @@ def _check_rows(index: Path, manifest: Manifest, done: Verification, progress: P
         )
         manifest.check_exemplars(index, len(store), store.files)
         with lance_errors(f"{path}: cannot be read", RESTORE):
-            for rows, wrong in store.check_digests(forward_batch_size(manifest.image_shape)):
+            for rows, wrong in store.check_digests(forward_batch_size(manifest.image_shape), manifest.vocabulary):
                 done.exemplars += rows
                 progress("comparing exemplars", done.exemplars, len(store))
                 for id_ in wrong:
@@ -217,8 +217,9 @@ def _check_rows(index: Path, manifest: Manifest, done: Verification, progress: P
         return None
     if len(set(store.ids)) != len(store):
         done.found(f"{len(store) - len(set(store.ids))} ids are there more than once", RESTORE)
-    if not (store.labels.min() >= 0 and store.labels.max() < len(manifest.class_names)):
-        done.found(f"labels are outside 0 to {len(manifest.class_names) - 1}", RESTORE)
+    names = len(manifest.vocabulary.names)
+    if not (store.labels.min() >= 0 and store.labels.max() < names):
+        done.found(f"labels are outside 0 to {names - 1}", RESTORE)
     return store
 
 

@@ -1,6 +1,6 @@
 """Step 2 of TMM-NN for a query: its head tuned, or its discriminant, as the scorer that step 3 uses."""
 
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.rerank.classes import ExemplarClasses
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.exemplars import ExemplarTensors
@@ -33,9 +34,18 @@ class HeadFinder:
         self._classifier = classifier
         self._tensors = tensors
         self._columns = store.feature_columns
-        self._labels = torch.tensor(store.labels, device=classifier.device)  # a copy: a store's may be read-only
+        self._store = store
         self._fishers_of_all: dict[str, Fisher] = {}
         self._global_discriminants: dict[float, tuple[Discriminant, Tensor]] = {}
+
+    @cached_property
+    def classes(self) -> ExemplarClasses:
+        """y_i of all exemplars."""
+        return ExemplarClasses.of(self._store, self._classifier.num_classes)
+
+    @cached_property
+    def _labels(self) -> Int64[Tensor, "n"]:
+        return torch.from_numpy(self.classes.numbers).to(self._classifier.device)
 
     def scorer(
         self, view: QueryView, rows: Int64[np.ndarray, "n"] | None, triggered: Float[Tensor, "n d"], config: TmmConfig

@@ -25,6 +25,7 @@ from tmm_engine.index.neighbours.ranking import best_first
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.rerank.backbone import Backbone, Precision, TorchBackbone, specialised
+from tmm_engine.rerank.classes import ExemplarClasses
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES, ExemplarTensors
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.head import HeadFinder
@@ -74,6 +75,11 @@ class TmmNN:
         self._cache_bytes = cache_bytes
         self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
         self._heads = HeadFinder(self.classifier, store, self._tensors)
+
+    @property
+    def classes(self) -> ExemplarClasses:
+        """y_i of all exemplars, which a tuned head is found with."""
+        return self._heads.classes
 
     def over(self, store: ExemplarStore) -> "TmmNN":
         """The same over other exemplars with features of the same classifier."""

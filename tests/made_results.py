@@ -17,7 +17,8 @@ def make_hit(rank: int, *, mode: str = "l2", colour: bool = False) -> Hit:
     image = np.concatenate([IMAGES[rank], IMAGES[rank + 1], IMAGES[rank + 2]]) if colour else IMAGES[rank]
     label = int(LABELS[rank])
     confidence = 0.75 if mode == "tmm" else None
-    return Hit(rank, f"digit-{rank}", label, f"the {label}", False, -1.5 - rank, confidence, {}, image)
+    name = f"the {label}"
+    return Hit(rank, f"digit-{rank}", label, name, False, True, label, name, -1.5 - rank, confidence, {}, image)
 
 
 def make_result(query: str = "q0", *, mode: str = "l2", k: int = 4, colour: bool = False) -> SearchResult:
@@ -46,7 +47,7 @@ def make_result(query: str = "q0", *, mode: str = "l2", k: int = 4, colour: bool
 
 def make_wordy(text: str) -> SearchResult:
     """A result that has the text wherever a result holds text."""
-    hit = replace(make_hit(0), id=text, class_name=text, metadata={text: text, "n": None})
+    hit = replace(make_hit(0), id=text, class_name=text, predicted_class=f"{text}.", metadata={text: text, "n": None})
     return replace(
         make_result(text, mode="tmm"),
         hits=(hit,),

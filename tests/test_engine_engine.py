@@ -245,7 +245,7 @@ def test_a_damaged_index_is_an_error(index: Path, tmp_path: Path, damage: str):
     elif damage == "manifest":
         (copy / MANIFEST).write_text("{")
     else:
-        text = (copy / MANIFEST).read_text().replace('"format_version": 3', '"format_version": 99')
+        text = (copy / MANIFEST).read_text().replace('"format_version": 4', '"format_version": 99')
         assert "99" in text
         (copy / MANIFEST).write_text(text)
     with pytest.raises(IndexStateError):

@@ -15,6 +15,7 @@ from tests.digits import LABELS as DIGIT_LABELS
 from tests.modes import MODES, in_mode, quick
 from tmm_engine import Engine, FailedQuery, Query, SearchResult
 from tmm_engine.index import ArraySource, Classifier, ImageError, IndexStateError, InputError
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.store.building import write_index
 from tmm_engine.index.store.manifest import EXEMPLARS, Manifest
 from tmm_engine.rerank import PRESETS
@@ -262,7 +263,7 @@ def in_memory_of(classifier: Classifier, numbers: list[int], features: np.ndarra
         ids=[f"{n:04d}" for n in numbers],
         metadata=[{"page": n} for n in numbers],
     )
-    return Engine(Snapshot.of(classifier, store, class_names=classifier.class_names))
+    return Engine(Snapshot.of(classifier, store, vocabulary=Vocabulary(classifier.class_names)))
 
 
 def in_memory(engine: Engine) -> Engine:
@@ -273,8 +274,9 @@ def in_memory(engine: Engine) -> Engine:
     ("where", "message"),
     [
         ("label = 99", "no exemplar matches 'label = 99'"),
-        ("lable = 3", "over id, label, label_is_predicted, page, got 'lable = 3'"),
-        ("label = 'x'", "expected a condition in SQL"),
+        ("lable = 3", "over id, label, label_is_predicted, predicted, page, got 'lable = 3'"),
+        ("label = 'x'", "no label is called 'x'"),
+        ("label < 'x'", "expected a condition in SQL"),
         ("label", "does not return a boolean"),
         ("", "expected a condition in SQL"),
         ("label = 3; DROP TABLE x", "without ; comments"),

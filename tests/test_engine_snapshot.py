@@ -10,6 +10,7 @@ from tests.digits import IMAGES, LABELS, make_classifier
 from tests.modes import MODES, in_mode, quick
 from tmm_engine import Engine, build_index
 from tmm_engine.index import ArraySource, Classifier, InputError, MemoryStore
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.snapshot import Snapshot
 
 N = 60
@@ -139,7 +140,7 @@ def test_what_matches_answers_as_an_index_of_it(index: Path, classifier: Classif
         with pytest.raises(InputError, match="no exemplar has the id '0000'"):
             narrowed.exemplar("0000")
     store = MemoryStore(IMAGES[kept][:, None], {"feature": features}, LABELS[kept], ids=[f"{n:04d}" for n in kept])
-    alone = Engine(Snapshot.of(classifier, store, class_names=classifier.class_names))
+    alone = Engine(Snapshot.of(classifier, store, vocabulary=Vocabulary(classifier.class_names)))
     expected = alone.search(IMAGES[200], k=N, **in_mode(mode, QUICK))
     assert [(hit.id, hit.score) for hit in found.hits] == [(hit.id, hit.score) for hit in expected.hits]
     assert (found.scored, found.exemplars, found.notes) == (len(kept), len(kept), expected.notes)

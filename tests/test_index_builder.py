@@ -29,7 +29,7 @@ from tests.builders import (
 from tests.conftest import CLASSES, SHAPE, network
 from tmm_engine.index import batches
 from tmm_engine.index.columns import FeatureColumn, embed
-from tmm_engine.index.errors import ImageError, IndexStateError, InputError
+from tmm_engine.index.errors import ImageError, IndexStateError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.opening import open_source
@@ -306,13 +306,6 @@ def test_nothing_readable_is_an_error_with_reasons(target, records):
 # ---- what does not fit
 
 
-def test_another_number_of_classes_is_refused_before_reading(target):
-    source = Unread(*tiny_arrays(0), class_names=[*NAMES, "eel"])
-    with pytest.raises(InputError, match="has 5 classes, the model's head has 4"):
-        write_index(source, target, tiny_classifier())
-    assert not target.exists()
-
-
 @pytest.mark.parametrize("wrong", [CLASSES, -1, 10**6])
 def test_a_label_out_of_range_names_its_image(target, wrong):
     image = tiny_arrays(0)[0][0]
@@ -330,15 +323,20 @@ class Logarithm(nn.Module):
         return images.log()
 
 
-def test_features_that_are_not_finite_name_their_image(target):
+def test_an_image_that_the_model_cannot_digest_is_skipped_and_most_such_blame_the_model(target):
     model = nn.Sequential(Logarithm(), nn.Flatten(), nn.Linear(192, CLASSES))
     classifier = Classifier.from_module(model, image_shape=SHAPE)
     images = np.full((COUNT, *SHAPE), 9, np.uint8)
     images[37, 1, 2, 3] = 0
-    with pytest.raises(InputError, match=r"00000037: the model's features are not finite.*check the weights"):
-        write_index(ArraySource(images), target, classifier)
-    assert not target.exists()
-    assert beside(target) == set()
+    report = write_index(ArraySource(images), target, classifier)
+    assert [(image.id, "not finite" in image.reason) for image in report.skipped] == [("00000037", True)]
+    assert report.exemplars == len(opened(target)[1]) == COUNT - 1
+    with pytest.raises(ImageError, match=r"00000037: the model's features .* are not finite"):
+        write_index(ArraySource(images), target, classifier, strict=True, overwrite=True)
+    images[: COUNT // 2 + 1] = 0
+    with pytest.raises(ModelError, match=rf"not finite numbers for {COUNT // 2 + 1} of {COUNT} images; check the"):
+        write_index(ArraySource(images), target, classifier, overwrite=True)
+    assert len(opened(target)[1]) == COUNT - 1
 
 
 def test_a_bad_factory_string_is_refused_before_reading(target):

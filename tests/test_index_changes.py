@@ -203,7 +203,7 @@ def test_a_deleted_id_does_not_come_back_by_shifting(index):
         ({"ids": ["id 1"], "where": "label = 1"}, "got both"),
         ({"ids": ["id 1", "id 99"]}, "'id 99'.*did you mean 'id"),
         ({"where": "label = 99"}, "no exemplar matches"),
-        ({"where": "nonsense = 1"}, "over id, label, label_is_predicted, number, got 'nonsense = 1'"),
+        ({"where": "nonsense = 1"}, "over id, label, label_is_predicted, predicted, number, got 'nonsense = 1'"),
         ({"where": "label >= 0"}, "delete its folder instead"),
     ],
 )
@@ -239,8 +239,11 @@ def test_classes_are_matched_by_name(tmp_path):
     assert dict(zip(store.ids, store.labels, strict=True)) == dict(
         zip([f"n{n}" for n in range(7)], [0, 1, 2, 3, 1, 3, 1], strict=True)
     )
-    with pytest.raises(InputError, match=r"not called 'dogs' \(did you mean 'dog'\?\)"):
-        add_exemplars(tmp_path / "idx", named(("bee", "dogs"), [7], [0]), CLASSIFIER)
+    report = add_exemplars(tmp_path / "idx", named(("bee", "dogs"), [7], [1]), CLASSIFIER)
+    assert "1 of the 2 labels of named are no class of the model's: 'dogs'" in report.remarks[0]
+    assert "'dogs' (nearest: 'dog')" in report.remarks[1]
+    manifest, store = opened(tmp_path / "idx")
+    assert manifest.vocabulary.names[store.labels[-1]] == "dogs"
 
 
 def test_without_labels_the_models_predictions_stand_in(index):

@@ -15,6 +15,7 @@ from tmm_engine.engine import Engine
 from tmm_engine.index import columns as columns_module
 from tmm_engine.index.columns import FeatureColumn, embed, is_column_name, load_columns, registered
 from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.metric import Metric
@@ -156,8 +157,8 @@ def test_it_is_searched_and_its_graph_is_cached(index):
 
 def test_no_filter_can_name_it_and_no_metadata_has_its_name(index):
     store = opened(index)[1]
-    with pytest.raises(InputError, match=r"over id, label, label_is_predicted, page, got"):
-        store.matching("nothing = 1")
+    with pytest.raises(InputError, match=r"over id, label, label_is_predicted, predicted, page, got"):
+        store.matching("nothing = 1", Vocabulary(("a", "b", "c", "d")))
     images, labels = tiny_arrays(1, 2)
     named = ArraySource(images, labels, metadata={"halves_feature": [1, 2], "feature": [3, 4]})
     assert named.metadata_types == {"source_halves_feature": int, "source_feature": int}

@@ -116,7 +116,7 @@ def test_the_file_is_json_for_humans_and_others_may_read_it(tmp_path):
     GOOD.write(tmp_path)
     text = (tmp_path / MANIFEST).read_text(encoding="utf-8")
     assert "zwölf" in text
-    assert text.startswith('{\n "format": "tmm-engine index",\n "format_version": 3,\n "sha256": "')
+    assert text.startswith('{\n "format": "tmm-engine index",\n "format_version": 4,\n "sha256": "')
     assert (tmp_path / MANIFEST).stat().st_mode & 0o777 == 0o644
 
 
@@ -145,7 +145,7 @@ def wrong_values() -> dict[str, list[Any]]:
     """For every key the values of a wrong type or range."""
     return {
         "format": ["other", None, 1],
-        "format_version": [0, 1, 2, 4, "2", "3", None, [3]],  # of what is in it not even 2
+        "format_version": [0, 1, 2, 5, "2", "3", None, [3]],  # of what is in it not even 2
         "version": [0, -1, 1.5, "1", None],
         "change": [1, None, ["x"]],
         "created": [1, None, ["x"]],
@@ -169,6 +169,8 @@ def wrong_values() -> dict[str, list[Any]]:
             *({"feature": wrong, "another_feature": 4} for wrong in (0, -4, 4.5, "4", None, True)),
         ],
         "class_names": [None, 3, ["a", "b"], ["a"] * 4, "ab", []],
+        "other_labels": [3, "ab", {"a": 1}],
+        "agreement": [3, [1], {"labelled": 1}, dict.fromkeys(("labelled", "compared", "agreeing", "chance"), "x")],
         "labels_predicted": ["yes", None, [], {}],
         "backend_speeds": [[], {"torch": "fast"}, None],
         "model": [None, {}, [], "resnet18", good()["model"] | {"extra": 1}, good()["model"] | {"num_classes": "3"}],
@@ -289,7 +291,7 @@ def test_damage_is_an_index_state_error(refusals, name):
 
 def test_damage_says_what_is_wrong(refusals):
     assert "expected 'format': 'tmm-engine index'" in refusals['format = "other"'][1]
-    assert f"index format version 1, this program reads 2 and {FORMAT_VERSION}" in refusals["format_version = 1"][1]
+    assert f"index format version 1, this program reads 2 to {FORMAT_VERSION}" in refusals["format_version = 1"][1]
     assert "not what its 'sha256' says" in refusals["another value"][1]
     assert "not JSON" in refusals["cut short"][1]
     assert "KeyError: 'class_names'" in refusals["class_names is missing"][1]

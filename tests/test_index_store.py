@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.sources.records import is_reserved
 from tmm_engine.index.store import lance_store
 from tmm_engine.index.store.exemplars import ExemplarStore
@@ -95,12 +96,14 @@ def exemplars(draw: st.DrawFn) -> Exemplars:
 
 def written(path: Path, content: Exemplars, *, batch: int = 4) -> LanceWriter:
     """A writer that was given the exemplars in batches, before its commit."""
-    writer = LanceWriter(path, exemplar_schema(content.images.shape[1:], content.dims, content.types))
+    schema = exemplar_schema(content.images.shape[1:], content.dims, content.types)
+    writer = LanceWriter(path, schema, Vocabulary(tuple(map(str, range(1000)))))
     for rows in (slice(start, start + batch) for start in range(0, len(content), batch)):
         given = {
             "id": content.ids[rows],
             "label": content.labels[rows],
             "label_is_predicted": content.predicted[rows],
+            "predicted": content.labels[rows],
             "image": fixed_size_column(content.images[rows]),
         } | {name: fixed_size_column(features[rows]) for name, features in content.features.items()}
         writer.write(given | {name: values[rows] for name, values in content.columns.items()})

@@ -113,7 +113,8 @@ def check_fresh(index: Path, images: Any, folder: Path) -> None:
         np.testing.assert_allclose(now[id_], feature, rtol=1e-4, atol=1e-5)
     assert Manifest.read(index).exemplars == len(fresh)
     assert Manifest.read(index).labels_predicted == Manifest.read(folder / "fresh.idx").labels_predicted
-    assert [wrong for _, wrong in opened(index)[1].check_digests(1000) if wrong] == []
+    manifest, store = opened(index)
+    assert [wrong for _, wrong in store.check_digests(1000, manifest.vocabulary) if wrong] == []
 
 
 @pytest.fixture

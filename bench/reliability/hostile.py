@@ -147,6 +147,7 @@ def filters(generator: random.Random, folder: Path) -> None:
     """A filter made of what filters are made of, run over an index in memory."""
     import lance
 
+    from tmm_engine.index.labels import Vocabulary
     from tmm_engine.index.store.where import matching_positions
 
     parts = (
@@ -157,7 +158,7 @@ def filters(generator: random.Random, folder: Path) -> None:
     where = generator.choice((where, "label = 1 AND " + where, "label" + " + 1" * generator.randint(1, 3000) + " = 1"))
     check_where(where)
     nowhere = lance.write_dataset(pa.table({"id": ["a", "b"], "label": [1, 2]}), f"memory://{generator.random()}")
-    matching_positions(nowhere, where)
+    matching_positions(nowhere, where, Vocabulary(("a", "b")))
 
 
 def tables(generator: random.Random, folder: Path) -> None:

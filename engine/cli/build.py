@@ -99,7 +99,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     """
     from tmm_engine.backends import choose_device
     from tmm_engine.building import build_index as build
-    from tmm_engine.cli.display import progress_bar, say_remarks
+    from tmm_engine.cli.display import progress_bar, say_agreement, say_remarks, say_skipped
     from tmm_engine.engine import Engine
     from tmm_engine.index.sources.records import remarks_of
     from tmm_engine.index.store.target import check_target
@@ -127,10 +127,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
             strict=options["strict"],
             progress=progress,
         )
-    for image in report.skipped:
-        click.echo(f"skipped {image.id}: {image.reason}", err=True)
-    if report.skipped_count:
-        click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+    say_skipped(report)
     say_remarks(report.remarks, said=said)
     if options["compare_backends"]:
         with Engine.open(index, model=options["model"], device=options["device"]) as engine:
@@ -138,6 +135,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
         click.echo(", ".join(f"{name}: {speed:,.0f} images/s" for name, speed in speeds.items()), err=True)
     if options["views"]:
         click.echo(f"mode robust: {_chosen(index)}", err=True)
+    say_agreement(report)
     labels = "labels predicted by the model" if report.labels_predicted else "labels given"
     click.echo(f"{index}: {report.exemplars:,} exemplars of {images.name}, {labels}")
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,6 +17,10 @@ from rich.text import Text
 from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.progress import Progress
 from tmm_engine.results import FailedQuery, SearchResult
+
+if TYPE_CHECKING:
+    from tmm_engine.index.store.changes import ChangeReport
+    from tmm_engine.index.store.embedding import BuildReport
 
 FALLBACK_WIDTH = 120  # of a table that is not printed to a terminal
 LOG_SECONDS = 30.0  # between two lines of progress in a log file
@@ -96,6 +100,20 @@ def say_remarks(remarks: Iterable[str], *, said: Container[str] = ()) -> None:
             click.echo(f"note: {for_command_line(remark)}", err=True)
 
 
+def say_skipped(report: "BuildReport | ChangeReport") -> None:
+    """On stderr, which images were left out."""
+    for image in report.skipped:
+        click.echo(f"skipped {image.id}: {image.reason}", err=True)
+    if report.skipped_count:
+        click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+
+
+def say_agreement(report: "BuildReport | ChangeReport") -> None:
+    """On stderr, how far the model's predictions agree with the labels."""
+    for sentence in report.agreement.sentences() if report.agreement else ():
+        click.echo(sentence, err=True)
+
+
 def print_result(result: SearchResult) -> None:
     """One result as a table on stdout."""
     console = Console()
@@ -110,12 +128,14 @@ def print_result(result: SearchResult) -> None:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("#", "score", *([result.confidence_word] if result.confidence_meaning else [])):
         table.add_column(heading, justify="right")
-    table.add_column("label")
-    table.add_column("id")
+    told = any(hit.predicted_class != hit.class_name for hit in result.hits)
+    for heading in ("label", *(["predicted"] if told else []), "id"):
+        table.add_column(heading)
     for hit in result.hits:
         confidence = [] if hit.confidence is None else [f"{hit.confidence:.4f}"]
         label = escape(hit.class_name) + (" (predicted)" if hit.label_is_predicted else "")
-        table.add_row(str(hit.rank + 1), f"{hit.score:.4f}", *confidence, label, escape(hit.id))
+        predicted = [escape(hit.predicted_class)] if told else []
+        table.add_row(str(hit.rank + 1), f"{hit.score:.4f}", *confidence, label, *predicted, escape(hit.id))
     console.print(table)
     meanings = (f"score: {result.score_meaning}", result.confidence_meaning)
     console.print(f"[dim]{'; '.join(filter(None, meanings))}[/dim]", highlight=False)

@@ -26,7 +26,8 @@ index_argument = click.argument("index", type=click.Path(path_type=Path))
 def add(index: Path, source: str, **options: Any) -> None:
     """Add the images in SOURCE to INDEX, as its next version.
 
-    SOURCE is what build-index takes. Classes are matched by name; metadata columns that it does not have stay empty.
+    SOURCE is what build-index takes. Labels are matched by name, and new ones become labels of INDEX; metadata columns
+    that it does not have stay empty.
 
     \b
     Examples:
@@ -34,7 +35,7 @@ def add(index: Path, source: str, **options: Any) -> None:
       engine add photos.idx corrected/ --replace
       engine add photos.idx holiday/ --id-prefix holiday/
     """
-    from tmm_engine.cli.display import progress_bar, say_remarks
+    from tmm_engine.cli.display import progress_bar, say_agreement, say_remarks, say_skipped
     from tmm_engine.engine import Engine
 
     images = opened_source(source, options)
@@ -49,25 +50,23 @@ def add(index: Path, source: str, **options: Any) -> None:
             id_prefix=options["id_prefix"],
             progress=progress,
         )
-    for image in report.skipped:
-        click.echo(f"skipped {image.id}: {image.reason}", err=True)
-    if report.skipped_count:
-        click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
+    say_skipped(report)
     say_remarks(report.remarks)
+    say_agreement(report)
     _say(index, report, f"{report.added:,} added, {report.replaced:,} replaced")
 
 
 @click.command()
 @index_argument
 @click.option("--id", "ids", multiple=True, help="An exemplar; repeatable.")
-@click.option("--where", metavar="SQL", help="All that match, as in \"label = 3 AND path LIKE '%tmp%'\".")
+@click.option("--where", metavar="SQL", help="All that match, as in \"label = 'cat' AND path LIKE '%tmp%'\".")
 def delete(index: Path, ids: tuple[str, ...], where: str | None) -> None:
     """Remove exemplars from INDEX, as its next version. Older versions keep them until `compact --discard-versions`.
 
     \b
     Examples:
       engine delete photos.idx --id cat/001.png --id cat/002.png
-      engine delete photos.idx --where "label = 3"
+      engine delete photos.idx --where "label = 'cat' AND predicted <> 'cat'"
     """
     from tmm_engine.index.store.changes import delete_exemplars
 

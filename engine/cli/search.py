@@ -87,7 +87,9 @@ FLAGS = {"settings": "set"}
     is_flag=True,
     help="tmm: optimise all queries' triggers jointly; several times as fast, and slightly other triggers.",
 )
-@click.option("--where", metavar="SQL", help="Only exemplars that match, as in \"label = 3 AND path LIKE '%cat%'\".")
+@click.option(
+    "--where", metavar="SQL", help="Only exemplars that match, as in \"label = 'Tom' AND predicted = 'cat'\"."
+)
 @click.option("--version", type=click.IntRange(min=1), help="An older version of INDEX; see info --versions.")
 @click.option("--verify", is_flag=True, help="Compare every file with what was written before the first search.")
 @click.option(
@@ -117,7 +119,7 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
     \b
     Examples:
       engine search photos.idx query.png -k 5
-      engine search photos.idx query.png --where "label = 3" --version 2
+      engine search photos.idx query.png --where "label = 'cat'" --version 2
       engine search photos.idx queries/ --mode robust,l2,cosine --html answer.html --png answer.png
       engine search photos.idx --id cat/001.png --mode tmm --candidates 2000 --json
       engine search mnist.idx --source mnist --root data --split test --limit 3 --mode tmm --set blend=added

@@ -142,4 +142,6 @@ def _hit(hit: Hit, result: SearchResult) -> Image.Image:
         score += f"  ·  {result.confidence_word} {confidence(hit.confidence)}"
     name = f"(p) {hit.class_name}" if hit.label_is_predicted else hit.class_name
     texts = [text_line(name, width=TILE, size=BODY), text_line(score, width=TILE, size=SMALL, colour=FAINT)]
+    if hit.predicted_class != hit.class_name:
+        texts.insert(1, text_line(f"predicted {hit.predicted_class}", width=TILE, size=SMALL, colour=FAINT))
     return below([framed(enlarged(hit.image, side=CELL), same=agrees(hit, result)), *texts], gap=2)

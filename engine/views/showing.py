@@ -83,7 +83,7 @@ def facts(result: SearchResult, block: Block) -> str:
     parts = [f"{count} the query’s class"]
     if result.predicted_label != block.results[0].predicted_label:  # a row may have stretched the query, or not
         predicted = f"here predicted {clip(result.predicted_class)}"
-        parts = [predicted, f"{count} that class"] if result.true_label is None else [predicted, *parts]
+        parts = [predicted, f"{count} that class"] if result.true_class is None else [predicted, *parts]
     parts += [f"{result.scored:,} of {result.exemplars:,} scored", seconds(result.seconds)]
     recognised = f"recognised as {result.recognised_as}"
     if result.recognised_as is not None and not any(note.startswith(recognised) for note in result.notes):
@@ -92,8 +92,13 @@ def facts(result: SearchResult, block: Block) -> str:
 
 
 def agrees(hit: Hit, result: SearchResult) -> bool:
-    """Whether the neighbour has the query's true label or, where that is unknown, the predicted one."""
-    return hit.label == (result.predicted_label if result.true_label is None else result.true_label)
+    """Whether the neighbour has the query's true label or, where the query has none, the class predicted for it.
+
+    A label that is no class of the model's is compared with no class: the neighbour's predicted one is.
+    """
+    if (result.true_label, result.true_class) != (None, None):
+        return hit.label == result.true_label
+    return (hit.label if hit.label_is_class else hit.predicted_label) == result.predicted_label
 
 
 def clip(value: object) -> str:

@@ -57,14 +57,14 @@ def hits_table(results: Sequence[SearchResult | FailedQuery], *, errors: bool) -
     return pa.table(columns | _metadata_columns([hit.metadata if hit else {} for _, hit in rows], taken=columns))
 
 
-def exemplars_table(store: ExemplarStore, class_names: Sequence[str], *, columns: Sequence[str]) -> "pyarrow.Table":
-    """One row per exemplar: id, label, its metadata, and of its pixels and features what is asked for.
+def exemplars_table(store: ExemplarStore, label_names: Sequence[str], *, columns: Sequence[str]) -> "pyarrow.Table":
+    """One row per exemplar: id, label, predicted class, its metadata, and of its pixels and features what is asked for.
 
     Metadata of a name that is taken are called ``source_…``.
 
     Args:
         store: The exemplars.
-        class_names: In label order.
+        label_names: By number.
         columns: ``image``, and names of `ExemplarStore.feature_columns`: fixed-size lists, as they are stored.
 
     Raises:
@@ -77,11 +77,14 @@ def exemplars_table(store: ExemplarStore, class_names: Sequence[str], *, columns
     rows, known = np.arange(len(store)), ("image", *store.feature_columns)
     if unknown := [name for name in columns if name not in known]:
         raise InputError(f"no column {unknown[0]!r}{nearest(unknown[0], known)}; there are {', '.join(known)}")
+    predicted = store.predictions(rows)
     told: dict[str, pa.Array] = {
         "id": _column(store.ids.tolist(), str),
         "label": pa.array(store.labels),
-        "class_name": _column([class_names[label] for label in store.labels], str),
+        "class_name": _column([label_names[label] for label in store.labels], str),
         "label_is_predicted": pa.array(store.label_is_predicted),
+        "predicted_label": pa.array(predicted),
+        "predicted_class": _column([label_names[label] for label in predicted], str),
     }
     told |= {
         name: fixed_size_column(store.images(rows) if name == "image" else store.features(rows, column=name))

@@ -1,12 +1,12 @@
-"""A source of images in the terms of an index that is there: its classes, its metadata columns."""
+"""A source of images in the terms of an index: its labels, its metadata columns."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.labels import Matched, Vocabulary, match_labels
 from tmm_engine.index.models.preprocessing import Target
-from tmm_engine.index.names import spelled
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage, remarks_of
 from tmm_engine.index.types import ImageShape
 
@@ -14,31 +14,34 @@ from tmm_engine.index.types import ImageShape
 class AdaptedSource:
     """An `ImageSource` whose labels and metadata mean what they mean in an index.
 
+    Attributes:
+        labels: What the source's labels are there.
+
     Args:
         source: The images.
-        class_names: The index's, in label order.
+        labels: What its labels are in the index.
         metadata_types: The index's columns; those that the source does not have stay empty.
         id_prefix: Put before every id.
-        index: Where the index is, for messages.
+        index: Where the index is, if it is there yet; for messages.
 
     Raises:
-        InputError: the source has a class or a column that the index does not have, or a column of another type.
+        InputError: the source has a column that the index does not have, or one of another type.
     """
 
     def __init__(
         self,
         source: ImageSource,
         *,
-        class_names: tuple[str, ...],
+        labels: Matched,
         metadata_types: Mapping[str, type],
-        id_prefix: str,
-        index: Path,
+        id_prefix: str = "",
+        index: Path | None = None,
     ) -> None:
         self._source = source
         self._prefix = id_prefix
-        self._labels = _label_map(source, class_names, index)
+        self.labels = labels
         self.name = source.name
-        self.class_names: tuple[str, ...] | None = class_names
+        self.class_names: tuple[str, ...] | None = labels.vocabulary.names
         self.labelled = source.labelled
         self.metadata_types = metadata_types
         for name, kind in source.metadata_types.items():
@@ -54,23 +57,35 @@ class AdaptedSource:
                     f"{kind.__name__}; convert it"
                 )
 
+    @classmethod
+    def of_new_index(cls, source: ImageSource, class_names: tuple[str, ...]) -> "AdaptedSource":
+        """A source as an index that is built of it has it.
+
+        Args:
+            source: The images.
+            class_names: The model's.
+        """
+        names = source.class_names if source.labelled else None
+        labels = match_labels(source.name, names, Vocabulary(class_names), adopt=True)
+        return cls(source, labels=labels, metadata_types=source.metadata_types)
+
     def __len__(self) -> int:
         return len(self._source)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The source's."""
-        return remarks_of(self._source)
+        """The source's, after what is to be said of its labels."""
+        return (*self.labels.notes, *remarks_of(self._source))
 
     def natural_shape(self) -> ImageShape:
         """The source's."""
         return self._source.natural_shape()
 
     def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
-        """All images in order."""
+        """All images in order; raises InputError for a label that is none of the source's classes."""
         for record in self._source.read(shape):
             if isinstance(record, ImageRecord):
-                label = record.label if self._labels is None or record.label is None else self._labels[record.label]
+                label = self.labels.label(record.label, record.id)
                 yield ImageRecord(self._prefix + record.id, record.image, label, self._metadata(record.metadata))
             else:
                 yield replace(record, id=self._prefix + record.id)
@@ -81,20 +96,3 @@ class AdaptedSource:
             name: float(value) if kind is float and value is not None else value
             for (name, value), kind in zip(values.items(), self.metadata_types.values(), strict=True)
         }
-
-
-def _label_map(source: ImageSource, class_names: tuple[str, ...], index: Path) -> list[int] | None:
-    """For each class of the source its label in the index; None where they are the same.
-
-    A folder that holds only some of the classes numbers them otherwise than the index does.
-    """
-    if not source.labelled or not source.class_names or source.class_names == class_names:
-        return None
-    known = spelled(source.class_names, class_names)
-    unknown = [name for name in source.class_names if class_names.count(known.get(name, name)) != 1]
-    if unknown:
-        raise InputError(
-            f"{source.name}: the classes of {index} are not called {', '.join(map(repr, unknown[:3]))}"
-            f"{nearest(unknown[0], class_names)}; rename them, or add the images without labels (a flat folder)"
-        )
-    return [class_names.index(known[name]) for name in source.class_names]

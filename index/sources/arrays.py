@@ -25,7 +25,7 @@ class ArraySource:
     Args:
         images: (n, c, h, w), (n, h, w, c) or (n, h, w), or a list of n alike; uint8 or floating point in [0, 1]. Not
             copied if an array of uint8.
-        labels: n integers, 0 or more, or n names.
+        labels: n integers, 0 or more, or n names; None among them for an image without a label.
         ids: n different strings. Default: the row in eight digits.
         class_names: In label order. Default: unknown; of labels that are names, the sorted distinct ones.
         metadata: Column -> n strings, integers, floats or booleans, or None; renamed as in `ParquetSource`.
@@ -39,7 +39,7 @@ class ArraySource:
     def __init__(
         self,
         images: np.ndarray | torch.Tensor | Sequence[np.ndarray | torch.Tensor],
-        labels: Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor | None = None,
+        labels: Sequence[int | str | None] | np.ndarray | torch.Tensor | None = None,
         *,
         ids: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
@@ -48,13 +48,13 @@ class ArraySource:
     ) -> None:
         self.name = name
         self.class_names: tuple[str, ...] | None = None if class_names is None else tuple(class_names)
-        self.labelled = labels is not None
         self._images = channels_first(_stacked(images))
         if len(self) == 0:
             raise InputError("expected at least one image, got none")
         if self._images.dtype != np.uint8:
             self._images = np.concatenate([to_uint8(batch) for batch in self._batches()])
         self._labels = [None] * len(self) if labels is None else self._checked_labels(labels)
+        self.labelled = any(label is not None for label in self._labels)
         self._ids = [f"{row:08d}" for row in range(len(self))] if ids is None else list(ids)
         self._expect_one_each("ids", self._ids)
         if len(set(self._ids)) != len(self):
@@ -89,20 +89,25 @@ class ArraySource:
         if len(values) != len(self):
             raise InputError(f"expected {len(self)} {what}, one per image, got {len(values)}")
 
-    def _checked_labels(self, labels: Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor) -> list[int]:
+    def _checked_labels(self, labels: Sequence[int | str | None] | np.ndarray | torch.Tensor) -> Sequence[int | None]:
         array = np.asarray(labels)
-        if array.ndim == 1 and len(array) and all(isinstance(label, str) for label in array.tolist()):
-            self._expect_one_each("labels", array)
-            self.class_names, numbers = numbered(array.tolist(), self.class_names)
-            return numbers
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise InputError(f"expected labels as one row of integers, got {array.dtype} of shape {array.shape}")
+        given = [label for label in array.tolist() if label is not None] if array.ndim == 1 else []
+        kinds = set(map(type, given))
+        if array.ndim != 1 or len(kinds - {int}) + len(kinds - {str}) > 1:
+            raise InputError(
+                f"expected labels as one row of integers or of texts, got {array.dtype} of shape {array.shape}"
+            )
         self._expect_one_each("labels", array)
+        if str in kinds:
+            self.class_names, places = numbered(given, self.class_names)
+            place = dict(zip(given, places, strict=True))
+            return [place.get(label) for label in array.tolist()]
         classes = len(self.class_names) if self.class_names is not None else np.inf
-        if array.min() < 0 or array.max() >= classes:
+        if given and (min(given) < 0 or max(given) >= classes):
             expected = "0 or more" if self.class_names is None else f"0 to {classes - 1}, as there are class names"
-            raise InputError(f"expected labels of {expected}, got {array.min()} to {array.max()}")
-        return list(map(int, array.tolist()))
+            raise InputError(f"expected labels of {expected}, got {min(given)} to {max(given)}")
+        numbers: list[int | None] = array.tolist()
+        return numbers
 
     def _typed_columns(
         self, metadata: Mapping[str, Sequence[Any] | np.ndarray]

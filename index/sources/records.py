@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Metadata = dict[str, str | int | float | bool | None]
 
-RESERVED_COLUMNS = frozenset(("id", "label", "image", "label_is_predicted", "row_digest"))
+RESERVED_COLUMNS = frozenset(("id", "label", "image", "label_is_predicted", "predicted", "row_digest"))
 
 _CHUNK = 32  # images that one thread decodes at a time
 _THREADS = min(8, os.cpu_count() or 1)
@@ -46,7 +46,7 @@ class ImageRecord:
     Attributes:
         id: Unique within its source.
         image: uint8 (c, h, w) in the shape that was asked for.
-        label: Class index, 0 or more; None where the source has no labels.
+        label: Among the source's classes, 0 or more; None for an image without a label.
         metadata: A value for every column of the source's ``metadata_types``.
     """
 
@@ -77,8 +77,8 @@ class ImageSource(Protocol):
 
     Attributes:
         name: What an index records as its origin, as in ``cifar10 (train)``.
-        class_names: In label order; None where unknown.
-        labelled: Whether every record has a label.
+        class_names: In label order; None where labels are numbers only.
+        labelled: Whether records have labels; some may have none.
         metadata_types: Column -> str, int, float or bool. No column has a reserved name (`is_reserved`).
     """
 

@@ -10,8 +10,9 @@ from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import EXACT, make_faiss_index
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageSource
-from tmm_engine.index.store.embedding import BuildReport, check_fit, embedded
+from tmm_engine.index.store.embedding import BuildReport, embedded
 from tmm_engine.index.store.lance_store import LanceWriter, exemplar_schema, stored_columns
 from tmm_engine.index.store.manifest import EXEMPLARS, MODEL, FileDigest, Manifest, digest_files
 from tmm_engine.index.store.target import check_target, staged
@@ -42,26 +43,28 @@ def write_index(
 
     Raises:
         IndexStateError: the target is in the way, not writable, full, or being built by another process.
-        InputError: source and classifier do not fit, the source is empty, an id is there twice, a label is out of
-            range, or, with `strict`, an image is unreadable.
+        InputError: the source is empty, an id is there twice, a label is out of range, or, with `strict`, an image is
+            unreadable.
+        ModelError: the features of most images are not finite.
     """
-    check_build(source, target, classifier, overwrite=overwrite, neighbours=neighbours)
+    check_build(target, classifier, overwrite=overwrite, neighbours=neighbours)
+    adapted = AdaptedSource.of_new_index(source, classifier.class_names)
     columns = (PlainColumn(classifier), *columns)
     dimensions = {column.name: column.dimension for column in columns}
-    report = BuildReport(labels_predicted=not source.labelled)
+    report = BuildReport()
     try:
         with staged(target, overwrite=overwrite) as staging:
             schema = exemplar_schema(classifier.image_shape, dimensions, source.metadata_types)
-            writer = LanceWriter(staging / EXEMPLARS, schema)
-            for batch in embedded(source, classifier, columns, report, strict=strict):
-                writer.write(stored_columns(batch, source))
+            writer = LanceWriter(staging / EXEMPLARS, schema, adapted.labels.vocabulary)
+            for batch in embedded(adapted, classifier, columns, report, strict=strict):
+                writer.write(stored_columns(batch, source.metadata_types))
                 progress("building", report.exemplars + report.skipped_count, len(source))
             version = writer.commit()
             classifier.save(staging / MODEL)
             for column in columns:
                 column.save(staging)
             _manifest(
-                source,
+                adapted,
                 classifier,
                 report,
                 columns=dimensions,
@@ -74,17 +77,14 @@ def write_index(
     return report
 
 
-def check_build(
-    source: ImageSource, target: Path, classifier: Classifier, *, overwrite: bool = False, neighbours: str = EXACT
-) -> None:
+def check_build(target: Path, classifier: Classifier, *, overwrite: bool = False, neighbours: str = EXACT) -> None:
     """Everything about a build that can be refused before any work; raises as `write_index`."""
     check_target(target, overwrite=overwrite)
-    check_fit(source, classifier)
     make_faiss_index(classifier.feature_dim, Metric.L2, neighbours)
 
 
 def _manifest(
-    source: ImageSource,
+    source: AdaptedSource,
     classifier: Classifier,
     report: BuildReport,
     *,
@@ -102,8 +102,10 @@ def _manifest(
         skipped=report.skipped_count,
         image_shape=classifier.image_shape,
         columns=columns,
-        class_names=source.class_names if source.labelled and source.class_names else classifier.class_names,
+        class_names=source.labels.vocabulary.class_names,
+        other_labels=source.labels.vocabulary.others,
         labels_predicted=report.labels_predicted,
+        agreement=report.agreement,
         model=classifier.spec,
         fingerprint=classifier.fingerprint,
         neighbours=neighbours,

@@ -8,8 +8,9 @@ import lance
 import numpy as np
 import pyarrow as pa
 
+from tmm_engine.index.agreement import Agreement
 from tmm_engine.index.batches import forward_batch_size
-from tmm_engine.index.columns import load_columns
+from tmm_engine.index.columns import FEATURE, load_columns
 from tmm_engine.index.errors import IndexStateError, InputError, nearest
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.names import spelled
@@ -17,16 +18,16 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageSource, UnreadableImage
 from tmm_engine.index.store.commit import Change, changing, remove_leftovers
-from tmm_engine.index.store.embedding import BuildReport, embedded
+from tmm_engine.index.store.embedding import BuildReport, embedded, predict
 from tmm_engine.index.store.lance_store import (
+    PREDICTED,
     ROW_DIGEST,
-    LanceWriter,
     fixed_size_column,
     flat,
     row_digests,
     stored_columns,
 )
-from tmm_engine.index.store.manifest import EXEMPLARS, VERSIONS, older_versions
+from tmm_engine.index.store.manifest import VERSIONS, older_versions
 from tmm_engine.index.store.where import matching_positions
 
 NAMED = 3  # ids that a message lists
@@ -44,7 +45,8 @@ class ChangeReport:
         deleted: Exemplars that are gone.
         skipped: Images that could not be read, with reasons; the first of them.
         skipped_count: How many in all.
-        remarks: What the source guessed, left out or converted, in sentences.
+        remarks: What was guessed, left out or converted, in sentences.
+        agreement: Of the model's predictions with the labels that were added; None where nothing was.
     """
 
     version: int
@@ -55,6 +57,7 @@ class ChangeReport:
     skipped: list[UnreadableImage] = field(default_factory=list)
     skipped_count: int = 0
     remarks: tuple[str, ...] = ()
+    agreement: Agreement | None = None
 
 
 def add_exemplars(
@@ -69,8 +72,8 @@ def add_exemplars(
 ) -> ChangeReport:
     """Add a source's images to an index.
 
-    Classes are matched by name where both have names, else by number. Metadata columns that the source does not have
-    stay empty.
+    Labels are matched by name where they have names, else they are numbers of the model's classes; names that are new
+    become labels of the index. Metadata columns that the source does not have stay empty.
 
     Args:
         index: Its folder.
@@ -84,29 +87,29 @@ def add_exemplars(
     Raises:
         IndexStateError: no index there, damaged, not writable, full, being written by another process, or with a column
             of features that this program cannot compute.
-        InputError: ids that are there already or twice in the source, classes or columns that the index does not have,
-            or, with `strict`, an unreadable image.
+        InputError: ids that are there already or twice in the source, columns that the index does not have, or, with
+            `strict`, an unreadable image.
         ModelError: another classifier.
     """
     with changing(index) as change:
         change.check_model(classifier)
         adapted = AdaptedSource(
             source,
-            class_names=change.manifest.class_names,
+            labels=change.matched(source),
             metadata_types=change.metadata_types,
             id_prefix=id_prefix,
             index=index,
         )
-        report = BuildReport(labels_predicted=not source.labelled)
+        report = BuildReport()
         present, new = change.ids(), set[str]()
         columns = load_columns(index, change.manifest.columns, classifier)
-        writer = LanceWriter(index / EXEMPLARS, change.schema)
+        writer = change.writer()
         for batch in embedded(adapted, classifier, columns, report, strict=strict):
             ids = [record.id for record in batch.records]
             if not replace_same:
                 _check_free(ids, present, source.name)
             new.update(ids)
-            writer.write(stored_columns(batch, adapted))
+            writer.write(stored_columns(batch, adapted.metadata_types))
             progress("adding", report.exemplars + report.skipped_count, len(source))
         addresses = np.array([present[id_] for id_ in new & present.keys()], dtype=np.uint64)
         operation = change.deletion(addresses)
@@ -126,6 +129,7 @@ def add_exemplars(
         skipped=report.skipped,
         skipped_count=report.skipped_count,
         remarks=report.remarks,
+        agreement=report.agreement,
     )
 
 
@@ -150,7 +154,7 @@ def delete_exemplars(index: Path, *, ids: Sequence[str] = (), where: str | None 
             addresses = np.array([present[id_] for id_ in dict.fromkeys(map(known.__getitem__, ids))], dtype=np.uint64)
             what = f"{len(addresses):,} by id"
         else:
-            positions = matching_positions(change.dataset, where)
+            positions = matching_positions(change.dataset, where, change.vocabulary)
             addresses = np.fromiter(present.values(), np.uint64, len(present))[positions]
             what = f"{len(addresses):,} where {where[:200]}"
         if len(addresses) == 0:
@@ -176,7 +180,7 @@ def compact(index: Path, *, discard_versions: bool = False) -> ChangeReport:
     """
     with changing(index) as change:
         change.manifest.check_digests(index, exemplars=True)
-        writer = LanceWriter(index / EXEMPLARS, change.schema)
+        writer = change.writer()
         for table in _whole_rows(change, change.rows_in_memory):
             writer.write({name: table[name].combine_chunks() for name in table.column_names})
         operation = lance.LanceOperation.Overwrite(change.schema, writer.finish())
@@ -198,11 +202,14 @@ def rebuild_features(index: Path, classifier: Classifier, *, progress: Progress 
     with changing(index) as change:
         shape, done = change.manifest.image_shape, 0
         columns = load_columns(index, change.manifest.columns, classifier)
-        writer = LanceWriter(index / EXEMPLARS, change.schema)
+        writer = change.writer()
         for table in _whole_rows(change, min(change.rows_in_memory, forward_batch_size(shape))):
             rows: dict[str, object] = {name: table[name].combine_chunks() for name in table.column_names}
             images = flat(table["image"].combine_chunks()).reshape(-1, *shape).copy()  # Arrow's own memory is read-only
-            rows |= {column.name: fixed_size_column(column.compute(images)) for column in columns}
+            features = {column.name: column.compute(images) for column in columns}
+            rows |= {name: fixed_size_column(computed) for name, computed in features.items()}
+            if change.predictions:
+                rows[PREDICTED.name] = predict(features[FEATURE], classifier)
             writer.write(rows)
             done += len(table)
             progress("computing features", done, change.manifest.exemplars)
@@ -215,7 +222,7 @@ def _whole_rows(change: Change, batch_size: int) -> Iterator[pa.Table]:
     """All exemplars in order, of which all but the features is what was written."""
     for batch in change.batches(batch_size):
         table = pa.Table.from_batches([batch])
-        digests = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)
+        digests = zip(row_digests(table, change.vocabulary), table[ROW_DIGEST].to_pylist(), strict=True)
         wrong = [table["id"][row].as_py() for row, (found, expected) in enumerate(digests) if found != expected]
         if wrong:
             raise IndexStateError(

@@ -19,8 +19,19 @@ from lance.fragment import FragmentMetadata
 
 from tmm_engine.index.errors import IndexStateError, ModelError
 from tmm_engine.index.files import TEMPORARY, sync_folder
+from tmm_engine.index.labels import Matched, match_labels
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.store.lance_store import ARROW_TYPES, committed, exemplar_schema, files_of, lance_errors
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.store.lance_store import (
+    ARROW_TYPES,
+    LanceWriter,
+    committed,
+    exemplar_schema,
+    files_of,
+    has_predictions,
+    lance_errors,
+    stored_agreement,
+)
 from tmm_engine.index.store.manifest import (
     EXEMPLARS,
     LATEST_HINT,
@@ -45,12 +56,16 @@ class Change:
         path = index / EXEMPLARS
         with lance_errors(f"{path}: the exemplars cannot be read", "restore the index or build it again"):
             self.dataset = lance.dataset(str(path), version=manifest.lance_version)
-        known = exemplar_schema(manifest.image_shape, manifest.columns, {})
+        self.predictions = has_predictions(self.dataset.schema)
+        known = exemplar_schema(manifest.image_shape, manifest.columns, {}, predictions=self.predictions)
         python = {arrow: kind for kind, arrow in ARROW_TYPES.items()}
         self.metadata_types: Mapping[str, type] = {
             column.name: python[column.type] for column in self.dataset.schema if column.name not in known.names
         }
-        self.schema = exemplar_schema(manifest.image_shape, manifest.columns, self.metadata_types)
+        self.schema = exemplar_schema(
+            manifest.image_shape, manifest.columns, self.metadata_types, predictions=self.predictions
+        )
+        self.vocabulary = manifest.vocabulary
 
     @property
     def rows_in_memory(self) -> int:
@@ -68,6 +83,17 @@ class Change:
                 f"{self.index} was built with the model {self.manifest.fingerprint[:12]}…, this one is "
                 f"{classifier.fingerprint[:12]}…: add with the same model, or build the index again"
             )
+
+    def matched(self, source: ImageSource) -> Matched:
+        """What a source's labels are in the index; those that are new are its labels with the next commit."""
+        names = source.class_names if source.labelled else None
+        found = match_labels(source.name, names, self.vocabulary)
+        self.vocabulary = found.vocabulary
+        return found
+
+    def writer(self) -> LanceWriter:
+        """Of new rows, which exist with the next commit."""
+        return LanceWriter(self.index / EXEMPLARS, self.schema, self.vocabulary)
 
     def ids(self) -> dict[str, int]:
         """Every exemplar's address in the dataset, by id, in row order."""
@@ -123,6 +149,7 @@ class Change:
         with self._reading():
             dataset = committed(self.dataset, operation, read_version=old.lance_version)
             found, needed = dataset.count_rows(), {f"{EXEMPLARS}/{name}" for name in files_of(dataset)}
+            agreement = stored_agreement(dataset, self.vocabulary)
         if found != exemplars:
             raise IndexStateError(f"{self.index}: expected {exemplars:,} exemplars, got {found:,}; nothing was changed")
         written = [name for name in data_files(self.index) if not _shared(name) and name not in self._kept]
@@ -132,6 +159,8 @@ class Change:
             change=what,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             exemplars=exemplars,
+            other_labels=self.vocabulary.others,
+            agreement=agreement,
             skipped=old.skipped if skipped is None else skipped,
             labels_predicted=old.labels_predicted if labels_predicted is None else labels_predicted,
             lance_version=int(dataset.version),

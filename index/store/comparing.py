@@ -32,7 +32,7 @@ class WatchedSource(AdaptedSource):
     def __init__(self, source: ImageSource, change: Change, id_prefix: str) -> None:
         super().__init__(
             source,
-            class_names=change.manifest.class_names,
+            labels=change.matched(source),
             metadata_types=change.metadata_types,
             id_prefix=id_prefix,
             index=change.index,
@@ -118,6 +118,15 @@ class Comparison:
         """The exemplars of the records' ids, by their places in the row order."""
         return np.array([self._places[record.id] for record in records], dtype=np.int64)
 
+    def leave(self, image: UnreadableImage) -> None:
+        """Take back one that was to be embedded, for the model cannot digest it: what there is of it stays."""
+        self._source.unreadable.add(image.id)
+        self.embed -= 1
+        if image.id in self._places:
+            self.differs[self._places[image.id]] = False
+        else:
+            self.new.remove(image.id)
+
     def missing(self, id_prefix: str) -> Bool[np.ndarray, "exemplars"]:
         """For each exemplar of such an id whether the source has no image of it, not even an unreadable one."""
         own = [id_.startswith(id_prefix) and id_ not in self._source.unreadable for id_ in self.ids]
@@ -128,13 +137,11 @@ class Comparison:
         if not records:
             return []
         places = self.places(records)
-        labels = [record.label for record in records] if self._source.labelled else self._labels[places]
-        batch = EmbeddedBatch(
-            records, np.stack([record.image for record in records]), {}, np.array(labels, dtype=np.int64)
-        )
+        batch = EmbeddedBatch(records, np.stack([record.image for record in records]), {}, self._labels[places])
         features = self._change.manifest.columns
         fields = [field for field in self._change.schema if field.name not in (ROW_DIGEST, *features)]
-        found = row_digests(as_table(stored_columns(batch, self._source), fields))
+        rows = as_table(stored_columns(batch, self._source.metadata_types), fields)
+        found = row_digests(rows, self._change.vocabulary)
         there = self._digests.take(places).to_pylist()
         return [record for record, own, stored in zip(records, found, there, strict=True) if own != stored]
 

@@ -6,15 +6,18 @@ from itertools import islice
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 
+from tmm_engine.index.agreement import Agreement, Tally
 from tmm_engine.index.batches import forward_batch_size, prefetched
 from tmm_engine.index.columns import FEATURE, FeatureColumn
-from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.errors import ImageError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage, remarks_of
+from tmm_engine.index.sources.adapted import AdaptedSource
+from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
 
 MAX_REPORTED = 20
+INDIGESTIBLE = "the model's features of this image are not finite numbers (is the image constant?)"
 
 
 @dataclass(slots=True)
@@ -26,7 +29,8 @@ class BuildReport:
         skipped: Images that could not be read, with reasons; the first MAX_REPORTED of them.
         skipped_count: How many in all.
         labels_predicted: True if the source had no labels and the model's predictions stand in.
-        remarks: What the source guessed, left out or converted, in sentences.
+        remarks: What was guessed, left out or converted, in sentences.
+        agreement: Of the model's predictions with the labels; None until the end.
     """
 
     exemplars: int = 0
@@ -34,6 +38,7 @@ class BuildReport:
     skipped_count: int = 0
     labels_predicted: bool = False
     remarks: tuple[str, ...] = ()
+    agreement: Agreement | None = None
 
     def skip(self, image: UnreadableImage) -> None:
         """Count an unreadable image."""
@@ -44,16 +49,34 @@ class BuildReport:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedBatch:
-    """Exemplars as a store takes them: records, their images and features stacked, and labels, given or predicted."""
+    """Exemplars as a store takes them.
+
+    Attributes:
+        records: Their ids, labels and metadata.
+        images: Stacked.
+        features: By name of the column.
+        predicted: The model's classes.
+    """
 
     records: list[ImageRecord]
     images: UInt8[np.ndarray, "n c h w"]
     features: Mapping[str, Float32[np.ndarray, "n _"]]
-    labels: Int64[np.ndarray, "n"]
+    predicted: Int64[np.ndarray, "n"]
+
+    @property
+    def given(self) -> Bool[np.ndarray, "n"]:
+        """Which have a label of their own."""
+        return np.array([record.label is not None for record in self.records], dtype=np.bool_)
+
+    @property
+    def labels(self) -> Int64[np.ndarray, "n"]:
+        """The labels, and where there are none the predicted classes."""
+        pairs = zip(self.records, self.predicted.tolist(), strict=True)
+        return np.array([said if record.label is None else record.label for record, said in pairs], dtype=np.int64)
 
 
 def embedded(
-    source: ImageSource,
+    source: AdaptedSource,
     classifier: Classifier,
     columns: Sequence[FeatureColumn],
     report: BuildReport,
@@ -63,66 +86,55 @@ def embedded(
     """All readable images of the source with their features, batch by batch; the next batch is decoded meanwhile.
 
     Args:
-        source: The images; decoded to `classifier.target`.
+        source: The images, in the terms of the index; decoded to `classifier.target`.
         classifier: Its predictions stand in where there are no labels.
         columns: What is computed, φ(x) among it.
-        report: Exemplars and skipped images are counted here.
-        strict: Fail at the first image that cannot be read instead of skipping it.
+        report: Exemplars, skipped images and agreement are counted here, and what should be known is noted.
+        strict: Fail at the first image that cannot be read, or that the model cannot digest, instead of skipping it.
 
     Raises:
-        InputError: no image can be read, an id is there twice, a label is out of range, features are not finite, or,
-            with `strict`, an image is unreadable.
+        InputError: no image can be read, an id is there twice, a label is out of range, or, with `strict`, an image is
+            unreadable.
+        ModelError: the features of most images are not finite.
     """
+    report.labels_predicted = not source.labelled
+    tally, indigestible = Tally(source.labels.vocabulary), 0
     records = readable_records(source, classifier, report, strict=strict)
-    for batch in prefetched(grouped(records, forward_batch_size(classifier.image_shape))):
-        done = embed_records(batch, source, classifier, columns)
-        report.exemplars += len(batch)
-        yield done
+    for group in prefetched(grouped(records, forward_batch_size(classifier.image_shape))):
+        batch, bad = embed_records(group, classifier, columns)
+        indigestible += len(bad)
+        for image in bad:
+            pass_over(image, report, strict=strict)
+        if batch.records:
+            report.exemplars += len(batch.records)
+            tally.count(batch.labels, batch.given, batch.predicted)
+            yield batch
+    if indigestible > report.exemplars:
+        raise ModelError(
+            f"{source.name}: the model's features are not finite numbers for {indigestible:,} of "
+            f"{indigestible + report.exemplars:,} images; check the weights and what the model does to its input"
+        )
     if not report.exemplars:
         reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
         raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
+    report.agreement = tally.result()
+    without = report.exemplars - report.agreement.labelled
+    if source.labelled and without:
+        report.remarks += (f"{without:,} of {report.exemplars:,} images have no label: predictions stand in",)
 
 
 def embed_records(
-    records: list[ImageRecord], source: ImageSource, classifier: Classifier, columns: Sequence[FeatureColumn]
-) -> EmbeddedBatch:
-    """A batch of the source's images with their features.
-
-    Raises:
-        InputError: features are not finite.
-    """
+    records: list[ImageRecord], classifier: Classifier, columns: Sequence[FeatureColumn]
+) -> tuple[EmbeddedBatch, list[UnreadableImage]]:
+    """(the images with their features, those of which the model makes numbers that are not finite)."""
     images = np.stack([record.image for record in records])
     features = {column.name: column.compute(images) for column in columns}
-    for computed in features.values():
-        _check_finite(computed, records)
-    return with_features(records, images, features, source, classifier)
-
-
-def with_features(
-    records: list[ImageRecord],
-    images: UInt8[np.ndarray, "n c h w"],
-    features: Mapping[str, Float32[np.ndarray, "n _"]],
-    source: ImageSource,
-    classifier: Classifier,
-) -> EmbeddedBatch:
-    """A batch of the source's images whose features are known: labels are given, or predicted of them."""
-    given = [record.label for record in records]
-    labels = np.array(given, dtype=np.int64) if source.labelled else predict(features[FEATURE], classifier)
-    return EmbeddedBatch(records, images, features, labels)
-
-
-def check_fit(source: ImageSource, classifier: Classifier) -> None:
-    """Refuse a source with other classes than the classifier's.
-
-    Raises:
-        InputError: the number of classes differs.
-    """
-    if source.labelled and source.class_names and len(source.class_names) != classifier.num_classes:
-        raise InputError(
-            f"{source.name} has {len(source.class_names)} classes, the model's head has {classifier.num_classes}: "
-            f"labels would not mean what the model predicts; use the data set the model was trained on, or a "
-            f"flat folder"
-        )
+    finite = np.logical_and.reduce([np.isfinite(computed).all(axis=1) for computed in features.values()])
+    bad = [UnreadableImage(records[row].id, INDIGESTIBLE) for row in np.flatnonzero(~finite)]
+    if bad:
+        records, images = [records[row] for row in np.flatnonzero(finite)], images[finite]
+        features = {name: computed[finite] for name, computed in features.items()}
+    return EmbeddedBatch(records, images, features, predict(features[FEATURE], classifier)), bad
 
 
 def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int64[np.ndarray, "n"]:
@@ -132,7 +144,7 @@ def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int
 
 
 def readable_records(
-    source: ImageSource, classifier: Classifier, report: BuildReport, *, strict: bool
+    source: AdaptedSource, classifier: Classifier, report: BuildReport, *, strict: bool
 ) -> Iterator[ImageRecord]:
     """The source's readable images, checked, in the classifier's shape; the report counts others and has its remarks.
 
@@ -142,23 +154,12 @@ def readable_records(
     seen: set[str] = set()
     for record in source.read(classifier.target):
         if isinstance(record, ImageRecord):
-            _check_label(record, classifier)
             _check_new(record, seen)
             seen.add(record.id)
             yield record
-        elif strict:
-            raise ImageError(f"{record.id}: {record.reason} (without `strict=True` it would be skipped)")
         else:
-            report.skip(record)
-    report.remarks = remarks_of(source)
-
-
-def _check_label(record: ImageRecord, classifier: Classifier) -> None:
-    if record.label is not None and not 0 <= record.label < classifier.num_classes:
-        raise InputError(
-            f"{record.id}: label {record.label}, but the model's head has {classifier.num_classes} classes "
-            f"(0 to {classifier.num_classes - 1}): is this the data set the model was trained on?"
-        )
+            pass_over(record, report, strict=strict)
+    report.remarks = source.remarks
 
 
 def _check_new(record: ImageRecord, seen: Set[str]) -> None:
@@ -166,10 +167,11 @@ def _check_new(record: ImageRecord, seen: Set[str]) -> None:
         raise InputError(f"expected different ids, got {record.id!r} twice; make the source's ids unique")
 
 
-def _check_finite(features: Float32[np.ndarray, "n d"], records: list[ImageRecord]) -> None:
-    if not np.isfinite(features).all():
-        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-        raise InputError(f"{records[row].id}: the model's features are not finite numbers; check the weights")
+def pass_over(image: UnreadableImage, report: BuildReport, *, strict: bool) -> None:
+    """Count an image that is left out; with `strict` it is an error."""
+    if strict:
+        raise ImageError(f"{image.id}: {image.reason} (without `strict=True` it would be skipped)")
+    report.skip(image)
 
 
 def grouped(records: Iterator[ImageRecord], size: int) -> Iterator[list[ImageRecord]]:

@@ -13,7 +13,11 @@ from tmm_engine.index.types import ImageShape, Rows
 
 @runtime_checkable
 class ExemplarStore(Protocol):
-    """Exemplars by row: id, label, image, feature, metadata."""
+    """Exemplars by row: id, label, predicted class, image, feature, metadata.
+
+    Labels are numbers of a `Vocabulary`: below C classes of the model's. Where an exemplar has none of its own, its
+    predicted class stands in, and is marked so.
+    """
 
     image_shape: ImageShape
     feature_dim: int
@@ -30,6 +34,9 @@ class ExemplarStore(Protocol):
 
     def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
+
+    def predictions(self, rows: Rows) -> Int64[np.ndarray, "rows"]:
+        """Predicted classes of the given rows, in their order."""
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
@@ -69,6 +76,10 @@ class Subset:
     def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
         return self._store.features(self._rows[rows], column=column)
+
+    def predictions(self, rows: Rows) -> Int64[np.ndarray, "rows"]:
+        """Predicted classes of the given rows, in their order."""
+        return self._store.predictions(self._rows[rows])
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,36 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from lance.fragment import FragmentMetadata, write_fragments
 
+from tmm_engine.index.agreement import Agreement, Tally
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import IndexStateError, InputError
-from tmm_engine.index.sources.records import ImageSource, Metadata
-from tmm_engine.index.store.embedding import EmbeddedBatch
+from tmm_engine.index.labels import Vocabulary
+from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.sources.records import Metadata
+from tmm_engine.index.store.embedding import EmbeddedBatch, predict
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import LATEST_HINT, VERSIONS_OF_LANCE
 from tmm_engine.index.store.where import matching_positions
 from tmm_engine.index.types import ImageShape, Rows
 
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+PREDICTED = pa.field("predicted", pa.int64(), nullable=False)
 ROW_DIGEST = "row_digest"
 DIGEST_BYTES = 16
 ROWS_PER_FRAGMENT = 1 << 16
+PREDICTED_BYTES = 64 << 20  # of features that classes are predicted of at a time
 FRAGMENT_BYTES = 64 << 20  # what a build holds in memory before it is written
 
 
 def exemplar_schema(
-    image_shape: ImageShape, columns: Mapping[str, int], metadata_types: Mapping[str, type]
+    image_shape: ImageShape,
+    columns: Mapping[str, int],
+    metadata_types: Mapping[str, type],
+    *,
+    predictions: bool = True,
 ) -> pa.Schema:
     """The columns of an exemplar store. Images are stored raw: decompression would dominate a scan.
 
@@ -39,6 +48,7 @@ def exemplar_schema(
         image_shape: (c, h, w).
         columns: The dimension of every column of features, by name.
         metadata_types: By name of the column.
+        predictions: False for exemplars that were written before predicted classes were stored.
     """
     raw = {b"lance-encoding:compression": b"none"}
     channels, height, width = image_shape
@@ -47,6 +57,7 @@ def exemplar_schema(
             pa.field("id", pa.string(), nullable=False),
             pa.field("label", pa.int64(), nullable=False),
             pa.field("label_is_predicted", pa.bool_(), nullable=False),
+            *([PREDICTED] if predictions else []),
             pa.field("image", pa.list_(pa.uint8(), channels * height * width), nullable=False, metadata=raw),
             *(
                 pa.field(name, pa.list_(pa.float32(), dimension), nullable=False, metadata=raw)
@@ -58,20 +69,32 @@ def exemplar_schema(
     )
 
 
+def has_predictions(schema: pa.Schema) -> bool:
+    """Whether predicted classes are stored: a column of that name that may be empty is metadata of an older index."""
+    return PREDICTED.name in schema.names and schema.field(PREDICTED.name) == PREDICTED
+
+
 def feature_columns(schema: pa.Schema) -> dict[str, int]:
     """The dimension of every column of features in a schema, by name: nothing else is a fixed-size list of float32."""
     lists = {field.name: field.type for field in schema if pa.types.is_fixed_size_list(field.type)}
     return {name: kind.list_size for name, kind in lists.items() if kind.value_type == pa.float32()}
 
 
-def row_digests(table: pa.Table) -> list[bytes]:
-    """BLAKE2b of every row but its features, which can be computed again where the rest is as it was written.
+def row_digests(table: pa.Table, vocabulary: Vocabulary) -> list[bytes]:
+    """BLAKE2b of every row but its features and predicted class, which can be computed again.
+
+    A label that is no class of the model's counts by its name, since its number depends on what came before it.
 
     Args:
-        table: Has all columns of `exemplar_schema`, in any order; features may be missing.
+        table: Has all columns of `exemplar_schema`, in any order; features and predictions may be missing.
+        vocabulary: Of the labels.
     """
-    told = sorted(set(table.column_names) - {"image", ROW_DIGEST} - feature_columns(table.schema).keys())
-    rows = table.select(told).to_pylist()
+    untold = {"image", ROW_DIGEST, *feature_columns(table.schema)}
+    untold |= {PREDICTED.name} if has_predictions(table.schema) else set()
+    rows = table.select(sorted(set(table.column_names) - untold)).to_pylist()
+    for row in rows:
+        if not vocabulary.is_class(row["label"]):
+            row["label"] = vocabulary.names[row["label"]]
     images = flat(table["image"].combine_chunks()).reshape(len(table), -1)
     return [
         hashlib.blake2b(json.dumps(row, sort_keys=True).encode() + image.tobytes(), digest_size=DIGEST_BYTES).digest()
@@ -79,15 +102,16 @@ def row_digests(table: pa.Table) -> list[bytes]:
     ]
 
 
-def stored_columns(batch: EmbeddedBatch, source: ImageSource) -> dict[str, object]:
+def stored_columns(batch: EmbeddedBatch, metadata_types: Iterable[str]) -> dict[str, object]:
     """A batch of exemplars as the columns of `exemplar_schema`, for `LanceWriter.write`."""
     return {
         "id": [record.id for record in batch.records],
         "label": batch.labels,
-        "label_is_predicted": [not source.labelled] * len(batch.records),
+        "label_is_predicted": ~batch.given,
+        PREDICTED.name: batch.predicted,
         "image": fixed_size_column(batch.images),
         **{name: fixed_size_column(features) for name, features in batch.features.items()},
-        **{name: [record.metadata.get(name) for record in batch.records] for name in source.metadata_types},
+        **{name: [record.metadata.get(name) for record in batch.records] for name in metadata_types},
     }
 
 
@@ -107,11 +131,18 @@ def as_table(columns: Mapping[str, object], fields: Sequence[pa.Field]) -> pa.Ta
 
 
 class LanceWriter:
-    """Writes rows fragment by fragment; nothing of it exists for a reader before a commit of the fragments."""
+    """Writes rows fragment by fragment; nothing of it exists for a reader before a commit of the fragments.
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    Args:
+        path: The dataset's folder.
+        schema: Of the rows.
+        vocabulary: Of the labels.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, vocabulary: Vocabulary) -> None:
         self._path = path
         self._schema = schema
+        self._vocabulary = vocabulary
         self._fragments: list[FragmentMetadata] = []
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
@@ -124,7 +155,7 @@ class LanceWriter:
             IndexStateError: a file is shorter than what was written to it.
         """
         rows = as_table(columns, [field for field in self._schema if field.name != ROW_DIGEST])
-        digests = pa.array(row_digests(rows), pa.binary(DIGEST_BYTES))
+        digests = pa.array(row_digests(rows, self._vocabulary), pa.binary(DIGEST_BYTES))
         table = rows.append_column(self._schema.field(ROW_DIGEST), digests).select(self._schema.names)
         self._pending.append(table)
         self._pending_rows += len(table)
@@ -175,12 +206,21 @@ class LanceStore:
         image_shape: (c, h, w), as the index states it.
         columns: The dimension of every column of features, by name, as the index states it.
         version: The Lance version to read.
+        classifier: Predicts classes where the dataset was written before they were stored.
 
     Raises:
         IndexStateError: the dataset is missing, damaged, or not of this form.
     """
 
-    def __init__(self, path: Path, *, image_shape: ImageShape, columns: Mapping[str, int], version: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        image_shape: ImageShape,
+        columns: Mapping[str, int],
+        version: int,
+        classifier: Classifier | None = None,
+    ) -> None:
         self.image_shape = image_shape
         self.feature_dim = columns[FEATURE]
         self.feature_columns = columns
@@ -189,16 +229,20 @@ class LanceStore:
         ):
             self._dataset = lance.dataset(str(path), version=version)
             schema = self._dataset.schema
-            known = exemplar_schema(image_shape, columns, {})
+            self._has_predictions = has_predictions(schema)
+            known = exemplar_schema(image_shape, columns, {}, predictions=self._has_predictions)
             expected = {field.name: field.type for field in known}
             self._metadata_columns = [name for name in schema.names if name not in expected]
             found = {name: schema.field(name).type for name in expected if name in schema.names}
             if found != expected:
                 raise IndexStateError(f"{path}: expected columns {expected}, got {found}; build the index again")
-            table = self._dataset.to_table(columns=["id", "label", "label_is_predicted"])
+            numbers = ["label", "label_is_predicted", *([PREDICTED.name] if self._has_predictions else [])]
+            table = self._dataset.to_table(columns=["id", *numbers])
         self.ids = table["id"].to_numpy()
         self.labels = table["label"].to_numpy().copy()  # Arrow's own memory is read-only
         self.label_is_predicted = table["label_is_predicted"].to_numpy().copy()
+        self._predicted = table[PREDICTED.name].to_numpy().copy() if self._has_predictions else None
+        self._classifier = classifier
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -211,6 +255,15 @@ class LanceStore:
         """Features of the given rows, in their order."""
         return self._take(rows, column).reshape(-1, self.feature_columns[column])
 
+    def predictions(self, rows: Rows) -> Int64[np.ndarray, "rows"]:
+        """Predicted classes of the given rows, in their order; those that are not stored are computed of features."""
+        if self._predicted is not None:
+            return self._predicted[rows]
+        assert self._classifier is not None, "exemplars of an older format need the classifier"
+        size = max(1, PREDICTED_BYTES // (4 * self.feature_dim))
+        parts = [self.features(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return np.concatenate([np.empty(0, np.int64), *(predict(part.copy(), self._classifier) for part in parts)])
+
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
         if not self._metadata_columns:
@@ -219,18 +272,20 @@ class LanceStore:
             table: list[Metadata] = self._dataset.take(rows.tolist(), columns=self._metadata_columns).to_pylist()
         return table
 
-    def matching(self, where: str) -> Rows:
+    def matching(self, where: str, vocabulary: Vocabulary) -> Rows:
         """The rows for which a filter is true, ascending."""
+        if not self._has_predictions and PREDICTED.name not in self._metadata_columns and PREDICTED.name in where:
+            return _matching_copy(self, where, vocabulary)
         with self._reading():
-            return matching_positions(self._dataset, where)
+            return matching_positions(self._dataset, where, vocabulary)
 
-    def check_digests(self, batch_size: int) -> Iterator[tuple[int, list[str]]]:
+    def check_digests(self, batch_size: int, vocabulary: Vocabulary) -> Iterator[tuple[int, list[str]]]:
         """For each batch of rows how many, and the ids of those that are not what was written, features aside."""
         with self._reading():
             columns = [name for name in self._dataset.schema.names if name not in self.feature_columns]
             for batch in self._dataset.to_batches(columns=columns, batch_size=batch_size, scan_in_order=True):
                 table = pa.Table.from_batches([batch])
-                pairs = zip(row_digests(table), table[ROW_DIGEST].to_pylist(), strict=True)
+                pairs = zip(row_digests(table, vocabulary), table[ROW_DIGEST].to_pylist(), strict=True)
                 wrong = [row for row, (found, expected) in enumerate(pairs) if found != expected]
                 yield len(table), [table["id"][row].as_py() for row in wrong]
 
@@ -263,19 +318,35 @@ class LanceStore:
         return lance_errors(f"{self._dataset.uri}: the exemplars can no longer be read", "open the index again")
 
 
-def matching_rows(store: ExemplarStore, where: str) -> Rows:
-    """The rows of any store for which a filter in SQL over id, label and metadata is true, ascending.
+def matching_rows(store: ExemplarStore, where: str, vocabulary: Vocabulary) -> Rows:
+    """The rows of any store for which a filter in SQL is true, ascending.
+
+    Args:
+        store: The exemplars.
+        where: Over id, label, predicted class and metadata.
+        vocabulary: Of the labels.
 
     Raises:
         InputError: not such a filter (`index.store.where`).
     """
     if isinstance(store, LanceStore):
-        return store.matching(where)
-    metadata = store.metadata(np.arange(len(store)))
+        return store.matching(where, vocabulary)
+    return _matching_copy(store, where, vocabulary)
+
+
+def _matching_copy(store: ExemplarStore, where: str, vocabulary: Vocabulary) -> Rows:
+    """The same of what a filter can ask for, copied into a dataset in memory."""
+    rows = np.arange(len(store))
+    metadata = store.metadata(rows)
+    given: dict[str, object] = {
+        "id": store.ids.tolist(),
+        "label": store.labels,
+        "label_is_predicted": store.label_is_predicted,
+        PREDICTED.name: store.predictions(rows),
+    }
     columns = {name: [row[name] for row in metadata] for name in metadata[0]}
-    given = {"id": store.ids.tolist(), "label": store.labels, "label_is_predicted": store.label_is_predicted}
     nowhere = lance.write_dataset(pa.table(given | columns), f"memory://{os.urandom(16).hex()}")
-    return matching_positions(nowhere, where)
+    return matching_positions(nowhere, where, vocabulary)
 
 
 def committed(
@@ -285,6 +356,17 @@ def committed(
     result = lance.LanceDataset.commit(dataset, operation, read_version=read_version)
     (Path(result.uri) / VERSIONS_OF_LANCE / LATEST_HINT).unlink(missing_ok=True)
     return result
+
+
+def stored_agreement(dataset: lance.LanceDataset, vocabulary: Vocabulary) -> Agreement | None:
+    """Of stored predictions with labels; None where no predictions are stored."""
+    if not has_predictions(dataset.schema):
+        return None
+    tally = Tally(vocabulary)
+    table = dataset.to_table(columns=["label", "label_is_predicted", PREDICTED.name])
+    labels, guessed, predicted = (column.to_numpy() for column in table.itercolumns())
+    tally.count(labels, ~guessed, predicted)
+    return tally.result()
 
 
 def files_of(dataset: lance.LanceDataset) -> set[str]:

@@ -14,16 +14,19 @@ from typing import Any
 
 from beartype.door import is_bearable
 
+from tmm_engine.index.agreement import Agreement
 from tmm_engine.index.columns import FEATURE, is_column_name
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.files import TEMPORARY, replacing
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.limits import MAX_MANIFEST_BYTES
 from tmm_engine.index.models.architectures import ModelSpec
 from tmm_engine.index.store.format_2 import FORMAT_2, from_format_2
 from tmm_engine.index.types import ImageShape
 
 FORMAT = "tmm-engine index"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+FORMATS_READ = (FORMAT_2, 3, FORMAT_VERSION)
 MANIFEST = "index.json"
 MODEL = "model.safetensors"
 EXEMPLARS = "exemplars.lance"
@@ -56,8 +59,11 @@ class Manifest:
         skipped: How many images could not be read, in all.
         image_shape: (c, h, w) of every stored image.
         columns: The dimension of every column of features, by name.
-        class_names: In label order.
+        class_names: Of the model's classes, in their order.
+        other_labels: Names of labels that are no class of the model's, in the order of their numbers; before format 4
+            there are none.
         labels_predicted: True if a source had no labels, and the model's predictions stand in.
+        agreement: Of predictions and labels; None where predictions were not stored, as before format 4.
         model: How to rebuild the classifier's architecture.
         fingerprint: SHA-256 of the classifier: weights, architecture, preprocessing, head.
         neighbours: FAISS factory string.
@@ -82,6 +88,13 @@ class Manifest:
     backend_speeds: dict[str, float]
     lance_version: int
     files: dict[str, FileDigest]
+    other_labels: tuple[str, ...] = ()
+    agreement: Agreement | None = None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the labels."""
+        return Vocabulary(self.class_names, self.other_labels)
 
     @property
     def feature_dim(self) -> int:
@@ -159,9 +172,9 @@ class Manifest:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise IndexStateError(f"{path}: not an index of this program (expected 'format': {FORMAT!r})")
         version = content.get("format_version")
-        if version not in (FORMAT_2, FORMAT_VERSION):
+        if version not in FORMATS_READ:
             raise IndexStateError(
-                f"{index}: index format version {version!r}, this program reads {FORMAT_2} and {FORMAT_VERSION}; "
+                f"{index}: index format version {version!r}, this program reads {FORMAT_2} to {FORMAT_VERSION}; "
                 f"build the index again with this version of tmm-engine"
             )
         if content != sealed(content, version=version):
@@ -176,12 +189,16 @@ class Manifest:
         try:
             if content["format_version"] == FORMAT_2:
                 given = from_format_2(given)
+            if content["format_version"] < FORMAT_VERSION:
+                given = {"other_labels": [], "agreement": None} | given
             channels, height, width = (int(side) for side in given["image_shape"])
             manifest = cls(
                 **given
                 | {
                     "image_shape": (channels, height, width),
-                    "class_names": tuple(str(name) for name in given["class_names"]),
+                    "class_names": _names(given["class_names"]),
+                    "other_labels": _names(given["other_labels"]),
+                    "agreement": None if given["agreement"] is None else Agreement.from_json(given["agreement"]),
                     "model": ModelSpec.from_json(given["model"]),
                     "files": {
                         name: FileDigest(int(d["bytes"]), str(d["sha256"])) for name, d in given["files"].items()
@@ -257,6 +274,12 @@ class Manifest:
                 f"{index}: expected {self.exemplars:,} exemplars, got {exemplars:,}, or in other files: it was "
                 f"replaced meanwhile, or is damaged; open it again"
             )
+
+
+def _names(content: Any) -> tuple[str, ...]:
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"expected a list of names, got {content!r}")
+    return tuple(content)
 
 
 def older_versions(index: Path) -> list[int]:

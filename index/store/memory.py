@@ -9,8 +9,9 @@ from tmm_engine.index.columns import FEATURE, FeatureColumn, PlainColumn
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageSource, Metadata
-from tmm_engine.index.store.embedding import BuildReport, check_fit, embedded
+from tmm_engine.index.store.embedding import BuildReport, embedded
 from tmm_engine.index.types import Rows
 
 
@@ -23,6 +24,7 @@ class MemoryStore:
         labels: Of the exemplars.
         ids: Unique.
         label_is_predicted: Default: none is.
+        predicted: Classes of the model's; default: the labels, which are such classes then.
         metadata: Default: there is none.
 
     Raises:
@@ -37,6 +39,7 @@ class MemoryStore:
         *,
         ids: Sequence[str],
         label_is_predicted: Bool[np.ndarray, "n"] | None = None,
+        predicted: Int64[np.ndarray, "n"] | None = None,
         metadata: Sequence[Mapping[str, str | int | float | bool | None]] | None = None,
     ) -> None:
         n = len(images)
@@ -57,15 +60,17 @@ class MemoryStore:
         self.feature_dim = features[FEATURE].shape[1]
         self.ids = np.array(ids, dtype=object)
         self.labels = labels
+        self._predicted = labels if predicted is None else predicted
         self.label_is_predicted = label_is_predicted if label_is_predicted is not None else np.zeros(n, dtype=bool)
 
     @classmethod
     def of(
         cls,
-        source: ImageSource,
+        source: ImageSource | AdaptedSource,
         classifier: Classifier,
         *,
         columns: Sequence[FeatureColumn] = (),
+        report: BuildReport | None = None,
         progress: Progress = silent,
     ) -> "MemoryStore":
         """A source's readable images and their features, as an index of them would have them.
@@ -74,13 +79,16 @@ class MemoryStore:
             source: The images; decoded to `classifier.target`.
             classifier: Computes φ(x), and predicts labels where there are none.
             columns: Of features beside φ(x).
+            report: What is skipped, guessed and found is told here.
             progress: Told of images done.
 
         Raises:
-            InputError: a source that does not fit the classifier, or of which no image can be read.
+            InputError: a source of which no image can be read, or with a label that is no class.
+            ModelError: the features of most images are not finite.
         """
-        check_fit(source, classifier)
-        columns, report, batches = (PlainColumn(classifier), *columns), BuildReport(), []
+        columns, report, batches = (PlainColumn(classifier), *columns), report or BuildReport(), []
+        if not isinstance(source, AdaptedSource):
+            source = AdaptedSource.of_new_index(source, classifier.class_names)
         for batch in embedded(source, classifier, columns, report):
             batches.append(batch)
             progress("embedding", report.exemplars, len(source))
@@ -90,7 +98,8 @@ class MemoryStore:
             {column.name: np.concatenate([batch.features[column.name] for batch in batches]) for column in columns},
             np.concatenate([batch.labels for batch in batches]),
             ids=[record.id for record in records],
-            label_is_predicted=np.full(len(records), not source.labelled),
+            label_is_predicted=~np.concatenate([batch.given for batch in batches]),
+            predicted=np.concatenate([batch.predicted for batch in batches]),
             metadata=[record.metadata for record in records],
         )
 
@@ -104,6 +113,10 @@ class MemoryStore:
     def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
         return self._features[column][rows]
+
+    def predictions(self, rows: Rows) -> Int64[np.ndarray, "rows"]:
+        """Predicted classes of the given rows, in their order."""
+        return self._predicted[rows]
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from lance.fragment import FragmentMetadata
 
 from tmm_engine.index.batches import forward_batch_size, prefetched
-from tmm_engine.index.columns import load_columns
+from tmm_engine.index.columns import FEATURE, load_columns
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
@@ -21,11 +21,12 @@ from tmm_engine.index.store.embedding import (
     BuildReport,
     EmbeddedBatch,
     embed_records,
+    pass_over,
+    predict,
     readable_records,
-    with_features,
 )
-from tmm_engine.index.store.lance_store import LanceWriter, flat, stored_columns
-from tmm_engine.index.store.manifest import EXEMPLARS, Manifest
+from tmm_engine.index.store.lance_store import flat, stored_columns
+from tmm_engine.index.store.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +90,11 @@ def sync_index(
     """Bring an index to what its source is now, as one new version, or none where nothing has changed.
 
     An image is compared with the exemplar of its id. It is unchanged where its pixels in the index's shape, its label
-    and its metadata are: of a source without labels, where the label is a prediction. With ``delete`` the row digests
-    are then those of an index built of the source anew, in the classes and columns of this one. What was measured when
-    the index was built (descriptors, a global trigger) stays as it is. An exemplar whose image can no longer be read
-    stays too, and is reported: an unreadable image is not a missing one. A shard that cannot be read
-    is refused: nobody knows which images are in it.
+    and its metadata are: of a source without labels, where the label is a prediction. A label that is new becomes one
+    of the index's. With ``delete`` the row digests are then those of an index built of the source anew, in the classes
+    and columns of this one. What was measured when the index was built (descriptors, a global trigger) stays as it is.
+    An exemplar whose image can no longer be read stays too, and is reported: an unreadable image is not a missing one.
+    A shard that cannot be read is refused: nobody knows which images are in it.
 
     Args:
         index: Its folder.
@@ -108,8 +109,8 @@ def sync_index(
     Raises:
         IndexStateError: no index there, damaged, not writable, full, being written by another process, or with a column
             of features that this program cannot compute.
-        InputError: no image can be read, or a shard of them cannot, an id twice in the source, classes or columns that
-            the index does not have, or, with `strict`, an unreadable image.
+        InputError: no image can be read, or a shard of them cannot, an id twice in the source, columns that the index
+            does not have, or, with `strict`, an image that is unreadable or that the model cannot digest.
         ModelError: another classifier.
     """
     with nullcontext(looking(index)) if dry_run else changing(index) as change:
@@ -126,6 +127,10 @@ def sync_index(
         if not looked_at:
             reasons = "".join(f"\n  {image.id}: {image.reason}" for image in reading.skipped)
             raise InputError(f"{source.name}: no image could be read; nothing was changed{reasons}")
+        fragments = [] if rows is None else rows.finish()
+        for image in [] if rows is None else rows.indigestible:
+            pass_over(image, reading, strict=strict)
+            comparison.leave(image)
         missing = comparison.missing(id_prefix)
         report = _report(comparison, watched, reading, change.manifest, missing, delete=delete, dry_run=dry_run)
         if rows is None or not (report.added or report.replaced or report.deleted):
@@ -133,7 +138,7 @@ def sync_index(
         gone = comparison.differs | missing if delete else comparison.differs
         predicted = comparison.predicted[~gone].any() or report.labels_predicted
         operation = change.deletion(comparison.addresses[gone])
-        operation.new_fragments = rows.finish()
+        operation.new_fragments = fragments
         done = change.commit(
             operation,
             f"synchronised with {source.name}: {report.added:,} added, {report.replaced:,} replaced, "
@@ -146,13 +151,18 @@ def sync_index(
 
 
 class _Rows:
-    """New rows for what differs, in batches as large as a build's."""
+    """New rows for what differs, in batches as large as a build's.
+
+    Attributes:
+        indigestible: What there can be no rows for, since the model makes numbers of it that are not finite.
+    """
 
     def __init__(self, comparison: Comparison, change: Change, source: ImageSource, classifier: Classifier) -> None:
         self._comparison, self._change = comparison, change
         self._source, self._classifier = source, classifier
         self._columns = load_columns(change.index, change.manifest.columns, classifier)
-        self._writer = LanceWriter(change.index / EXEMPLARS, change.schema)
+        self._writer = change.writer()
+        self.indigestible: list[UnreadableImage] = []
         self._pending: list[ImageRecord] = []
 
     def take(self, part: Differing) -> None:
@@ -171,7 +181,10 @@ class _Rows:
         return self._writer.finish()
 
     def _embed(self, count: int) -> None:
-        self._write(embed_records(self._pending[:count], self._source, self._classifier, self._columns))
+        batch, bad = embed_records(self._pending[:count], self._classifier, self._columns)
+        self.indigestible += bad
+        if batch.records:
+            self._write(batch)
         del self._pending[:count]
 
     def _with_stored_features(self, records: list[ImageRecord]) -> EmbeddedBatch:
@@ -182,10 +195,10 @@ class _Rows:
             for name in names
         }
         images = np.stack([record.image for record in records])
-        return with_features(records, images, features, self._source, self._classifier)
+        return EmbeddedBatch(records, images, features, predict(features[FEATURE], self._classifier))
 
     def _write(self, batch: EmbeddedBatch) -> None:
-        self._writer.write(stored_columns(batch, self._source))
+        self._writer.write(stored_columns(batch, self._source.metadata_types))
 
 
 def _report(

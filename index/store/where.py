@@ -1,41 +1,65 @@
-"""Filters in SQL over id, label and metadata: checked before Lance sees them."""
+"""Filters in SQL over id, label, predicted class and metadata: checked before Lance sees them.
+
+Labels and predicted classes are stored as numbers. Compared with a number, ``label`` is a class of the model's, given
+or predicted; compared with texts, by ``=``, ``<>``, ``IN`` or ``LIKE``, it is the name of a label that was given, which
+is NULL where there is none.
+"""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.limits import MAX_WHERE_CHARACTERS, MAX_WHERE_WORDS
+from tmm_engine.index.names import spelled
 
 if TYPE_CHECKING:
     import lance
 
+TEXT = re.compile(r"'(?:[^']|'')*'")
+LIKE = re.compile(r"\\.|.", re.DOTALL)  # a character of a pattern, or one that a backslash takes the meaning of
+COMPARISON = re.compile(
+    rf"""(?<![\w.`])(?P<quote>`?)(?P<column>label|predicted)(?P=quote)(?![\w.(])\s*
+         (?: (?P<operator>=|<>|!=|(?:NOT\s+)?I?LIKE\b|(?:NOT\s+)?IN\b)\s*
+             (?P<texts>{TEXT.pattern} | \(\s*{TEXT.pattern}\s*(?:,\s*{TEXT.pattern}\s*)*\))
+           | IS\s+(?P<null_not>NOT\s+)?(?P<null>NULL)\b )
+      | (?P<first>{TEXT.pattern})\s*(?P<before>=|<>|!=)\s*(?P<after>`?)(?P<behind>label|predicted)(?P=after)(?![\w.(])
+      | {TEXT.pattern} | `[^`]*`""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""A comparison with names; or a text or a name in backticks, within which there is none."""
 LITERALS = re.compile(r"'(?:[^']|'')*'|`[^`]*`")
 LISTED = re.compile(r"-?[\d.]+\s*,")  # a number in a list
 WORDS = re.compile(r"\w+|[^\w\s,()]+")
 
 
-def matching_positions(dataset: "lance.LanceDataset", where: str) -> Int64[np.ndarray, "rows"]:
+def matching_positions(dataset: "lance.LanceDataset", where: str, vocabulary: Vocabulary) -> Int64[np.ndarray, "rows"]:
     """The rows for which a filter is true, ascending, as positions in the dataset's order.
 
     Args:
         dataset: One version of it.
-        where: SQL, as in ``label = 3 AND page > 10``. Columns of odd names stand in backticks, texts in single quotes.
+        where: SQL, as in ``label = 'cat' AND page > 10``. Columns of odd names stand in backticks, texts in single
+            quotes.
+        vocabulary: Of the labels.
 
     Raises:
-        InputError: a filter that is not SQL, names no column, or is too long or too deep.
+        InputError: a filter that is not SQL, names no column or label, or is too long or too deep.
     """
     check_where(where)
+    numbers = {"label": vocabulary.names, "predicted": vocabulary.class_names}
+    own = in_numbers(where, {name: numbers[name] for name in numbers if _is_number(dataset.schema, name)})
     try:
-        found = dataset.to_table(columns=["_rowaddr"], filter=where)["_rowaddr"].to_numpy()
+        found = dataset.to_table(columns=["_rowaddr"], filter=own)["_rowaddr"].to_numpy()
         everything = dataset.to_table(columns=["_rowaddr"])["_rowaddr"].to_numpy()
     except (ValueError, OSError) as error:
         columns = ", ".join(column.name for column in dataset.schema if not _is_hidden(column.type))
         raise InputError(
-            f'where: expected a condition in SQL such as "label = 3" over {columns}, got {shortened(where)}: '
+            f"where: expected a condition in SQL such as \"label = 'cat'\" over {columns}, got {shortened(where)}: "
             f"{shortened(_reason(error))}"
         ) from None
     return np.flatnonzero(np.isin(everything, found))
@@ -60,6 +84,53 @@ def check_where(where: str) -> None:
         raise InputError(
             f"where: expected at most {MAX_WHERE_WORDS} words and operators, got {words:,}; use IN (…), or search twice"
         )
+
+
+def in_numbers(where: str, named: Mapping[str, Sequence[str]]) -> str:
+    """A filter that compares labels and predicted classes by their numbers where it compared them by name.
+
+    Args:
+        where: SQL.
+        named: The names of each column whose numbers they are: ``label``, ``predicted``.
+
+    Raises:
+        InputError: a name that no label or class has.
+    """
+
+    def translated(found: re.Match[str]) -> str:
+        column = found["column"] or found["behind"]
+        if column is None or column not in named:
+            return found[0]
+        if found["null"]:
+            return f"{'NOT ' if found['null_not'] else ''}label_is_predicted" if column == "label" else found[0]
+        operator = re.sub(r"\s+", " ", (found["operator"] or found["before"]).upper())
+        texts = [text[1:-1].replace("''", "'") for text in TEXT.findall(found["texts"] or found["first"])]
+        numbers = ", ".join(map(str, _numbers(column, operator, texts, named[column]))) or "-1"
+        negated = "NOT " if operator.startswith(("NOT", "<>", "!=")) else ""
+        given = "NOT label_is_predicted AND " if column == "label" else ""
+        return f"({given}{column} {negated}IN ({numbers}))"
+
+    return COMPARISON.sub(translated, where)
+
+
+def _numbers(column: str, operator: str, texts: list[str], names: Sequence[str]) -> list[int]:
+    """Of the names that a comparison means, or excludes."""
+    if "LIKE" in operator:
+        case = re.IGNORECASE if "ILIKE" in operator else re.NOFLAG
+        parts = (
+            ".*" if part == "%" else "." if part == "_" else re.escape(part[-1]) for part in LIKE.findall(texts[0])
+        )
+        pattern = re.compile("".join(parts), re.DOTALL | case)
+        return [number for number, name in enumerate(names) if pattern.fullmatch(name)]
+    known = spelled(texts, names)
+    if unknown := [text for text in texts if text not in known]:
+        what = "label" if column == "label" else "class of the model's"
+        raise InputError(f"where: no {what} is called {unknown[0]!r}{nearest(unknown[0], names)}")
+    return [number for number, name in enumerate(names) if name in known.values()]
+
+
+def _is_number(schema: pa.Schema, column: str) -> bool:
+    return column in schema.names and pa.types.is_int64(schema.field(column).type)
 
 
 def shortened(text: str) -> str:
