@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from PIL import Image, ImageOps
 
+from tmm_engine.index.files import write_file
 from tmm_engine.index.sources.images import to_uint8
 from tmm_engine.index.store.exemplars import ExemplarStore
-from tmm_engine.views.showing import png_bytes, write_file
+from tmm_engine.views.showing import png_bytes
 from tmm_engine.views.tiles import BODY, CELL, GAP, PAPER, SMALL, TILE, below, beside, enlarged, framed, text_line
 
 SHOWN = 3  # neighbours of each method

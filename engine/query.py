@@ -23,11 +23,21 @@ class Query:
         name: Its path, id, or position: how answers refer to it.
         pixels: float32 (c, h, w) in [0, 1].
         label: Its own where it is known, by name, or by its number in the index; only shown, never used in a search.
+
+    Raises:
+        ImageError: pixels of another kind.
     """
 
     name: str
     pixels: Float32[np.ndarray, "c h w"]
     label: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.pixels, np.ndarray) and self.pixels.ndim == 3 and self.pixels.dtype == np.float32):
+            raise ImageError(
+                f"{self.name}: expected pixels as an array (c, h, w) of float32 in [0, 1], got "
+                f"{type(self.pixels).__name__}; search with the image itself, which is brought to that"
+            )
 
 
 def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:

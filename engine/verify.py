@@ -103,8 +103,11 @@ def verify_index(
 
     Raises:
         IndexStateError: no index there.
+        InputError: a sample below 0.
     """
     index = Path(index)
+    if sample < 0:
+        raise InputError(f"sample: expected 0 or more exemplars, got {sample}")
     recover(index)
     done = Verification()
     if not index.exists() or not any(index.glob("*.json")):

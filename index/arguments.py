@@ -61,6 +61,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 def _fits(value: object, hint: Any) -> bool:
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, str) and Path in _alternatives(hint):
+        return bool(value) and "\0" not in value  # which would be the current folder, or no path
     if isinstance(value, str | bytes) and not any(each in (str, bytes, object) for each in _alternatives(hint)):
         return typing.get_origin(hint) is None and is_bearable(value, hint)
     if isinstance(value, np.ndarray) and not is_bearable(value, hint):

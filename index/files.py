@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tmm_engine.index.errors import InputError
+
 TEMPORARY = ".writing-"
 """What the names of things that are being written begin with; they lie beside what they are to replace."""
 
@@ -39,6 +41,25 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
                 shutil.rmtree(left)
             elif left.exists():
                 left.unlink()
+
+
+def write_file(path: Path | str, content: bytes) -> None:
+    """Replace the file as a whole.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"expected a file to write to, got {path}, which is a folder or a device")
+        with replacing(path) as written:
+            written.write_bytes(content)
+    except OSError as error:
+        raise InputError(
+            f"expected a file name in an existing, writable folder, got {path} ({error.strerror}; "
+            "make the folder or name another)"
+        ) from error
 
 
 def _exchange(written: Path, target: Path, replaced: Path) -> None:

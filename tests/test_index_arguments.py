@@ -1,5 +1,7 @@
 """Arguments of the wrong kind."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from tests.builders import ROOT
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError
 
@@ -43,6 +46,8 @@ def test_what_fits_is_passed_on_as_it_is(given: dict):
     ("given", "message"),
     [
         ({"path": None}, r"work: path: expected text or a path, got None \(NoneType\)"),
+        ({"path": ""}, "path: expected text or a path, got ''"),
+        ({"path": "a\0"}, "path: expected"),
         ({"path": b"a"}, r"got b'a' \(bytes\)"),
         ({"path": "a", "names": "abc"}, r"names: expected a list of text or None, got 'abc' \(str\)"),
         ({"path": "a", "names": [1]}, r"got \[1\] \(list\)"),
@@ -55,3 +60,8 @@ def test_what_fits_is_passed_on_as_it_is(given: dict):
 def test_what_does_not_is_named(given: dict, message: str):
     with pytest.raises(InputError, match=message):
         work(**given)
+
+
+def test_every_public_function_says_in_words_what_it_cannot_take():
+    done = subprocess.run([sys.executable, "-m", "tests.misuse"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from jinja2 import Environment, StrictUndefined
 
 from tmm_engine.index.arguments import checked
+from tmm_engine.index.files import write_file
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import (
     agrees,
@@ -22,7 +23,6 @@ from tmm_engine.views.showing import (
     png_bytes,
     seconds,
     tmm_views,
-    write_file,
 )
 
 

@@ -8,6 +8,7 @@ from PIL import Image, ImageFont, ImageOps
 
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError
+from tmm_engine.index.files import write_file
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.showing import (
     Block,
@@ -19,7 +20,6 @@ from tmm_engine.views.showing import (
     number,
     png_bytes,
     tmm_views,
-    write_file,
 )
 from tmm_engine.views.tiles import (
     BODY,

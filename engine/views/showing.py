@@ -4,14 +4,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from tmm_engine.index.errors import ImageError, InputError
-from tmm_engine.index.files import replacing
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 
 MAX_TEXT = 300
@@ -45,7 +43,7 @@ def by_query(results: Sequence[SearchResult | FailedQuery]) -> list[Block]:
     Raises:
         InputError: There are no results.
     """
-    if not results:
+    if len(results) == 0:
         raise InputError("expected at least one search result to report, got none")
     blocks = []
     for query, group in groupby(results, key=lambda result: result.query):
@@ -153,22 +151,3 @@ def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def write_file(path: Path | str, content: bytes) -> None:
-    """Replace the file as a whole.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"expected a file to write the report to, got {path}, which is a folder or a device")
-        with replacing(path) as written:
-            written.write_bytes(content)
-    except OSError as error:
-        raise InputError(
-            f"expected a file name in an existing, writable folder, got {path} ({error.strerror}; "
-            "make the folder or name another)"
-        ) from error

@@ -10,10 +10,10 @@ import numpy as np
 
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, nearest, printable
+from tmm_engine.index.files import write_file
 from tmm_engine.index.sources.records import Metadata
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.results import FailedQuery, Hit, SearchResult
-from tmm_engine.views.showing import write_file
 
 if TYPE_CHECKING:
     import pandas
@@ -158,7 +158,7 @@ def write_parquet(results: Sequence[SearchResult | FailedQuery], path: str | Pat
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not results:
+    if len(results) == 0:
         raise InputError("expected at least one search result to write, got none")
     content = pa.BufferOutputStream()
     pq.write_table(hits_table(results, errors=True), content)

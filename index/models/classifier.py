@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, ModelError, nearest
-from tmm_engine.index.files import replacing
+from tmm_engine.index.files import write_file
 from tmm_engine.index.models.architectures import (
     ModelSpec,
     Normalise,
@@ -174,13 +174,19 @@ class Classifier:
         """Write a safetensors file, atomically: the user's tensor names, and beside them what `load` needs.
 
         Weights are float32. `from_architecture` takes the file as ``weights`` too.
+
+        Raises:
+            InputError: the path is a folder's, or cannot be written.
         """
+        write_file(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
         # Clones: safetensors refuses tensors that share memory.
         tensors = {name: tensor.detach().clone().cpu() for name, tensor in self._tensors().items()}
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         saved = json.dumps({"spec": self.spec.to_json(), "class_names": self.class_names})
-        with replacing(Path(path)) as written:  # not save_file, whose files only their owner can read
-            written.write_bytes(safetensors.torch.save(tensors, metadata={METADATA_KEY: saved}))
+        return safetensors.torch.save(tensors, metadata={METADATA_KEY: saved})
 
     @classmethod
     @checked
@@ -269,10 +275,18 @@ class Classifier:
         logits: Tensor = self.head(features)
         return logits
 
+    @checked
     def to(self, device: torch.device | str) -> "Classifier":
-        """A copy on ``device``."""
+        """A copy on ``device``.
+
+        Raises:
+            InputError: torch has no such device here.
+        """
         backbone, head = copy.deepcopy((self.backbone, self.head))
-        return replace(self, backbone=backbone.to(device), head=head.to(device))
+        try:
+            return replace(self, backbone=backbone.to(device), head=head.to(device))
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
     def double(self) -> "Classifier":
         """A copy in float64."""

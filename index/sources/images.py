@@ -148,7 +148,9 @@ def to_uint8(images: Shaped[np.ndarray, "n c h w"]) -> UInt8[np.ndarray, "n c h 
 
 
 def _check_shape(shape: ImageShape | None) -> None:
-    if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1):
+    if shape is None:
+        return
+    if not isinstance(shape, tuple | list) or len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
         raise InputError(f"expected a shape (channels, height, width) with 1 or 3 channels, got {shape}")
 
 

@@ -60,7 +60,7 @@ def write_index(
                 writer.write(stored_columns(batch, source.metadata_types))
                 progress("building", report.exemplars + report.skipped_count, len(source))
             version = writer.commit()
-            classifier.save(staging / MODEL)
+            (staging / MODEL).write_bytes(classifier.to_bytes())
             for column in columns:
                 column.save(staging)
             _manifest(

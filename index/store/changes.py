@@ -141,8 +141,9 @@ def delete_exemplars(index: Path, *, ids: Sequence[str] = (), where: str | None 
         InputError: neither or both given, an id that is not there, a filter that matches nothing, or nothing would
             stay.
     """
-    if bool(ids) == (where is not None):
-        raise InputError("delete: expected either ids or a filter (where), got " + ("both" if ids else "neither"))
+    if (len(ids) > 0) == (where is not None):
+        got = "neither" if where is None else "both"
+        raise InputError(f"delete: expected either ids or a filter (where), got {got}")
     with changing(index) as change:
         present = change.ids()
         if where is None:
