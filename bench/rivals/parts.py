@@ -66,6 +66,7 @@ class Passes:
         self._taps = Taps(classifier, tuple(dict.fromkeys(layers)))
         adapted = with_own_statistics(classifier)
         self._adapted = Taps(adapted, ()) if adapted is not None else None
+        self._parts = tuple(part for part in self._parts if self.available(part))
         self._views = max(part.views for part in self._parts)
         self._fitted: dict[Part, Fitted] = {}
 

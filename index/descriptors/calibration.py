@@ -34,8 +34,10 @@ SHARE = 0.1  # of the passes that building takes, that measuring may take
 PER_DIMENSION = 4  # exemplars of the sample for each dimension that a projection keeps
 RECOGNISING, RANKING = 0.5, 0.25  # powers of the variance: whitened, and half so
 LAYER_WEIGHT = 1.0
-FEATURE_WEIGHTS = (0.5, 2.0)
-PIXEL_WEIGHTS, PROBABILITY_WEIGHTS = (0.0, 0.5, 1.0), (1.0, 2.0, 4.0)
+# Not less of features and probabilities: exemplars that a network was trained on keep their class more easily than
+# images that it has never seen, so that their label precision flatters (docs/ROBUST.md).
+FEATURE_WEIGHTS = (1.0, 2.0)
+PIXEL_WEIGHTS, PROBABILITY_WEIGHTS = (0.0, 0.5, 1.0), (2.0, 4.0)
 DEFAULT_WEIGHTS = (2.0, 0.5, 2.0)  # of features, pixels and probabilities where nothing is measured
 SLACK, COST = 0.005, 10.0  # of clean label precision: what robustness may cost, and what each point beyond weighs
 
