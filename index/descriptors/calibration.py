@@ -36,9 +36,9 @@ RECOGNISING, RANKING = 0.5, 0.25  # powers of the variance: whitened, and half s
 LAYER_WEIGHT = 1.0
 # Not less of features and probabilities: exemplars that a network was trained on keep their class more easily than
 # images that it has never seen, so that their label precision flatters (docs/ROBUST.md).
-FEATURE_WEIGHTS = (1.0, 2.0)
-PIXEL_WEIGHTS, PROBABILITY_WEIGHTS = (0.0, 0.5, 1.0), (2.0, 4.0)
-DEFAULT_WEIGHTS = (2.0, 0.5, 2.0)  # of features, pixels and probabilities where nothing is measured
+FEATURE_WEIGHTS = (2.0,)
+PIXEL_WEIGHTS, PROBABILITY_WEIGHTS = (0.0, 0.5, 1.0), (4.0,)
+DEFAULT_WEIGHTS = (2.0, 0.5, 4.0)  # of features, pixels and probabilities where nothing is measured
 SLACK, COST = 0.005, 10.0  # of clean label precision: what robustness may cost, and what each point beyond weighs
 
 Changed = Callable[[Float[Tensor, "n c h w"], torch.Generator], Float[Tensor, "n c h w"]]
