@@ -58,6 +58,7 @@ def calls() -> Calls:
             {"architecture": "tests.conftest:network", "image_shape": SHAPE, "weights": "w.safetensors"},
         ),
         "Classifier.from_module": (Classifier.from_module, {"model": network(), "image_shape": SHAPE}),
+        "Classifier.known_as": (classifier.known_as, {"stored": classifier.fingerprint}),
         "Classifier.load": (Classifier.load, {"path": "w.safetensors", "model": network()}),
         "Classifier.save": (classifier.save, {"path": "saved.safetensors"}),
         "Classifier.to": (classifier.to, {"device": "cpu"}),

@@ -222,6 +222,7 @@ class Classifier:
         apply_state_dict(network, state)
         return _assemble(network, spec, class_names)
 
+    @checked
     def known_as(self, stored: str) -> "Classifier | None":
         """Under a stored fingerprint, if it is its own, by today's rule or by the one of before; else None."""
         if stored == self.fingerprint:
