@@ -256,7 +256,7 @@ def test_train(work: Path):
     assert done.exit_code == 0, done.stderr
     assert re.search(r"of the 30 images of .*others, trained on 60", done.stdout)
     assert Classifier.load(target).class_names == tuple(f"digit-{label}" for label in range(10))
-    assert_fails(run("train", work / "photos", target), "split only with a data set's name")
+    assert_fails(run("train", work / "photos", target), "its sub-folders are no splits")
 
 
 # --------------------------------------------------------------------------------------------- bad input
@@ -277,7 +277,7 @@ def test_train(work: Path):
         ("robustness", ("--levels", "gaussian=much"), "expected FAMILY=LEVEL"),
         ("robustness", ("--levels", "brightness=2"), "brightness: expected a finite level in \\[0, 1\\]"),
         ("robustness", ("--queries", 41), "expected at most 40 queries"),
-        ("robustness", ("--split", "test"), "split only with a data set's name"),
+        ("robustness", ("--split", "test"), "its sub-folders are no splits"),
         ("radius", ("--kinds", "gausian"), "unknown kind 'gausian'"),
         ("semantic", (), "no held-out queries: .*--query-source"),
         ("semantic", ("--query-split", "train"), "got both from train"),

@@ -141,6 +141,7 @@ def test_baselines_with_recognition_are_the_engines(suite: Suite, query: np.ndar
         suite.store.labels,
         suite.classifier,
         ids=ids.tolist(),
+        views=0,  # what ranks recognises, as in the bench
         global_trigger=GlobalRecipe(
             view=View(stretch=True), trigger=QueryTrigger(steps=2), blending=Blending(intensity=0.1)
         ),
