@@ -17,7 +17,7 @@ from tests.configs import changed
 from tests.conftest import SHAPE
 from tests.digits import IMAGES, write_photos
 from tmm_engine.index.columns import FEATURE
-from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import silent
 from tmm_engine.index.sources.arrays import ArraySource
