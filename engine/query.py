@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from tmm_engine.index.errors import ImageError, printable
+from tmm_engine.index.errors import ImageError, InputError, printable
 from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, decode_image, to_numpy
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
@@ -26,6 +26,7 @@ class Query:
 
     Raises:
         ImageError: pixels of another kind.
+        InputError: a label of another kind.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Query:
                 f"{self.name}: expected pixels as an array (c, h, w) of float32 in [0, 1], got "
                 f"{type(self.pixels).__name__}; search with the image itself, which is brought to that"
             )
+        if not isinstance(self.label, int | np.integer | str | None):
+            raise InputError(f"{self.name}: expected a label's name or number, got {type(self.label).__name__}")
 
 
 def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
