@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from tests.digits import IMAGES, LABELS, SHORT, make_classifier, write_photos
 from tests.robust import by_row
 from tmm_engine import Engine, SearchResult
+from tmm_engine.backends import cached_onnx
 from tmm_engine.cli.main import main
 from tmm_engine.index import ArraySource, InputError
 from tmm_engine.index.store.building import write_index
@@ -203,3 +204,11 @@ def test_a_global_trigger_can_be_built_with_another_blend(tmp_path: Path):
     answer = json.loads(found.stdout)
     assert answer["config"] == preset("fast").with_settings(["blend=added"]).to_json()
     assert answer["hits"][0]["id"] == "digit-3/0003.png"
+
+
+def test_an_index_that_cannot_be_written_is_searched_without_a_cache(tmp_path):
+    classifier = make_classifier()
+    (tmp_path / "cache").write_text("a file where the cache's folder would be")
+    backbone = cached_onnx(tmp_path, classifier, torch.device("cpu"))
+    assert backbone.name == "ONNX Runtime fp32, CPUExecutionProvider"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

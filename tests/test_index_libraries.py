@@ -1,5 +1,7 @@
 """Models of timm, transformers and torchvision: our logits are those of the library's own pipeline."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ import torchvision
 from PIL import Image, ImageOps
 
 from tests.photographs import photographs
+from tmm_engine.index.errors import ModelError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.models.pipelines import pipeline_of
 from tmm_engine.index.sources.images import decode_image
 
 timm = pytest.importorskip("timm")
@@ -146,3 +150,45 @@ def test_a_model_of_torchvision(name, tmp_path, files, opened):
     classifier = Classifier.from_architecture(name, weights=tmp_path / "weights.pt", processor=transform)
     assert_same(ours(classifier, files), theirs)
     assert_same(ours(Classifier.from_module(model, processor=transform), files), theirs)
+
+
+def test_a_folder_of_timms_brings_class_names_and_weights_but_a_file_wins(tmp_path):
+    model = seeded(timm.create_model, "test_resnet.r160_in1k", num_classes=3, side=160)
+    names = ["ant", "bee", "cat"]
+    timm.models.save_for_hf(model, tmp_path / "folder", model_config={"num_classes": 3, "label_names": names})
+    by_name = Classifier.from_architecture(f"timm:{tmp_path / 'folder'}")
+    by_weights = Classifier.from_architecture("timm:test_resnet", weights=tmp_path / "folder")
+    assert by_name.class_names == by_weights.class_names == tuple(names)
+    assert torch.equal(by_name.head.weight, model.fc.weight)
+    torch.save({name: tensor * 0.5 for name, tensor in model.state_dict().items()}, tmp_path / "other.pt")
+    other = Classifier.from_architecture(f"timm:{tmp_path / 'folder'}", weights=tmp_path / "other.pt")
+    assert torch.equal(other.head.weight, model.fc.weight * 0.5)
+
+
+def test_a_classifier_without_its_last_layer_is_no_classifier(tmp_path):
+    model, processor = hf_model("vit")
+    model.vit.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"got none for classifier\.bias, classifier\.weight"):
+        Classifier.from_architecture(f"hf:{tmp_path}")
+
+
+def test_what_cannot_be_said_of_a_processor_is_refused_and_named():
+    cropped = timm.data.create_transform(input_size=(3, 32, 32), crop_mode="border")
+    with pytest.raises(ModelError, match=r"has a step that cannot be said here: ResizeKeepRatio"):
+        pipeline_of(cropped)
+    with pytest.raises(ModelError, match="DonutImageProcessor does more to a picture than resize, crop and normalise"):
+        pipeline_of(transformers.DonutImageProcessor(size={"height": 32, "width": 48}))
+    with pytest.raises(ModelError, match="got object"):
+        pipeline_of(object())
+
+
+@pytest.mark.parametrize(("package", "architecture"), [("timm", "timm:resnet18"), ("transformers", "hf:.")])
+def test_a_package_that_is_not_installed_names_the_extra(package, architecture, tmp_path, monkeypatch):
+    for file in ("config.json", "preprocessor_config.json"):
+        (tmp_path / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = architecture.partition(":")[0]
+    with pytest.raises(ModelError, match=rf"needs the '{extra}' extra: pip install 'tmm-engine\[{extra}\]'"):
+        Classifier.from_architecture(architecture, seed=0, num_classes=3)

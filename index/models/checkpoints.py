@@ -37,10 +37,12 @@ class Fitted:
     Attributes:
         tensors: By name.
         notes: What was taken off or left out, and chosen, in words.
+        averaged: They are known to be averaged (EMA) ones.
     """
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+    averaged: bool = False
 
 
 def load_state_dict(path: Path | str) -> dict[str, Tensor]:
@@ -62,11 +64,10 @@ def load_checkpoint(path: Path | str, *, ema: bool = False) -> Fitted:
         By name, on the CPU; floating point as float32, finite; integers as they are.
 
     Raises:
-        ModelError: A missing or damaged file, pickled objects (they are never run), no tensors, NaN or infinity, or
-            no averaged weights where they are asked for.
+        ModelError: A missing or damaged file, pickled objects (they are never run), no tensors, NaN or infinity.
     """
     path = Path(path)
-    content, notes = _ema_chosen(path, _read(path), ema=ema)
+    content, notes, averaged = _ema_chosen(_read(path), ema=ema)
     tensors = _plain_names(_find_tensors(path, content))
     odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
     if odd:
@@ -80,7 +81,7 @@ def load_checkpoint(path: Path | str, *, ema: bool = False) -> Fitted:
         raise ModelError(
             f"expected finite weights in {path}, got NaN or infinity in {_some(broken)} (train them again)"
         )
-    return Fitted(state, notes)
+    return Fitted(state, notes, averaged)
 
 
 def fit_names(state: Mapping[str, Tensor], model: nn.Module, *, ema: bool = False) -> Fitted:
@@ -118,7 +119,7 @@ def fit_names(state: Mapping[str, Tensor], model: nn.Module, *, ema: bool = Fals
         notes = [f"weights: the prefix {chosen[0]!r} was taken off their names"]
         if left := [name for name in state if not name.startswith(chosen[0])]:
             notes.append(f"weights: what is not the model's was left out: {_some(left)}")
-    return Fitted(_below(state, chosen[0]), tuple(notes))
+    return Fitted(_below(state, chosen[0]), tuple(notes), chosen[0] in averaged)
 
 
 def _both(taken: str, other: str, *, ema: bool) -> str:
@@ -144,18 +145,18 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _ema_chosen(path: Path, content: object, *, ema: bool) -> tuple[object, tuple[str, ...]]:
+def _ema_chosen(content: object, *, ema: bool) -> tuple[object, tuple[str, ...], bool]:
     """The raw or the averaged weights of a file that has both, or averaged ones only, under keys of their own."""
     if not isinstance(content, dict):
-        return content, ()
+        return content, (), False
     averaged = next((key for key in EMA_UNDER if isinstance(content.get(key), dict) and content[key]), None)
     raw = next((key for key in NESTED_UNDER if isinstance(content.get(key), dict)), None)
     if averaged is None:
-        return content, ()
+        return content, (), False
     if raw is None or ema:
         note = _both(averaged, raw, ema=True) if raw else f"weights: those under {averaged!r} are averaged (EMA) ones"
-        return content[averaged], (note,)
-    return content, (_both(raw, averaged, ema=False),)
+        return content[averaged], (note,), True
+    return content, (_both(raw, averaged, ema=False),), False
 
 
 def apply_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:

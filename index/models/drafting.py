@@ -22,7 +22,7 @@ from tmm_engine.index.models.architectures import (
     own_copy,
     run_once,
 )
-from tmm_engine.index.models.checkpoints import apply_state_dict, fit_names, load_checkpoint, read_metadata
+from tmm_engine.index.models.checkpoints import Fitted, apply_state_dict, fit_names, load_checkpoint, read_metadata
 from tmm_engine.index.models.libraries import (
     HF,
     TIMM,
@@ -75,6 +75,10 @@ class Draft:
 
 def draft(architecture: str, weights: Path | None, asked: Asked, *, seed: int | None, ema: bool) -> Draft:
     """A network with its weights; see `Classifier.from_architecture`."""
+    if ema and weights is None:
+        raise ModelError(
+            f"expected weights to take the averaged ones of, got none for {architecture!r} (leave out ema)"
+        )
     saved, names = (None, None) if weights is None or weights.is_dir() else read_saved(weights)
     told = None if saved and saved.architecture == architecture else _told(architecture, weights, asked, seed)
     if told is not None:
@@ -96,12 +100,12 @@ def draft(architecture: str, weights: Path | None, asked: Asked, *, seed: int | 
             f"got weights={weights}, seed={seed}, num_classes={asked.num_classes}"
         )
     template = build_model(spec)
-    fitted = fit_names((checkpoint := load_checkpoint(weights, ema=ema)).tensors, template, ema=ema)
+    fitted = _fitted(weights, template, ema=ema)
     spec = fit_spec(spec, fitted.tensors, num_classes=asked.num_classes, small_stem=asked.small_stem, template=template)
     network = build_model(spec)
     drop_missing_auxiliaries(network, fitted.tensors)
     apply_state_dict(network, fitted.tensors)
-    notes = checkpoint.notes + fitted.notes
+    notes = fitted.notes
     assumed = spec.small_stem and saved is None and asked.max_pool is None and max_pool_of(network) is not None
     if assumed:
         notes += (
@@ -112,10 +116,20 @@ def draft(architecture: str, weights: Path | None, asked: Asked, *, seed: int | 
 
 
 def _with_weights(spec: ModelSpec, network: nn.Module, weights: Path, names: Sequence[str] | None, ema: bool) -> Draft:
+    fitted = _fitted(weights, network, ema=ema)
+    apply_state_dict(network, fitted.tensors)
+    return Draft(spec, network, names, fitted.notes)
+
+
+def _fitted(weights: Path, network: nn.Module, *, ema: bool) -> Fitted:
+    """A checkpoint under the network's names."""
     checkpoint = load_checkpoint(weights, ema=ema)
     fitted = fit_names(checkpoint.tensors, network, ema=ema)
-    apply_state_dict(network, fitted.tensors)
-    return Draft(spec, network, names, checkpoint.notes + fitted.notes)
+    if ema and not (checkpoint.averaged or fitted.averaged):
+        raise ModelError(
+            f"expected averaged (EMA) weights in {weights}, found none that are known as such (leave out ema)"
+        )
+    return replace(fitted, notes=checkpoint.notes + fitted.notes)
 
 
 def _told(architecture: str, weights: Path | None, asked: Asked, seed: int | None) -> LibraryModel | None:

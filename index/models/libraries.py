@@ -105,7 +105,7 @@ def timm_described(name: str, weights: Path | None, image_shape: ImageShape | No
         pipeline,
         model.num_classes,
         tuple(map(str, names)) if isinstance(names, list) else None,
-        weights=_weights_in(folder) if folder is not None else weights,
+        weights=_weights_in(folder) if folder is not None and (weights is None or weights.is_dir()) else weights,
     )
 
 
