@@ -90,7 +90,7 @@ def test_sync_brings_the_index_to_what_the_folder_is_now(work: Path):
         f"{index}: 1 added, 2 replaced, 1 deleted, 36 unchanged; 2 through the model; would be the result (dry run), "
         f"40 exemplars",
     ]  # fmt: skip
-    stays = "1 images could not be read and were skipped; 1 of them are in the index and stay as they were"
+    stays = "1 images could not be read and were skipped\n1 of them are in the index and stay as they were"
     assert stays in planned.stderr
     kept = run("sync", index, photos)
     assert kept.stdout == (

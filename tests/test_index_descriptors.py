@@ -270,7 +270,7 @@ def test_one_image_and_many_are_described_alike(descriptors: Descriptors, classi
     np.testing.assert_allclose(one[0], many[4], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "views", "source"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "views", "order", "source"])
 def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Path, damage: str):
     path = tmp_path / DESCRIPTORS
     descriptors.save(path)
@@ -281,6 +281,9 @@ def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Pat
         path.write_bytes(content[:-5])
     elif damage == "views":
         path.write_bytes(content.replace(b'\\"views\\": 3', b'\\"views\\": 0'))
+    elif damage == "order":  # as of a version that made its views in another
+        assert content.count(b"[0, 0, true]") == 1
+        path.write_bytes(content.replace(b"[0, 0, true]", b"[1, 0, true]"))
     else:
         path.write_bytes(content.replace(b'\\"features\\"', b'\\"feat:res\\"'))
     with pytest.raises(IndexStateError, match="build the index again"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import Normalize
 
 from tmm_engine.index.models.classifier import Classifier
 
@@ -36,6 +37,23 @@ def test_the_printed_form_does_not_matter_and_what_computes_does(monkeypatch):
     assert identity(network())[1] != former
     others = {identity(model)[0] for model in (network(1), network(eps=1e-3), network(printed=nn.BatchNorm2d))}
     assert len(others | {new}) == 4
+
+
+class Scaled(nn.Module):
+    """Code of a user's with a number of its own."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images):
+        return images * self.factor
+
+
+def test_numbers_that_a_user_s_own_modules_hold_count():
+    fronts = [Scaled(1.0), Scaled(2.0), *(Normalize([mean] * 3, [0.5] * 3) for mean in (0.4, 0.5))]
+    assert len({identity(nn.Sequential(front, *network()))[0] for front in fronts}) == len(fronts)
+    assert identity(nn.Sequential(Scaled(2.0), *network())) == identity(nn.Sequential(Scaled(2.0), *network()))
 
 
 def test_the_fingerprint_of_before_is_still_ones_own():

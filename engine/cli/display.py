@@ -21,6 +21,7 @@ from tmm_engine.results import FailedQuery, SearchResult
 if TYPE_CHECKING:
     from tmm_engine.index.store.changes import ChangeReport
     from tmm_engine.index.store.embedding import BuildReport
+    from tmm_engine.index.store.syncing import SyncReport
 
 FALLBACK_WIDTH = 120  # of a table that is not printed to a terminal
 LOG_SECONDS = 30.0  # between two lines of progress in a log file
@@ -100,7 +101,7 @@ def say_remarks(remarks: Iterable[str], *, said: Container[str] = ()) -> None:
             click.echo(f"note: {for_command_line(remark)}", err=True)
 
 
-def say_skipped(report: "BuildReport | ChangeReport") -> None:
+def say_skipped(report: "BuildReport | ChangeReport | SyncReport") -> None:
     """On stderr, which images were left out."""
     for image in report.skipped:
         click.echo(f"skipped {image.id}: {image.reason}", err=True)

@@ -91,7 +91,7 @@ def _settled(source: "ImageSource", with_pool: "Classifier", options: dict[str, 
     for note in without.notes:
         click.echo(for_command_line(note), err=True)
     sample = sampled(source, with_pool.target, COMPARED) if source.labelled else []
-    found = [_agreement(each, sample, source.class_names) for each in (with_pool, without)]
+    found = [_agreement(source, each, sample) for each in (with_pool, without)]
     better = max(found)
     if sample and better - min(found) >= CLEARLY and better >= 2 / with_pool.num_classes:
         chosen, word = (with_pool, "with") if found[0] == better else (without, "without")
@@ -111,21 +111,22 @@ def _settled(source: "ImageSource", with_pool: "Classifier", options: dict[str, 
     )
 
 
-def _agreement(classifier: "Classifier", sample: "list[ImageRecord]", class_names: tuple[str, ...] | None) -> float:
-    """With how many of the labels the predictions agree; by name where the names are the model's, else by number."""
+def _agreement(source: "ImageSource", classifier: "Classifier", sample: "list[ImageRecord]") -> float:
+    """With what share of the sample's labels the predictions agree, matched as a build matches them; 0 without any."""
     import numpy as np
     import torch
+
+    from tmm_engine.index.agreement import Tally
+    from tmm_engine.index.sources.adapted import AdaptedSource
 
     if not sample:
         return 0.0
     images = torch.from_numpy(np.stack([record.image for record in sample]))
     with torch.no_grad():
         parts = [classifier.logits(classifier.features(part.float() / 255)) for part in images.split(64)]
-    predicted = torch.cat(parts).argmax(1).tolist()
-    by_name = class_names is not None and set(class_names) <= set(classifier.class_names)
-    agreed = [
-        classifier.class_names[guess] == class_names[record.label] if by_name and class_names else guess == record.label
-        for guess, record in zip(predicted, sample, strict=True)
-        if record.label is not None
-    ]
-    return sum(agreed) / max(1, len(agreed))
+    matched = AdaptedSource.of_new_index(source, classifier.class_names).labels
+    labels = [matched.label(record.label, record.id) for record in sample]
+    given = np.array([label is not None for label in labels])
+    tally = Tally(matched.vocabulary)
+    tally.count(np.array([label or 0 for label in labels], dtype=np.int64), given, torch.cat(parts).argmax(1).numpy())
+    return tally.result().share or 0.0

@@ -60,12 +60,11 @@ def sync(index: Path, source: str, **options: Any) -> None:
 
 
 def _print_notes(report: "SyncReport", *, delete: bool) -> None:
-    for image in report.skipped:
-        click.echo(f"skipped {image.id}: {image.reason}", err=True)
-    if report.skipped_count:
-        stay = f"; {len(report.unreadable_ids):,} of them are in the index and stay as they were"
-        kept = stay if report.unreadable_ids else ""
-        click.echo(f"{report.skipped_count:,} images could not be read and were skipped{kept}", err=True)
+    from tmm_engine.cli.display import say_skipped
+
+    say_skipped(report)
+    if report.unreadable_ids:
+        click.echo(f"{len(report.unreadable_ids):,} of them are in the index and stay as they were", err=True)
     if report.labels_predicted and (report.added or report.replaced):
         click.echo("the source has no labels: those of what is added or replaced are the model's predictions", err=True)
     if report.missing_ids and not delete:

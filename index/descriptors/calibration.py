@@ -33,12 +33,10 @@ LEAST_PASSES = 200
 SHARE = 0.1  # of the passes that building takes, that measuring may take
 PER_DIMENSION = 4  # exemplars of the sample for each dimension that a projection keeps
 RECOGNISING, RANKING = 0.5, 0.25  # powers of the variance: whitened, and half so
-LAYER_WEIGHT = 1.0
-# Not less of features and probabilities: exemplars that a network was trained on keep their class more easily than
-# images that it has never seen, so that their label precision flatters (docs/ROBUST.md).
-FEATURE_WEIGHTS = (2.0,)
-PIXEL_WEIGHTS, PROBABILITY_WEIGHTS = (0.0, 0.5, 1.0), (4.0,)
-DEFAULT_WEIGHTS = (2.0, 0.5, 4.0)  # of features, pixels and probabilities where nothing is measured
+# Of the similarity; no fewer of features and probabilities: images that a network was trained on keep their class more
+# easily than those that it has never seen, so that a sample of them would let both go (docs/ROBUST.md).
+FEATURE_WEIGHT, PROBABILITY_WEIGHT, LAYER_WEIGHT = 2.0, 4.0, 1.0
+PIXEL_WEIGHTS, DEFAULT_PIXEL_WEIGHT = (0.0, 0.5, 1.0), 0.5  # the default where nothing is measured
 SLACK, COST = 0.005, 10.0  # of clean label precision: what robustness may cost, and what each point beyond weighs
 
 Changed = Callable[[Float[Tensor, "n c h w"], torch.Generator], Float[Tensor, "n c h w"]]
@@ -240,27 +238,31 @@ def _usual(layers: Sequence[Layer]) -> Layer:
 
 
 def _robust(sample: _Sample, layers: Sequence[Layer]) -> tuple[Descriptor, list[dict[str, Any]]]:
-    """Features, one layer, pixels and probabilities, so weighted that neighbours change least and keep their class."""
-    features, pixels = sample.part(FEATURES, 1.0, 0.0), sample.part(PIXEL_LAYER, 1.0, 0.0)
-    sides = (features, pixels, sample.part(PROBABILITIES, 1.0, 0.0))
-    middle = {layer: sample.part(layer, LAYER_WEIGHT, RANKING) for layer in layers if layer != PIXEL_LAYER}
+    """Features, probabilities, one layer and so much of pixels that neighbours change least and keep their class."""
+    features, pixels = sample.part(FEATURES, FEATURE_WEIGHT, 0.0), sample.part(PIXEL_LAYER, 1.0, 0.0)
+    probabilities = sample.part(PROBABILITIES, PROBABILITY_WEIGHT, 0.0)
+    middle = [sample.part(layer, LAYER_WEIGHT, RANKING) for layer in layers if layer != PIXEL_LAYER]
+
+    def mixture(pixel_weight: float, layer: Part | None) -> tuple[Part, ...]:
+        own = [] if layer is None else [layer]
+        return tuple(
+            part for part in (features, replace(pixels, weight=pixel_weight), probabilities, *own) if part.weight
+        )
+
     if not sample.queries:
-        usual = [middle[_usual(layers)]] if middle else []
-        return Descriptor(_weighted(sides, DEFAULT_WEIGHTS, usual)), []
-    similar = {id(part): _similarities(part, sample) for part in (*sides, *middle.values())}
-    alone = _kept(similar[id(features)], sample)
+        usual = next((part for part in middle if part.source == _usual(layers)), None)
+        return Descriptor(mixture(DEFAULT_PIXEL_WEIGHT, usual)), []
+    similar = {part.source: _similarities(part, sample) for part in (features, pixels, probabilities, *middle)}
+    alone = _kept(similar[FEATURES], sample)
     measured: list[dict[str, Any]] = []
     best: tuple[Part, ...] = ()
     best_value = -np.inf
-    for weights, layer in product(
-        product(FEATURE_WEIGHTS, PIXEL_WEIGHTS, PROBABILITY_WEIGHTS), middle.values() or [None]
-    ):
-        beside = [] if layer is None else [layer]
-        mixed = [
-            torch.stack([weight * own for weight, own in zip((*weights, LAYER_WEIGHT), each, strict=False)]).sum(0)
-            for each in zip(*(similar[id(part)] for part in (*sides, *beside)), strict=True)
-        ]
-        found, parts = _kept(mixed, sample), _weighted(sides, weights, beside)
+    beside: Sequence[Part | None] = middle or [None]
+    for pixel_weight, layer in product(PIXEL_WEIGHTS, beside):
+        parts = mixture(pixel_weight, layer)
+        by_change = zip(*(similar[part.source] for part in parts), strict=True)
+        mixed = [sum(part.weight * own for part, own in zip(parts, each, strict=True)) for each in by_change]
+        found = _kept(mixed, sample)
         cost = max(0.0, alone["label_clean"] - SLACK - found["label_clean"])
         measured.append(
             {str(part.source): part.weight for part in parts}
@@ -269,12 +271,6 @@ def _robust(sample: _Sample, layers: Sequence[Layer]) -> tuple[Descriptor, list[
         if (value := found["overlap"] + found["label_noisy"] - COST * cost) > best_value:
             best, best_value = parts, value
     return Descriptor(best), [{FEATURES: 1.0} | alone, *measured]
-
-
-def _weighted(sides: Sequence[Part], weights: Sequence[float], beside: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts that have a weight, with it."""
-    weighed = [replace(part, weight=weight) for part, weight in zip(sides, weights, strict=True) if weight]
-    return (*weighed, *beside)
 
 
 def _similarities(part: Part, sample: _Sample) -> list[Float[Tensor, "q n"]]:

@@ -70,7 +70,7 @@ class Descriptors:
                 about = json.loads(file.metadata()[METADATA])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             views = int(about["views"])
-            if about["order"] != [list(view) for view in ORDER[:views]]:
+            if about.get("order") != [list(view) for view in ORDER[:views]]:
                 raise ValueError("its views are another version's")
             if not 1 <= views <= MAX_VIEWS or not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise ValueError(f"expected finite tensors and 1 to {MAX_VIEWS} views, got {views} views")

@@ -18,6 +18,9 @@ TELLING = (
     "norm_first", "upscale_factor", "alpha", "beta", "threshold", "lambd",
 )  # fmt: skip
 
+CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Classes of PyTorch's that compute nothing themselves: what is derived from them is somebody else's code."""
+
 Scalar = int | float | bool | str | None
 
 
@@ -49,13 +52,14 @@ def _digest(spec: ModelSpec, architecture: str, tensors: Mapping[str, Tensor]) -
 
 
 def _structure(network: nn.Module) -> Iterator[str]:
-    """A line for every module: name, class, and of its plain values those that tell what it computes."""
+    """A line for every module: name, class, plain values; of PyTorch's only those that tell what it computes."""
     for name, module in network.named_modules(remove_duplicate=False):
         kind = type(module)
-        of_torch = kind.__module__.startswith("torch.nn.")
-        held = vars(module)
-        told = {key: held[key] for key in TELLING if key in held and _is_plain(held[key])}
-        yield f"{name} {kind.__module__ if of_torch else ''}.{kind.__qualname__} {json.dumps(told, sort_keys=True)}"
+        held = {key: value for key, value in vars(module).items() if _is_plain(value) and key != "training"}
+        computes = any(base.__module__.startswith("torch.nn.") and base not in CONTAINERS for base in kind.__mro__)
+        told = {key: value for key, value in held.items() if (key in TELLING if computes else key[0] != "_")}
+        where = kind.__module__ if kind.__module__.startswith("torch.nn.") else ""
+        yield f"{name} {where}.{kind.__qualname__} {json.dumps(told, sort_keys=True)}"
 
 
 def _is_plain(value: object) -> bool:
