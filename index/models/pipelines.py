@@ -220,8 +220,8 @@ def _asked_size(
 ) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None, OddCrop]:
     """(what is resized to, what is cropped to, where an odd crop begins)."""
     size: dict[str, int] = dict(said("size", {}))
-    shorter, both = size.get("shortest_edge"), (size.get("height"), size.get("width"))
-    resized: int | tuple[int, int] | None = shorter if shorter else (both if None not in both else None)  # type: ignore[assignment]
+    both = (size["height"], size["width"]) if size.get("height") and size.get("width") else None
+    resized: int | tuple[int, int] | None = size.get("shortest_edge") or both
     if not said("do_resize", True):
         resized = None
     wanted = dict(said("crop_size", {})) if said("do_center_crop", False) else {}

@@ -10,10 +10,10 @@ from pathlib import Path
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.images import IMAGE_SUFFIXES
 
-UNREAD_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffix in "arw avif cr2 cr3 dcm dng exr heic heif ico jp2 jxl nef orf psd raw rw2 svg tga xcf".split()  # noqa: SIM905
-)
+UNREAD_SUFFIXES = frozenset((
+    ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".orf",
+    ".psd", ".raw", ".rw2", ".svg", ".tga", ".xcf",
+))  # fmt: skip
 """Of pictures in formats that are not read: they count as images that cannot be read."""
 
 LEFTOVERS = frozenset(("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"))

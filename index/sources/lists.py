@@ -61,11 +61,11 @@ class TableShard:
     Args:
         table: The rows.
         name: For messages.
-        format: For messages.
+        written_as: CSV or another, for messages.
     """
 
-    def __init__(self, table: "pa.Table", name: str, format: str) -> None:  # noqa: A002
-        self._table, self.name, self.format = table, name, format
+    def __init__(self, table: "pa.Table", name: str, written_as: str) -> None:
+        self._table, self.name, self.format = table, name, written_as
         self.rows, self.schema = len(table), table.schema
 
     def batches(self, columns: Sequence[str]) -> "Iterator[pa.RecordBatch]":
