@@ -86,8 +86,10 @@ def chosen_descriptors(
     size, queries = sample_size(len(source), views)
     sample = sampled(source, classifier.target, size, progress=progress)
     labels = [record.label for record in sample]
+    images = np.stack([record.image for record in sample])
+    del sample  # photographs are large
     chosen = calibrate(
-        np.stack([record.image for record in sample]),
+        images,
         None if None in labels else np.array(labels, dtype=np.int64),
         classifier,
         queries=queries,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms.functional import gaussian_blur
 
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine.index.columns import load_columns
@@ -64,6 +65,14 @@ def test_a_shift_moves_pixels_and_repeats_the_edge(down: int, right: int):
     image = torch.arange(64.0).reshape(1, 1, 8, 8)
     rows, columns = (torch.arange(8) - down).clamp(0, 7), (torch.arange(8) - right).clamp(0, 7)
     assert torch.equal(shifted(image, down, right)[0, 0], image[0, 0][rows][:, columns])
+
+
+@pytest.mark.parametrize(("height", "width", "sigma"), [(28, 28, 0.7), (33, 20, 2.0), (224, 160, 4.0), (5, 9, 3.0)])
+def test_blur_is_torchvision_s(height: int, width: int, sigma: float):
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    reach = min(round(2.5 * sigma), min(height, width) - 1)
+    expected = gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
+    torch.testing.assert_close(blur(images, sigma), expected, rtol=0, atol=5e-6)
 
 
 def test_blur_keeps_the_mean_of_a_flat_image_and_lessens_differences():

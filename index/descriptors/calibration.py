@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, affine, resized_crop
 
@@ -169,18 +169,19 @@ class _Sample:
         step = forward_batch_size(taps.classifier.image_shape)
         total, done = len(images) + (len(CHANGES) * queries if queries else 0), 0
 
-        def passed(pixels: Float[Tensor, "n c h w"]) -> Activations:
+        def passed(pixels: Shaped[Tensor, "n c h w"]) -> Activations:
             nonlocal done
             parts = []
-            for part in pixels.split(step):
-                parts.append(taps(next(symmetric_views(part.to(device), 1))))
+            for part in pixels.split(step):  # bytes become floating point a batch at a time: photographs are large
+                floating = part.to(device).float() / 255.0 if part.dtype == torch.uint8 else part.to(device)
+                parts.append(taps(next(symmetric_views(floating, 1))))
                 done += len(part)
                 progress("measuring layers", done, total)
             return _joined(parts)
 
-        pixels = torch.from_numpy(images).float() / 255.0
-        clean, generator = passed(pixels), torch.Generator().manual_seed(0)
-        changed = {name: passed(change(pixels[:queries], generator)) for name, change in CHANGES.items() if queries}
+        clean, generator = passed(torch.from_numpy(images)), torch.Generator().manual_seed(0)
+        first = torch.from_numpy(images[:queries]).float() / 255.0
+        changed = {name: passed(change(first, generator)) for name, change in CHANGES.items() if queries}
         known = head(clean.features).argmax(1) if classes is None else torch.from_numpy(classes).to(device)
         return cls(clean, changed, known, queries, head)
 

@@ -5,6 +5,7 @@ What a small shift or a little blur does to a feature is then much the same on b
 
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
@@ -60,10 +61,19 @@ def shifted(images: Float[Tensor, "n c h w"], down: int, right: int) -> Float[Te
 
 
 def blur(images: Float[Tensor, "n c h w"], sigma: float) -> Float[Tensor, "n c h w"]:
-    """Gaussian, of a standard deviation in pixels; edges are mirrored."""
+    """Gaussian, of a standard deviation in pixels; edges are mirrored.
+
+    As `gaussian_blur` of torchvision to rounding, but as two matrix products, which for large σ take a fraction of it.
+    """
     reach = max(1, round(2.5 * sigma))
     reach = min(reach, min(images.shape[-2:]) - 1)
     if reach < 1:
         return images
-    blurred: Tensor = gaussian_blur(images, [2 * reach + 1] * 2, [sigma] * 2)
-    return blurred
+    down, right = (_blurring(side, sigma, reach).to(images) for side in images.shape[-2:])
+    return down @ images @ right.T
+
+
+def _blurring(side: int, sigma: float, reach: int) -> Float[Tensor, "side side"]:
+    """What blurs a column of pixels, as a matrix: the blurred identity."""
+    blurred: Tensor = gaussian_blur(torch.eye(side)[None], [1, 2 * reach + 1], [sigma] * 2)
+    return blurred[0]
