@@ -23,6 +23,7 @@ class Query:
         name: Its path, id, or position: how answers refer to it.
         pixels: float32 (c, h, w) in [0, 1].
         label: Its own where it is known, by name, or by its number in the index; only shown, never used in a search.
+        assumed: What had to be assumed of the image, in sentences; answers repeat them.
 
     Raises:
         ImageError: pixels of another kind.
@@ -32,6 +33,7 @@ class Query:
     name: str
     pixels: Float32[np.ndarray, "c h w"]
     label: int | str | None = None
+    assumed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (isinstance(self.pixels, np.ndarray) and self.pixels.ndim == 3 and self.pixels.dtype == np.float32):
@@ -65,11 +67,12 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
         return image
     if isinstance(image, str | Path):
         name = printable(image)
-    pixels = decode_image(image, shape=shape).astype(np.float32) / np.float32(255.0)
+    assumed: list[str] = []
+    pixels = decode_image(image, shape=shape, assumed=assumed).astype(np.float32) / np.float32(255.0)
     if isinstance(image, np.ndarray | torch.Tensor) and np.issubdtype(to_numpy(image).dtype, np.floating):
         values = channels_first(to_numpy(image)[None], shape=expected)[0]
         pixels = np.array(values, dtype=np.float32, order="C").clip(0, 1)
-    return Query(name, pixels, None)
+    return Query(name, pixels, None, tuple(assumed))
 
 
 def queries_from(source: ImageSource, shape: Target, *, prefix: str = "") -> list[Query | FailedQuery]:

@@ -239,7 +239,7 @@ class Searcher:
         ranking, recognised = found.ranking, found.recognised
         original = None if recognised is None or recognised.share < 0.5 else str(self._store.ids[recognised.row])
         true_label, true_class = self._true(query)
-        notes = []
+        notes = [f"the query was {assumption}" for assumption in query.assumed]
         if true_class is not None and true_label is None:
             notes.append(f"the query's label {true_class!r} is none of the index's")
         if ranking is not None and isinstance(options.tmm.head, TunedHead):

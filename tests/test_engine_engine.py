@@ -125,6 +125,14 @@ def test_floating_point_queries_keep_their_precision(memory: Engine):
     assert answer(memory.search(faint, mode="l2")) != answer(memory.search(IMAGES[300], mode="l2"))
 
 
+def test_what_was_assumed_of_a_query_is_among_the_answers_notes(memory: Engine, tmp_path: Path):
+    dark = Image.fromarray(IMAGES[0].squeeze().astype(np.uint16) * 16)  # 12 bits in a file of 16
+    dark.save(tmp_path / "dark.png")
+    found = memory.search(tmp_path / "dark.png", k=1, mode="cosine")
+    assert found.notes[0] == "the query was read as 12 bits, since no pixel of the 16-bit file is above 4095"
+    assert not memory.search(IMAGES[0], k=1, mode="cosine").notes
+
+
 def test_an_exemplar_finds_itself_and_stays_among_the_answers(memory: Engine):
     query = memory.exemplar("00000007")
     assert (query.name, query.label) == ("00000007", int(LABELS[7]))
