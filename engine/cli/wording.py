@@ -13,6 +13,7 @@ FLAGS = {
     "image_shape=(c, h, w)": "--image-size",
     "image_size=…": "--image-size",
     "label_column=…": "--label-column",
+    "memory=…": "--memory",
     "max_pool=False": "--no-max-pool",
     "max_pool=True": "--max-pool",
     "overwrite=True": "--overwrite",

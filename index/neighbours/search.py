@@ -72,7 +72,7 @@ class Neighbours:
         """
         n = len(self._store)
         fetch = min(n, k + MARGIN)
-        xq = _normalised(queries) if self.metric is Metric.COSINE else np.ascontiguousarray(queries)
+        xq = normalised(queries) if self.metric is Metric.COSINE else np.ascontiguousarray(queries)
         _, found = self._index.search(xq, fetch)
         return [self._best(query, rows[rows >= 0], k) for query, rows in zip(queries, found, strict=True)]
 
@@ -85,7 +85,7 @@ class Neighbours:
         fetched = len(rows)
         while k < fetched < len(self._store) and self._unsettled(query, scores, k):
             wider = min(len(self._store), 4 * fetched)
-            xq = _normalised(query[None]) if self.metric is Metric.COSINE else query[None]
+            xq = normalised(query[None]) if self.metric is Metric.COSINE else query[None]
             rows = self._index.search(xq, wider)[1][0]
             rows = rows[rows >= 0]
             if len(rows) <= fetched:
@@ -130,7 +130,7 @@ class Neighbours:
 
     def _scan(self) -> Iterator[Float32[np.ndarray, "batch d"]]:
         for features in self._store.scan_features(SCAN, column=self._column):
-            yield _normalised(features) if self.metric is Metric.COSINE else np.ascontiguousarray(features)
+            yield normalised(features) if self.metric is Metric.COSINE else np.ascontiguousarray(features)
 
 
 def make_faiss_index(d: int, metric: Metric, factory: str) -> faiss.Index:
@@ -165,7 +165,8 @@ def exact_scores(
     return np.divide(np.einsum("nd,d->n", xb, xq), norms, out=np.zeros(len(xb)), where=norms > 0)
 
 
-def _normalised(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+def normalised(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
+    """Of unit length; zero stays zero."""
     precise = features.astype(np.float64)  # the squares of small and large numbers leave float32
     norms = np.linalg.norm(precise, axis=1, keepdims=True)
     return (precise / np.where(norms > 0, norms, 1)).astype(np.float32)
