@@ -55,7 +55,7 @@ def opened(source: str, options: dict[str, Any]) -> tuple[ImageSource, Classifie
 
 def in_classes(source: ImageSource, classifier: Classifier) -> ImageSource:
     """The source with its labels as numbers of the model's classes, by name; as it is where they have other names."""
-    adapted = AdaptedSource.of_new_index(source, classifier.class_names)
+    adapted = AdaptedSource.of_new_index(source, classifier.class_names, named=classifier.names_given)
     return source if adapted.labels.vocabulary.others else adapted
 
 

@@ -149,7 +149,7 @@ class Engine:
             InputError: shapes, lengths, labels or ids that do not fit.
         """
         source = ArraySource(images, labels, ids=ids, class_names=class_names, metadata=metadata)
-        adapted = AdaptedSource.of_new_index(source, classifier.class_names)
+        adapted = AdaptedSource.of_new_index(source, classifier.class_names, named=classifier.names_given)
         described = describe(
             source, classifier, views=views, recogniser=recogniser, global_trigger=global_trigger, progress=progress
         )

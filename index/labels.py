@@ -12,10 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from jaxtyping import Int64
+
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.names import spelled
+from tmm_engine.index.wording import some
 
-LISTED = 5  # names that a message lists
+DIGITS = 10  # so many numbers are in the same order as numbers and as text
 COMPARED = 100  # names without a class for which the nearest is looked for
 NEAR = 0.8  # of `difflib`'s ratio
 
@@ -56,11 +60,21 @@ class Matched:
         vocabulary: The index's, with what the source adds to it.
         numbers: For each class of the source its label's number; None where records have that number already.
         notes: What was guessed, and what is no class of the model's, in sentences.
+        otherwise: Where names that are numbers can be read in two ways: for each class of the model's the class that
+            the label of its number would be in the other one.
     """
 
     vocabulary: Vocabulary
     numbers: tuple[int, ...] | None
     notes: tuple[str, ...] = ()
+    otherwise: tuple[int, ...] | None = None
+
+    def read_otherwise(self, labels: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """What labels of the index would be if names that are numbers were read the other way."""
+        if self.otherwise is None:
+            return labels
+        rest = range(len(self.otherwise), len(self.vocabulary.names))
+        return np.array([*self.otherwise, *rest], dtype=np.int64)[labels]
 
     def label(self, number: int | None, id_: str) -> int | None:
         """The index's number of a record's label.
@@ -83,26 +97,32 @@ class Matched:
         return number if self.numbers is None else self.numbers[number]
 
 
-def match_labels(source: str, names: Sequence[str] | None, vocabulary: Vocabulary, *, adopt: bool = False) -> Matched:
-    """What a source's labels are in an index.
+def match_labels(
+    source: str, names: Sequence[str] | None, vocabulary: Vocabulary, *, adopt: bool = False, named: bool = False
+) -> Matched:
+    """What the labels of a source that has some are in an index.
 
     Args:
         source: Its name, for what is said.
-        names: Of its classes; None where it has no labels, or labels that are numbers: those of the model's classes.
+        names: Of its classes; None where labels are numbers: those of the model's classes.
         vocabulary: The index's.
-        adopt: For a new index, of a model that brings no names: take those of a source with as many classes.
+        adopt: For a new index, of a model that brings no names: take those of a source with as many classes, in their
+            order; those of fewer that are numbers are the numbers of its classes.
+        named: The model's names were given, even if they look like none: match them.
     """
     classes = vocabulary.class_names
-    if names is None or tuple(names) == classes:
+    named = named or bring_names(classes)
+    if names is None:
+        return Matched(vocabulary, None, (_numbers_taken(source, classes),) if named else ())
+    if tuple(names) == classes:
         return Matched(vocabulary, None)
-    if adopt and len(names) == len(classes) and not bring_names(classes):
-        return Matched(Vocabulary(tuple(names)), None, (_adopted(source, names),))
-    known = spelled(names, vocabulary.numbers())
-    new = [name for name in dict.fromkeys(names) if name not in known]
-    grown = replace(vocabulary, others=(*vocabulary.others, *new))
-    numbers = grown.numbers()
-    found = tuple(numbers[known.get(name, name)] for name in names)
-    return Matched(grown, found, _said(source, names, new, vocabulary))
+    if not named and (adopt or len(classes) > DIGITS):
+        values = _as_numbers(names)
+        if adopt and len(names) == len(classes):
+            return _adopted(source, names, values)
+        if values and max(values) < len(classes):
+            return _taken_as_numbers(source, names, values, vocabulary)
+    return _by_name(source, names, vocabulary, named=named)
 
 
 def bring_names(class_names: Sequence[str]) -> bool:
@@ -121,16 +141,71 @@ def nearest_names(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def listed(texts: Sequence[str]) -> str:
-    """The first few of them."""
-    return ", ".join(texts[:LISTED]) + (", …" if len(texts) > LISTED else "")
-
-
-def _adopted(source: str, names: Sequence[str]) -> str:
-    return (
+def _adopted(source: str, names: Sequence[str], values: Sequence[int] | None) -> Matched:
+    """A source's names for the classes of a model that brings none; as numbers they may be in another order."""
+    note = (
         f"the model brings no class names: those of {source}, in their order, are taken for its classes (class 0 is "
         f"{names[0]!r}, class {len(names) - 1} is {names[-1]!r})"
     )
+    if values is None or list(values) == sorted(values):
+        return Matched(Vocabulary(tuple(names)), None, (note,))
+    order = sorted(values)
+    otherwise = tuple(map(order.index, values))
+    return Matched(
+        Vocabulary(tuple(names)), None, (note, _two_readings(names, range(len(names)), otherwise)), otherwise
+    )
+
+
+def _taken_as_numbers(source: str, names: Sequence[str], values: Sequence[int], vocabulary: Vocabulary) -> Matched:
+    """Names that are numbers of classes, though not of all."""
+    classes = len(vocabulary.class_names)
+    note = (
+        f"the model brings no class names, and those of {source} are numbers, but of {len(names):,} of its {classes:,} "
+        f"classes: they are taken for the numbers of its classes ({names[-1]!r} is class {values[-1]})"
+    )
+    text_order = sorted(map(str, range(classes)))
+    otherwise = tuple(text_order.index(str(number)) for number in range(classes))
+    notes = [note]
+    if any(otherwise[value] != value for value in values):
+        notes.append(_two_readings(names, values, [otherwise[value] for value in values]))
+    return Matched(vocabulary, tuple(values), tuple(notes), otherwise if len(notes) > 1 else None)
+
+
+def _two_readings(names: Sequence[str], taken: Sequence[int], otherwise: Sequence[int]) -> str:
+    """A warning, with the first name that the two ways to read numbers do not agree about."""
+    name, now, then = next(each for each in zip(names, taken, otherwise, strict=True) if each[1] != each[2])
+    return (
+        f"warning: names that are numbers can be read in two ways: sorted as text, as torchvision's ImageFolder does, "
+        f"or as numbers. {name!r} is taken for the model's class {now}, and would be class {then} the other way. To "
+        f"say which: give the names of the model's classes, in their order (`class_names=…`), or rename the folders so "
+        f"that both orders are one (00, 01, …)"
+    )
+
+
+def _numbers_taken(source: str, classes: Sequence[str]) -> str:
+    return f"labels of {source} are numbers: they are taken for those of the model's classes (0 is {classes[0]!r})"
+
+
+def _as_numbers(names: Sequence[str]) -> list[int] | None:
+    """What the names are as numbers; None where one is none, or two are the same."""
+    values = [int(name) for name in names if re.fullmatch(r"[0-9]{1,9}", name)]
+    return values if len(set(values)) == len(names) else None
+
+
+def _by_name(source: str, names: Sequence[str], vocabulary: Vocabulary, *, named: bool) -> Matched:
+    known = spelled(names, vocabulary.numbers())
+    new = [name for name in dict.fromkeys(names) if name not in known]
+    grown = replace(vocabulary, others=(*vocabulary.others, *new))
+    numbers = grown.numbers()
+    found = tuple(numbers[known.get(name, name)] for name in names)
+    notes = _said(source, names, new, vocabulary)
+    if new and known and not named:
+        notes = (
+            *notes,
+            f"warning: the others ({some(map(repr, known))}) are taken for the numbers of the model's classes; if they "
+            f"are not, give the names of its classes, in their order (`class_names=…`), or rename the folders",
+        )
+    return Matched(grown, found, notes)
 
 
 def _said(source: str, names: Sequence[str], new: Sequence[str], vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -141,10 +216,16 @@ def _said(source: str, names: Sequence[str], new: Sequence[str], vocabulary: Voc
     model = "the model's" if bring_names(vocabulary.class_names) else f"the model's {classes:,}, which have no names"
     notes = [
         f"{len(new):,} of the {len(set(names)):,} labels of {source} are no class of {model}: "
-        f"{listed([*map(repr, new)])}; they are kept as labels of their own, beside the class that the model predicts"
+        f"{some(map(repr, new))}; they are kept as labels of their own, beside the class that the model predicts"
     ]
-    if near := nearest_names(new[:COMPARED], vocabulary.names):
-        pairs = listed([f"{name!r} (nearest: {known!r})" for name, known in near.items()])
+    if several := [name for name in new if name in vocabulary.class_names]:
+        notes.append(
+            f"several classes of the model's have one name: {some(map(repr, several))}; such a label is none of them, "
+            f"but one of its own"
+        )
+    others = [name for name in new if name not in several][:COMPARED]
+    if near := nearest_names(others, vocabulary.names):
+        pairs = some(f"{name!r} (nearest: {known!r})" for name, known in near.items())
         notes.append(f"labels that are almost known, but not the same: {pairs}; rename them where the same is meant")
     return tuple(notes)
 

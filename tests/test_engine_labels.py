@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from tests.conftest import SHAPE, network
 from tests.digits import SHORT, make_classifier, write_photos, write_queries
@@ -234,6 +236,46 @@ def test_exemplars_of_an_older_format_have_predictions_too(tmp_path: Path):
         assert engine.manifest is not None
         assert engine.manifest.agreement is None
     assert "not known" in describe_index(index)["agreement"]
+
+
+def one_hot() -> torch.nn.Module:
+    """12 classes: the pixel that is lit; channels first."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 12, bias=False))
+    model[1].weight.data = torch.eye(12)
+    return model
+
+
+def numbered_folders(path: Path, numbers: Iterable[int]) -> Path:
+    """For each number a folder with the picture of its class."""
+    for number in numbers:
+        pixels = np.zeros((3, 2, 2), np.uint8)
+        pixels.reshape(-1)[number] = 255
+        (path / str(number)).mkdir(parents=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(path / str(number) / "a.png")
+    return path
+
+
+def test_the_order_of_numbered_folders_is_doubted_where_the_predictions_say_the_other(tmp_path: Path):
+    whole = numbered_folders(tmp_path / "whole", range(12))
+    model = Classifier.from_module(one_hot(), image_shape=(3, 2, 2))
+    report = build_index(whole, tmp_path / "whole.idx", model, views=0)
+    assert report.agreement is not None
+    assert report.agreement.agreeing == 2  # 0 and 1
+    assert any("agree with 17% of the labels as their names were read, and with 100%" in x for x in report.remarks)
+    part = numbered_folders(tmp_path / "part", (2, 10))
+    report = build_index(part, tmp_path / "part.idx", model, views=0)
+    assert report.agreement is not None
+    assert report.agreement.agreeing == 2
+    assert sum("numbers" in remark for remark in report.remarks) == 2
+    assert not any("as their names were read" in remark for remark in report.remarks)
+    (tmp_path / "names.txt").write_text("\n".join(map(str, range(12))) + "\n")
+    command = ["build-index", str(whole), str(tmp_path / "named.idx"), "--model", "tests.test_engine_labels:one_hot"]
+    done = CliRunner().invoke(main, [*command, "--views", "0", "--class-names", str(tmp_path / "names.txt")])
+    assert done.exit_code == 0, done.output
+    assert "agree with 100 % of the labels" in done.output
+    assert "warning" not in done.output
+    refused = CliRunner().invoke(main, [*command, "--class-names", str(tmp_path / "none.txt")])
+    assert (refused.exit_code, "a name in each line" in refused.output) == (2, True)
 
 
 # ---- the command line

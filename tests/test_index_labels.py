@@ -74,10 +74,60 @@ def test_another_number_of_classes_than_a_model_without_names_has_is_no_error():
     assert "no class of the model's 3, which have no names" in found.notes[0]
 
 
+TWELVE = tuple(map(str, range(12)))
+
+
+def test_twelve_numbered_folders_are_numbered_as_image_folder_does_which_is_said_with_the_other_reading():
+    found = match_labels("photos", sorted(TWELVE), Vocabulary(TWELVE), adopt=True)
+    assert found.vocabulary.class_names == tuple(sorted(TWELVE))
+    assert found.numbers is None
+    _, warning = found.notes
+    assert "'10' is taken for the model's class 2, and would be class 10 the other way" in warning
+    assert "`class_names=…`" in warning
+    assert found.otherwise is not None
+    assert [found.vocabulary.class_names.index("10"), found.otherwise[2]] == [2, 10]
+    digits = match_labels("photos", list("0123456789"), Vocabulary(tuple("0123456789")), adopt=True)
+    assert (digits.notes, digits.otherwise) == ((), None)
+
+
+def test_numbered_folders_are_the_numbers_where_these_were_given_as_the_names_of_the_classes():
+    found = match_labels("photos", sorted(TWELVE), Vocabulary(TWELVE), adopt=True, named=True)
+    assert found.vocabulary == Vocabulary(TWELVE)
+    assert found.numbers == (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert (found.notes, found.otherwise) == ((), None)
+
+
+@pytest.mark.parametrize("classes", [TWELVE, tuple(f"LABEL_{number}" for number in range(12))])
+def test_some_numbered_folders_are_the_numbers_of_classes_without_names_which_is_said(classes: tuple[str, ...]):
+    found = match_labels("photos", ["10", "2"], Vocabulary(classes), adopt=True)
+    assert (found.numbers, found.vocabulary.others) == ((10, 2), ())
+    note, warning = found.notes
+    assert "taken for the numbers of its classes ('2' is class 2)" in note
+    assert "'10' is taken for the model's class 10, and would be class 2 the other way" in warning
+    assert found.read_otherwise(np.array([10, 2])).tolist() == [2, 4]
+    assert match_labels("more", ["10", "2"], Vocabulary(classes)).numbers == (10, 2)
+    few = match_labels("photos", ["0", "2"], Vocabulary(("0", "1", "2")), adopt=True)
+    assert (few.numbers, len(few.notes)) == ((0, 2), 1)
+
+
+def test_a_number_beyond_the_classes_casts_doubt_on_the_others():
+    found = match_labels("photos", ["1", "12"], Vocabulary(TWELVE), adopt=True)
+    assert found.numbers == (1, 12)
+    assert "the others ('1') are taken for the numbers of the model's classes" in found.notes[-1]
+
+
+def test_labels_that_are_numbers_are_classes_of_a_model_with_names_and_that_is_said():
+    [note] = match_labels("list.csv", None, ANIMALS, adopt=True).notes
+    assert "labels of list.csv are numbers: they are taken for those of the model's classes (0 is 'tabby')" in note
+    assert match_labels("list.csv", None, NUMBERS, adopt=True).notes == ()
+
+
 def test_a_name_that_two_classes_have_is_none_of_them():
     cranes = Vocabulary(("crane", "dog", "crane"))  # ImageNet has a bird and a machine
     found = match_labels("photos", ["crane", "dog"], cranes, adopt=True)
     assert found.numbers == (3, 1)
+    assert "several classes of the model's have one name: 'crane'" in found.notes[1]
+    assert not any("nearest" in note for note in found.notes)
     tally = Tally(found.vocabulary)
     tally.count(np.array([3, 3, 1]), np.array([True] * 3), np.array([2, 0, 0]))
     assert (tally.result().compared, tally.result().agreeing) == (3, 2)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from tmm_engine.cli.models import classifier_of
-from tmm_engine.cli.options import device_option, model_option, numbers, opened_source, size, source_options
+from tmm_engine.cli.options import device_option, lines, model_option, numbers, opened_source, size, source_options
 
 
 @click.command("build-index")
@@ -41,6 +41,12 @@ from tmm_engine.cli.options import device_option, model_option, numbers, opened_
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Convert images to grey or RGB. Default: as most are.")
 @click.option("--mean", callback=numbers, metavar="R,G,B", help="Normalisation mean of pixels in [0, 1]. Default: 0.")
 @click.option("--std", callback=numbers, metavar="R,G,B", help="Normalisation standard deviation. Default: 1.")
+@click.option(
+    "--class-names",
+    callback=lines,
+    metavar="FILE",
+    help="Names of the model's classes, in their order, one a line. Default: its own, or those of SOURCE.",
+)
 @click.option("--head", metavar="NAME", help="The final linear layer, where it is not found by itself.")
 @click.option(
     "--neighbours", default="Flat", show_default=True, metavar="FACTORY", help="FAISS factory string; Flat is exact."

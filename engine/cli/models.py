@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MODEL_OPTIONS = (
     "num_classes", "small_stem", "max_pool", "preprocessing", "image_size", "channels", "mean", "std", "head",
+    "class_names",
 )  # fmt: skip
 COMPARED = 256  # images that two readings of a checkpoint are compared on
 CLEARLY = 0.1  # by so much more of the labels the better one must agree with
@@ -48,7 +49,7 @@ def classifier_of(source: "ImageSource", options: dict[str, Any]) -> "Classifier
 def _built(source: "ImageSource", options: dict[str, Any], **changed: Any) -> "Classifier":
     from tmm_engine.index.models.classifier import Classifier
 
-    names = ("weights", "ema", "num_classes", "small_stem", "max_pool", "head", "mean", "std")
+    names = ("weights", "ema", "num_classes", "small_stem", "max_pool", "head", "mean", "std", "class_names")
     processor = None if options["preprocessing"] is None else _transform(options["preprocessing"])
     shape = _image_shape(source, options)
     given = {name: options[name] for name in names}
@@ -124,7 +125,7 @@ def _agreement(source: "ImageSource", classifier: "Classifier", sample: "list[Im
     images = torch.from_numpy(np.stack([record.image for record in sample]))
     with torch.no_grad():
         parts = [classifier.logits(classifier.features(part.float() / 255)) for part in images.split(64)]
-    matched = AdaptedSource.of_new_index(source, classifier.class_names).labels
+    matched = AdaptedSource.of_new_index(source, classifier.class_names, named=classifier.names_given).labels
     labels = [matched.label(record.label, record.id) for record in sample]
     given = np.array([label is not None for label in labels])
     tally = Tally(matched.vocabulary)

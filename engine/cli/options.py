@@ -39,6 +39,19 @@ def numbers(context: click.Context, parameter: click.Parameter, text: str | None
         raise click.BadParameter(f"expected numbers separated by commas, got {text!r}") from None
 
 
+def lines(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Read a text file's lines, without empty ones."""
+    if text is None:
+        return None
+    try:
+        found = tuple(line.strip() for line in Path(text).read_text("utf-8").split("\n") if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"expected a text file with a name in each line, got {text!r}: {error}") from None
+    if not found:
+        raise click.BadParameter(f"expected a text file with a name in each line, got an empty one, {text!r}")
+    return found
+
+
 def modes(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
     """Parse `tmm,l2`; every mode once."""
     if text is None:

@@ -4,6 +4,7 @@ import re
 
 FLAGS = {
     "channels=…": "--channels",
+    "class_names=…": "--class-names",
     "ema=True": "--ema",
     "head=…": "--head",
     "id_prefix=…": "--id-prefix",

@@ -50,6 +50,7 @@ class Classifier:
         former_fingerprint: By the rule of before, where that is another: of the user's code.
         notes: What was guessed or left out when it was made, in words.
         max_pool_assumed: Nothing told whether the small stem is followed by a max-pool; it was taken to be there.
+        names_given: The class names were given by the user, so they are names even if they are numbers.
     """
 
     spec: ModelSpec
@@ -60,6 +61,7 @@ class Classifier:
     former_fingerprint: str = ""
     notes: tuple[str, ...] = ()
     max_pool_assumed: bool = False
+    names_given: bool = False
 
     @classmethod
     @checked
@@ -96,7 +98,9 @@ class Classifier:
         network = own_copy(model)
         asked = Asked(image_shape=image_shape, processor=processor, head=head, mean=mean, std=std)
         made = draft_of_module(network, asked)
-        return _assemble(network, made.spec, made.class_names if class_names is None else class_names, notes=made.notes)
+        names = made.class_names if class_names is None else class_names
+        classifier = _assemble(network, made.spec, names, notes=made.notes)
+        return replace(classifier, names_given=class_names is not None)
 
     @classmethod
     @checked
@@ -167,7 +171,7 @@ class Classifier:
             num_classes=num_classes,
             notes=made.notes,
         )
-        return replace(classifier, max_pool_assumed=made.max_pool_assumed)
+        return replace(classifier, max_pool_assumed=made.max_pool_assumed, names_given=class_names is not None)
 
     @checked
     def save(self, path: str | Path) -> None:

@@ -58,15 +58,17 @@ class AdaptedSource:
                 )
 
     @classmethod
-    def of_new_index(cls, source: ImageSource, class_names: tuple[str, ...]) -> "AdaptedSource":
+    def of_new_index(cls, source: ImageSource, class_names: tuple[str, ...], *, named: bool = False) -> "AdaptedSource":
         """A source as an index that is built of it has it.
 
         Args:
             source: The images.
             class_names: The model's.
+            named: They were given, even if they are numbers.
         """
-        names = source.class_names if source.labelled else None
-        labels = match_labels(source.name, names, Vocabulary(class_names), adopt=True)
+        labels = Matched(Vocabulary(class_names), None)
+        if source.labelled:
+            labels = match_labels(source.name, source.class_names, labels.vocabulary, adopt=True, named=named)
         return cls(source, labels=labels, metadata_types=source.metadata_types)
 
     def __len__(self) -> int:

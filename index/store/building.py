@@ -48,7 +48,7 @@ def write_index(
         ModelError: the features of most images are not finite.
     """
     check_build(target, classifier, overwrite=overwrite, neighbours=neighbours)
-    adapted = AdaptedSource.of_new_index(source, classifier.class_names)
+    adapted = AdaptedSource.of_new_index(source, classifier.class_names, named=classifier.names_given)
     columns = (PlainColumn(classifier), *columns)
     dimensions = {column.name: column.dimension for column in columns}
     report = BuildReport()

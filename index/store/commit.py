@@ -86,8 +86,9 @@ class Change:
 
     def matched(self, source: ImageSource) -> Matched:
         """What a source's labels are in the index; those that are new are its labels with the next commit."""
-        names = source.class_names if source.labelled else None
-        found = match_labels(source.name, names, self.vocabulary)
+        if not source.labelled:
+            return Matched(self.vocabulary, None)
+        found = match_labels(source.name, source.class_names, self.vocabulary)
         self.vocabulary = found.vocabulary
         return found
 

@@ -18,6 +18,10 @@ from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
 
 MAX_REPORTED = 20
 INDIGESTIBLE = "the model's features of this image are not finite numbers (is the image constant?)"
+OTHER_READING = (
+    "warning: the predictions agree with {:.0%} of the labels as their names were read, and with {:.0%} the other way: "
+    "most likely that is what is meant. Give the names of the model's classes, in their order (`class_names=…`)"
+)
 
 
 @dataclass(slots=True)
@@ -98,7 +102,7 @@ def embedded(
         ModelError: the features of most images are not finite.
     """
     report.labels_predicted = not source.labelled
-    tally, indigestible = Tally(source.labels.vocabulary), 0
+    tally, otherwise, indigestible = Tally(source.labels.vocabulary), Tally(source.labels.vocabulary), 0
     records = readable_records(source, classifier, report, strict=strict)
     for group in prefetched(grouped(records, forward_batch_size(classifier.image_shape))):
         batch, bad = embed_records(group, classifier, columns)
@@ -108,6 +112,7 @@ def embedded(
         if batch.records:
             report.exemplars += len(batch.records)
             tally.count(batch.labels, batch.given, batch.predicted)
+            otherwise.count(source.labels.read_otherwise(batch.labels), batch.given, batch.predicted)
             yield batch
     if indigestible > report.exemplars:
         raise ModelError(
@@ -118,6 +123,8 @@ def embedded(
         reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
         raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
     report.agreement = tally.result()
+    if otherwise.result().agreeing > report.agreement.agreeing:
+        report.remarks += (OTHER_READING.format(report.agreement.share, otherwise.result().share),)
     without = report.exemplars - report.agreement.labelled
     if source.labelled and without:
         report.remarks += (f"{without:,} of {report.exemplars:,} images have no label: predictions stand in",)

@@ -88,7 +88,7 @@ class MemoryStore:
         """
         columns, report, batches = (PlainColumn(classifier), *columns), report or BuildReport(), []
         if not isinstance(source, AdaptedSource):
-            source = AdaptedSource.of_new_index(source, classifier.class_names)
+            source = AdaptedSource.of_new_index(source, classifier.class_names, named=classifier.names_given)
         for batch in embedded(source, classifier, columns, report):
             batches.append(batch)
             progress("embedding", report.exemplars, len(source))
