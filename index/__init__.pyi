@@ -1,4 +1,5 @@
 from .errors import ImageError, IndexStateError, InputError, ModelError, TmmEngineError
+from .models.choosing import Choice, settled
 from .models.classifier import Classifier
 from .neighbours.metric import Metric
 from .neighbours.search import Neighbours
@@ -13,6 +14,7 @@ from .store.memory import MemoryStore
 __all__ = [
     "ArraySource",
     "BuildReport",
+    "Choice",
     "Classifier",
     "ExemplarStore",
     "ImageError",
@@ -28,4 +30,5 @@ __all__ = [
     "UnreadableImage",
     "decode_image",
     "open_source",
+    "settled",
 ]

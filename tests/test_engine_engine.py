@@ -59,9 +59,9 @@ def test_the_public_surface():
         "DEFAULT_PRESET", "GlobalRecipe", "PRESETS", "Ranking", "TmmConfig", "TmmNN", "preset",
     ]  # fmt: skip
     assert index_package.__all__ == [
-        "ArraySource", "BuildReport", "Classifier", "ExemplarStore", "ImageError", "ImageRecord", "ImageSource",
-        "IndexStateError", "InputError", "MemoryStore", "Metric", "ModelError", "Neighbours", "TmmEngineError",
-        "UnreadableImage", "decode_image", "open_source",
+        "ArraySource", "BuildReport", "Choice", "Classifier", "ExemplarStore", "ImageError", "ImageRecord",
+        "ImageSource", "IndexStateError", "InputError", "MemoryStore", "Metric", "ModelError", "Neighbours",
+        "TmmEngineError", "UnreadableImage", "decode_image", "open_source", "settled",
     ]  # fmt: skip
     for package in (engine_package, index_package, rerank_package):
         assert all(getattr(package, name) is not None for name in package.__all__)

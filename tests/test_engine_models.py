@@ -1,5 +1,6 @@
 """Models from the command line: what is guessed is said, and what nothing tells is asked for."""
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -7,7 +8,9 @@ from torch import nn
 from torchvision.models import resnet18
 
 from tests.digits import IMAGES, LABELS, write_photos
+from tmm_engine.building import build_index
 from tmm_engine.cli.main import main
+from tmm_engine.index import Classifier, InputError, open_source, settled
 from tmm_engine.index.store.manifest import Manifest
 
 
@@ -60,7 +63,52 @@ def test_where_they_do_not_it_is_asked_for_and_can_be_said(work):
     assert said.exit_code == 0, said.stderr
     assert Manifest.read(work / "a.idx").model.max_pool is True
     kept = build(work, "untrained.pt", "--small-stem")
-    assert "after the small stem a max-pool is taken to be there; --no-max-pool leaves it out" in kept.stderr
+    note = "the max-pool after it is taken to be there, which the weights do not tell (--no-max-pool"
+    assert kept.stderr.count(note) == 1
+
+
+def readings(work, weights):
+    return {
+        f"max_pool={pool}": Classifier.from_architecture(
+            "resnet18", image_shape=(1, 8, 8), weights=work / weights, max_pool=pool
+        )
+        for pool in (True, False)
+    }
+
+
+def test_python_chooses_by_the_labels_as_the_command_line_does(work):
+    photos, fitted = open_source(work / "photos"), readings(work, "fitted.pt")
+    choice = settled(fitted, photos)
+    assert choice.classifier is not None
+    assert choice.classifier.spec.max_pool is False
+    assert choice.shares["max_pool=False"] == 1.0
+    assert choice.classifier.notes == (
+        f"max_pool=False: the model then agrees with 100% of the labels of {len(photos)} images, else with "
+        f"{choice.shares['max_pool=True']:.0%}",
+    )
+    undecided = settled({"one": choice.classifier, "the same": choice.classifier}, photos)
+    assert (undecided.classifier, undecided.shares, undecided.images) == (None, {"one": 1, "the same": 1}, len(photos))
+    nothing = settled(fitted, open_source(np.zeros((2, 1, 8, 8), np.uint8)))
+    assert (nothing.classifier, nothing.shares, nothing.images) == (None, {}, 0)
+    with pytest.raises(InputError, match="expected at least two readings to choose from, got 1"):
+        settled({"alone": choice.classifier}, photos)
+
+
+def test_a_build_in_python_reports_what_was_assumed_of_the_model(work):
+    assumed = Classifier.from_architecture("resnet18", image_shape=(1, 8, 8), weights=work / "untrained.pt")
+    report = build_index(work / "photos", work / "python.idx", assumed, views=0)
+    assert "the max-pool after it is taken to be there" in report.remarks[0]
+
+
+def test_a_saved_classifier_keeps_its_image_shape(work):
+    """Whatever the images have: the size and the channels that it was saved with are its own."""
+    Classifier.from_architecture(
+        "resnet18", image_shape=(3, 12, 12), seed=0, num_classes=10, mean=(0.4,) * 3, std=(0.2,) * 3
+    ).save(work / "saved.safetensors")
+    for options, shape in ((), (3, 12, 12)), (("--image-size", "16"), (3, 16, 16)):
+        done = build(work, "saved.safetensors", *options)
+        assert done.exit_code == 0, done.stderr
+        assert Manifest.read(work / "a.idx").image_shape == shape
 
 
 @pytest.mark.parametrize(

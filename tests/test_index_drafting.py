@@ -1,16 +1,24 @@
 """What a model is made of: checkpoints as trainers leave them, what is guessed and said, what is refused in words."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
+from torchvision.models import Weights, WeightsEnum
 
 from tmm_engine.index.errors import ModelError
-from tmm_engine.index.models import drafting
+from tmm_engine.index.models.checkpoints import fit_names
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.models.drafting import Asked, draft_spec
+from tmm_engine.index.models.pipelines import pipeline_of
+from tmm_engine.index.models.torchvision_weights import torchvision_described, torchvision_weights
+from tmm_engine.index.sources.images import decode_image
 
 SHAPE = (3, 32, 32)
 
@@ -41,6 +49,7 @@ def is_of(classifier, tensors):
         ({"state_dict": under("model.", state())}, "the prefix 'model.' was taken off"),
         ({"state_dict": under("model._orig_mod.", state())}, "the prefix 'model._orig_mod.' was taken off"),
         ({"state_dict": under("net.", state()) | {"criterion.weight": torch.ones(3)}}, "left out: criterion.weight"),
+        (state() | {"criterion.weight": torch.ones(3)}, "left out: criterion.weight"),
         ({"n_averaged": torch.tensor(5), **under("module.", state())}, "left out: n_averaged"),
         ({"model_ema": state()}, "those under 'model_ema' are averaged"),
         (under("module.", {name: tensor.half() for name, tensor in state().items() if "num" not in name}), None),
@@ -61,11 +70,11 @@ def test_checkpoints_as_trainers_leave_them(tmp_path, content, note):
         {"model": state(0), "ema": under("module.", state(1))},
         {"state_dict": under("model.", state(0)) | under("ema_model.module.", state(1))},
         {"state_dict": under("model.", state(0)) | under("model_ema.", state(1)) | {"model_ema.decay": torch.ones(())}},
+        state(0) | under("ema.", state(1)),
+        state(0) | under("ema.module.", state(1)) | {"ema.n_averaged": torch.tensor(3)},
     ],
 )
 def test_raw_and_averaged_weights_in_one_file_are_chosen_between_and_said(tmp_path, both):
-    if "model_ema.decay" in both.get("state_dict", {}):
-        del both["state_dict"]["model_ema.decay"]
     raw, averaged = built(tmp_path, both), built(tmp_path, both, ema=True)
     assert is_of(raw, state(0))
     assert is_of(averaged, state(1))
@@ -73,9 +82,22 @@ def test_raw_and_averaged_weights_in_one_file_are_chosen_between_and_said(tmp_pa
     assert "the averaged (EMA) ones" in averaged.notes[0]
 
 
+def test_a_larger_models_weights_are_not_cut_down(tmp_path):
+    """A part of a checkpoint fits by name and shape: ResNet-34 has all of ResNet-18 and more."""
+    torch.save(torchvision.models.resnet34(num_classes=3).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"unexpected: layer1\.2\."):
+        Classifier.from_architecture("resnet18", image_shape=SHAPE, weights=tmp_path / "w.pt")
+    longer = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 4), nn.Linear(4, 4)).state_dict()
+    shorter = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 4))
+    assert fit_names(longer, shorter).tensors.keys() == longer.keys()
+    assert fit_names(under("net.", longer), shorter).tensors.keys() == under("net.", longer).keys()
+
+
 def test_two_models_in_one_file_are_asked_about(tmp_path):
-    with pytest.raises(ModelError, match=r"several that fit, under 'student\.', 'tutor\.' \(save the one"):
+    with pytest.raises(ModelError, match=r"several that fit, under 'student\.' and under 'tutor\.' \(save the one"):
         built(tmp_path, under("student.", state(0)) | under("tutor.", state(1)))
+    with pytest.raises(ModelError, match=r"several that fit, without a prefix and under 'tutor\.' \(save the one"):
+        built(tmp_path, state(0) | under("tutor.", state(1)))
 
 
 def test_shards_are_read_through_their_index(tmp_path):
@@ -178,10 +200,78 @@ def test_a_small_stem_says_that_its_max_pool_is_assumed(tmp_path):
         Classifier.from_architecture("vgg11", image_shape=SHAPE, seed=0, num_classes=2, max_pool=False)
 
 
-def test_a_checkpoint_of_torchvisions_is_known_by_its_digest(tmp_path):
-    (tmp_path / "resnet18-f37072fd.pth").write_bytes(b"not theirs, whatever its name says")
-    assert drafting.torchvision_weights("resnet18", tmp_path / "resnet18-f37072fd.pth") is None
-    assert drafting.torchvision_weights("no such model", tmp_path / "resnet18-f37072fd.pth") is None
+def own_weights(monkeypatch, architecture, file):
+    """Make a file one that torchvision calls its own, with the transform and the categories of the real one."""
+    real = next(iter(torchvision.models.get_model_weights(architecture)))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    class Own(WeightsEnum):
+        FIRST = Weights(f"https://download.pytorch.org/models/x-{digest[:8]}.pth", real.transforms, real.meta)
+
+    theirs = torchvision.models.get_model_weights
+    monkeypatch.setattr(
+        torchvision.models, "get_model_weights", lambda name: Own if name == architecture else theirs(name)
+    )
+    return real
+
+
+def test_a_checkpoint_of_torchvisions_is_known_by_its_digest(tmp_path, monkeypatch):
+    file = tmp_path / "resnet18-f37072fd.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    assert torchvision_weights("resnet18", file) is None  # whatever its name says
+    assert torchvision_weights("no such model", file) is None
+    real = own_weights(monkeypatch, "resnet18", file)
+    made = Classifier.from_architecture("resnet18", weights=file)
+    assert made.target == pipeline_of(real.transforms()).preprocessing
+    assert (made.spec.mean, made.spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (made.class_names, made.notes) == (tuple(real.meta["categories"]), ())
+    same = Classifier.from_architecture("resnet18", weights=file, image_shape=(3, 224, 224))
+    assert (same.fingerprint, same.class_names, same.notes) == (made.fingerprint, made.class_names, ())
+
+
+def test_another_image_shape_replaces_the_size_of_torchvisions_own_weights_alone(tmp_path, monkeypatch):
+    file = tmp_path / "w.pth"
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), file)
+    real = own_weights(monkeypatch, "shufflenet_v2_x0_5", file)
+    made = Classifier.from_architecture("shufflenet_v2_x0_5", weights=file, image_shape=(3, 96, 96))
+    assert made.target == (3, 96, 96)
+    assert (made.spec.mean, made.spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert made.class_names == tuple(real.meta["categories"])
+    assert "images of (3, 96, 96) take the place of a resize to 256 and a crop of (224, 224)" in made.notes[0]
+    with pytest.raises(ModelError, match=r"expected images of 3 channels.* `image_shape=\(3, h, w\)`"):
+        Classifier.from_architecture("shufflenet_v2_x0_5", weights=file, image_shape=(1, 96, 96))
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
+def test_googlenet_of_torchvisions_weights_sees_what_it_saw_there(tmp_path):
+    """Its network normalises once more (`transform_input`), wherever the transform comes from."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.googlenet(transform_input=True, aux_logits=False, init_weights=False).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    transform = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1.transforms()
+    pixels = np.kron(np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8), np.ones((50, 50, 1)))
+    image = Image.fromarray(pixels.astype(np.uint8))
+    made = Classifier.from_architecture("googlenet", weights=tmp_path / "w.pt", processor=transform)
+    seen = torch.from_numpy(decode_image(image, shape=made.target))[None].float() / 255
+    with torch.no_grad():
+        normalised = made.backbone.get_submodule("normalise")(seen)
+        torch.testing.assert_close(normalised, theirs._transform_input(transform(image)[None]))
+        mine, expected = made.logits(made.features(seen)), theirs(transform(image)[None])
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    assert "normalises once more by itself (transform_input)" in made.notes[0]
+
+
+@pytest.mark.parametrize("architecture", ["googlenet", "inception_v3"])
+def test_weights_that_normalise_once_more_say_so_however_they_are_known(tmp_path, monkeypatch, architecture):
+    (tmp_path / "w.pt").write_bytes(b"theirs")
+    transform = own_weights(monkeypatch, architecture, tmp_path / "w.pt").transforms()
+    told = torchvision_described(architecture, tmp_path / "w.pt", None)
+    assert (told.pipeline.mean, told.pipeline.std) == ((0.5,) * 3, (0.5,) * 3)
+    for by in ({"told": told}, {}):
+        spec, notes = draft_spec(architecture, Asked(processor=None if by else transform), **by)
+        assert (spec.mean, spec.std, len(notes)) == ((0.5,) * 3, (0.5,) * 3, 1)
+    said, _ = draft_spec(architecture, Asked(processor=transform, mean=transform.mean, std=transform.std), told=told)
+    assert (said.mean, said.std) == (tuple(transform.mean), tuple(transform.std))
 
 
 @pytest.mark.parametrize(

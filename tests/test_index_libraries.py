@@ -1,16 +1,20 @@
 """Models of timm, transformers and torchvision: our logits are those of the library's own pipeline."""
 
+import dataclasses
 import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from PIL import Image, ImageOps
 
 from tests.photographs import photographs
 from tmm_engine.index.errors import ModelError
+from tmm_engine.index.labels import Vocabulary, match_labels
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.models.fingerprints import fingerprint
 from tmm_engine.index.models.pipelines import pipeline_of
 from tmm_engine.index.sources.images import decode_image
 
@@ -133,11 +137,61 @@ def test_a_model_of_timm(name, tmp_path, files, opened):
     classifier.save(tmp_path / "saved.safetensors")
     assert Classifier.load(tmp_path / "saved.safetensors").fingerprint == classifier.fingerprint
     at_hand = Classifier.from_module(model)
-    assert (at_hand.target, at_hand.spec.architecture.split(".")[0]) == (
-        classifier.target,
-        f"timm:{name.split('.')[0]}",
-    )
+    assert (at_hand.target, at_hand.fingerprint) == (classifier.target, classifier.fingerprint)
+    assert at_hand.class_names == tuple(map(str, range(CLASSES)))
     assert_same(ours(at_hand, files), theirs)
+
+
+def test_one_model_of_timms_is_one_whatever_its_weights_are_called(tmp_path):
+    model = timm.create_model("test_resnet")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    made = [
+        Classifier.from_architecture("timm:test_resnet", weights=tmp_path / "w.pt"),
+        Classifier.from_architecture("timm:test_resnet.r160_in1k", weights=tmp_path / "w.pt"),
+        Classifier.from_module(model),
+    ]
+    assert {each.fingerprint for each in made} == {made[0].fingerprint}
+    assert {each.spec.architecture for each in made} == {"timm:test_resnet"}
+    assert {each.class_names[281] for each in made} == {"tabby, tabby cat"}
+
+
+def test_a_specification_with_a_tag_as_of_before_builds_and_keeps_its_fingerprint(tmp_path):
+    made = Classifier.from_module(timm.create_model("test_resnet", num_classes=3))
+    tagged = dataclasses.replace(made.spec, architecture="timm:test_resnet.r160_in1k")
+    before = dataclasses.replace(made, spec=tagged)
+    before.save(tmp_path / "w.safetensors")
+    again = Classifier.load(tmp_path / "w.safetensors")
+    network = timm.create_model("test_resnet", num_classes=3)
+    network.load_state_dict(safetensors.torch.load_file(tmp_path / "w.safetensors"))
+    assert again.fingerprint == fingerprint(tagged, network, network.state_dict())
+
+
+def test_names_are_imagenets_only_where_timm_says_so_and_the_head_has_them(tmp_path):
+    many = timm.create_model("test_resnet", num_classes=1000, pretrained_cfg={"tag": "mine", "num_classes": 1000})
+    assert Classifier.from_module(many).class_names[281] == "281"
+    few = timm.create_model("test_resnet", num_classes=3)
+    assert Classifier.from_module(few).class_names == ("0", "1", "2")
+    torch.save(few.state_dict(), tmp_path / "w.pt")
+    made = Classifier.from_architecture("timm:test_resnet.r160_in1k", weights=tmp_path / "w.pt")
+    assert made.class_names == ("0", "1", "2")
+    assert made.notes == ("1,000 known class names are left out: the model has 3 classes",)
+
+
+def test_a_module_brings_its_class_names_even_where_the_image_shape_is_given():
+    model, _ = hf_model("resnet")
+    made = Classifier.from_module(model, image_shape=(3, 64, 64))
+    assert made.class_names == tuple(f"resnet {label}" for label in range(CLASSES))
+    assert match_labels("photos", ["resnet 1", "resnet 0"], Vocabulary(made.class_names), adopt=True).numbers == (1, 0)
+    told = {"architecture": "test_resnet", "label_names": ["dog", "cat"], "num_classes": 2, "input_size": (3, 64, 64)}
+    mine = timm.create_model("test_resnet", num_classes=2, pretrained_cfg=told)
+    assert Classifier.from_module(mine, image_shape=(3, 64, 64)).class_names == ("dog", "cat")
+
+
+def test_a_librarys_model_that_it_cannot_build_again_says_so():
+    changed = Classifier.from_module(timm.create_model("test_resnet", num_classes=3, output_stride=8))
+    assert changed.spec.architecture == "module"
+    assert "computes something else than this model (logits differ by" in changed.notes[0]
+    assert "the model is needed again to open it (`model=…`)" in changed.notes[0]
 
 
 @pytest.mark.parametrize("name", TORCHVISION_MODELS)

@@ -1,6 +1,7 @@
 """What a picture becomes: every way to resize and crop, held to Pillow and torchvision."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from tmm_engine.index.errors import ImageError, ModelError
 from tmm_engine.index.models import preprocessing
+from tmm_engine.index.models.architectures import ModelSpec
 from tmm_engine.index.models.preprocessing import (
     Interpolation,
     OddCrop,
@@ -131,3 +133,29 @@ def test_it_survives_json_and_what_is_damaged_is_refused():
     ):
         with pytest.raises(ModelError, match="expected"):
             Preprocessing.from_json(wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ((preprocessing.Resize.COVER, (0, 0)), {"resampler": Resampler.TORCHVISION, "odd_crop": OddCrop.FLOOR}),
+        (
+            (preprocessing.Resize.NONE, (0, 0)),
+            {"resampler": Resampler.TORCHVISION, "interpolation": Interpolation.BILINEAR},
+        ),
+        ((preprocessing.Resize.EXACT, (16, 15)), {"odd_crop": OddCrop.FLOOR}),
+    ],
+)
+def test_what_has_no_effect_cannot_be_told_apart_but_stays_as_an_index_of_before_has_it(settings, idle):
+    plain, given = Preprocessing((3, 16, 15), *settings), Preprocessing((3, 16, 15), *settings, **idle)
+    assert given == plain
+    stored = plain.to_json() | idle
+    before = Preprocessing.from_json(stored)
+    assert before.to_json() == stored
+    np.testing.assert_array_equal(before(picture(21, 20)), plain(picture(21, 20)))
+
+
+def test_the_default_preprocessing_of_a_model_is_none_at_all():
+    spec = ModelSpec("resnet18", 2, 3, False, (8, 9), (0.0,) * 3, (1.0,) * 3)
+    assert replace(spec, preprocessing=Preprocessing((3, 8, 9))) == spec
+    assert replace(spec, preprocessing=Preprocessing((3, 8, 9), preprocessing.Resize.EXACT, (8, 9))) != spec

@@ -117,7 +117,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
     device = choose_device(options["device"])
     images = opened_source(source, options)
     classifier = classifier_of(images, options).to(device)
-    said = remarks_of(images)
+    said = (*classifier.notes, *remarks_of(images))
     say_remarks(said)
     recipe = GlobalRecipe.of(preset(GLOBAL_PRESET)).with_settings(options["settings"])
     with progress_bar() as progress:

@@ -5,23 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.errors import InputError
 
 if TYPE_CHECKING:
     from tmm_engine.index.models.classifier import Classifier
-    from tmm_engine.index.sources.records import ImageRecord, ImageSource
+    from tmm_engine.index.sources.records import ImageSource
 
 MODEL_OPTIONS = (
     "num_classes", "small_stem", "max_pool", "preprocessing", "image_size", "channels", "mean", "std", "head",
     "class_names",
 )  # fmt: skip
-COMPARED = 256  # images that two readings of a checkpoint are compared on
-CLEARLY = 0.1  # by so much more of the labels the better one must agree with
 
 
 def classifier_of(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
-    """The classifier that the options of build-index describe, for images of the source; what was guessed is said.
+    """The classifier that the options of build-index describe, for a source's images; its notes say what was guessed.
 
     Raises:
         InputError: no model, or a stem that neither weights nor labels tell.
@@ -39,11 +36,7 @@ def classifier_of(source: "ImageSource", options: dict[str, Any]) -> "Classifier
             )
         return Classifier.load(options["weights"])
     classifier = _built(source, options)
-    if classifier.max_pool_assumed:
-        return _settled(source, classifier, options)
-    for note in classifier.notes:
-        click.echo(for_command_line(note), err=True)
-    return classifier
+    return _with_stem(source, options) if classifier.max_pool_assumed else classifier
 
 
 def _built(source: "ImageSource", options: dict[str, Any], **changed: Any) -> "Classifier":
@@ -68,8 +61,10 @@ def _transform(name: str) -> object:
 
 
 def _image_shape(source: "ImageSource", options: dict[str, Any]) -> tuple[int, int, int] | None:
-    """What is asked for, the rest as the source's images are; None where the model brings its own preprocessing."""
-    from tmm_engine.index.models.drafting import brings_shape
+    """What is asked for, the rest as the classifier was saved, else as the source's images are; None where the model
+    brings its own preprocessing.
+    """
+    from tmm_engine.index.models.drafting import brings_shape, saved_shape
 
     size, channels = options["image_size"], options["channels"]
     weights: Path | None = options["weights"]
@@ -79,55 +74,30 @@ def _image_shape(source: "ImageSource", options: dict[str, Any]) -> tuple[int, i
         if size is None or channels is None:
             missing = "--image-size" if size is None else "--channels"
             raise click.UsageError(f"{options['model']} brings its own image shape: to change it, give {missing} too")
-    usual, *usual_size = source.natural_shape() if size is None or channels is None else (0, 0, 0)
+    if size is not None and channels is not None:
+        return int(channels), *size
+    usual, *usual_size = saved_shape(weights) or source.natural_shape()
     height, width = size or usual_size
     return int(channels or usual), height, width
 
 
-def _settled(source: "ImageSource", with_pool: "Classifier", options: dict[str, Any]) -> "Classifier":
-    """Of the two stems that weights do not tell apart the one that agrees with the labels; said, or asked for."""
-    from tmm_engine.index.sources.sampling import sampled
+def _with_stem(source: "ImageSource", options: dict[str, Any]) -> "Classifier":
+    """Of the two stems that weights do not tell apart the one that agrees with the labels, else it is asked for."""
+    from tmm_engine.index.models.choosing import settled
 
-    without = _built(source, options, max_pool=False)
-    for note in without.notes:
-        click.echo(for_command_line(note), err=True)
-    sample = sampled(source, with_pool.target, COMPARED) if source.labelled else []
-    found = [_agreement(source, each, sample) for each in (with_pool, without)]
-    better = max(found)
-    if sample and better - min(found) >= CLEARLY and better >= 2 / with_pool.num_classes:
-        chosen, word = (with_pool, "with") if found[0] == better else (without, "without")
-        click.echo(
-            f"the small stem is taken {word} a max-pool: the model then agrees with {better:.0%} of the labels of "
-            f"{len(sample)} images, else with {min(found):.0%} (--max-pool or --no-max-pool says which)",
-            err=True,
-        )
-        return chosen
+    stems = {
+        f"the small stem is taken {word} a max-pool": _built(source, options, max_pool=pool)
+        for word, pool in (("with", True), ("without", False))
+    }
+    choice = settled(stems, source)
+    if choice.classifier is not None:
+        return choice.classifier
     if options["small_stem"]:
-        click.echo("after the small stem a max-pool is taken to be there; --no-max-pool leaves it out", err=True)
-        return with_pool
-    agreed = f", nor do the labels: {found[0]:.0%} of them agree with it, {found[1]:.0%} without" if sample else ""
+        return _built(source, options)  # whose notes say what it is taken for
+    with_pool, without = choice.shares.values() if choice.shares else (0.0, 0.0)
+    agreed = f", nor do the labels: {with_pool:.0%} of them agree with it, {without:.0%} without"
     raise InputError(
         "the first convolution of the weights is 3×3, as in ResNets for small images, and nothing tells whether a "
-        f"max-pool follows it{agreed}: say --max-pool (as torchvision's) or --no-max-pool (as most for CIFAR)"
+        f"max-pool follows it{agreed if choice.shares else ''}: say --max-pool (as torchvision's) or --no-max-pool (as "
+        "most for CIFAR)"
     )
-
-
-def _agreement(source: "ImageSource", classifier: "Classifier", sample: "list[ImageRecord]") -> float:
-    """With what share of the sample's labels the predictions agree, matched as a build matches them; 0 without any."""
-    import numpy as np
-    import torch
-
-    from tmm_engine.index.agreement import Tally
-    from tmm_engine.index.sources.adapted import AdaptedSource
-
-    if not sample:
-        return 0.0
-    images = torch.from_numpy(np.stack([record.image for record in sample]))
-    with torch.no_grad():
-        parts = [classifier.logits(classifier.features(part.float() / 255)) for part in images.split(64)]
-    matched = AdaptedSource.of_new_index(source, classifier.class_names, named=classifier.names_given).labels
-    labels = [matched.label(record.label, record.id) for record in sample]
-    given = np.array([label is not None for label in labels])
-    tally = Tally(matched.vocabulary)
-    tally.count(np.array([label or 0 for label in labels], dtype=np.int64), given, torch.cat(parts).argmax(1).numpy())
-    return tally.result().share or 0.0

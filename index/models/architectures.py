@@ -42,7 +42,7 @@ class ModelSpec:
         mean: Per channel, in [0, 1] pixel units; subtracted inside φ.
         std: Per channel, positive; divided by inside φ.
         head: Dotted name of the final Linear layer, empty until it is found.
-        preprocessing: How pictures get the image size; None: as `Preprocessing` does by default.
+        preprocessing: How pictures get the image size; None: as `Preprocessing` does by default, which becomes None.
         bgr: The network takes blue first.
         config: Of a model of transformers, as JSON text.
         max_pool: The max-pool after the first convolution is there, where the architecture has one.
@@ -80,6 +80,8 @@ class ModelSpec:
             raise ModelError(f"expected std to be positive, got {self.std}")
         if self.preprocessing is not None and self.preprocessing.shape != self.image_shape:
             raise ModelError(f"expected preprocessing to {self.image_shape}, got one to {self.preprocessing.shape}")
+        if self.preprocessing is not None and self.preprocessing == Preprocessing(self.image_shape):
+            object.__setattr__(self, "preprocessing", None)
 
     @property
     def image_shape(self) -> ImageShape:

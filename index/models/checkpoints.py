@@ -3,7 +3,7 @@
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,20 @@ from tmm_engine.index.errors import ModelError
 EMA_UNDER = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "shadow_params", "averaged_model")
 EMA_WORDS = ("ema", "averaged", "swa", "teacher", "shadow")
 NESTED_UNDER = ("state_dict", "model_state_dict", "model_state", "model", "network", "net", "module", "weights")
+BESIDE = (
+    "criterion",
+    "loss",
+    "losses",
+    "metric",
+    "metrics",
+    "optimizer",
+    "scheduler",
+    "decay",
+    "updates",
+    "step",
+    "epoch",
+)
+"""Words of what a trainer keeps beside a model and that is no part of it."""
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 LISTED = 10
 
@@ -85,7 +99,7 @@ def load_checkpoint(path: Path | str, *, ema: bool = False) -> Fitted:
 
 
 def fit_names(state: Mapping[str, Tensor], model: nn.Module, *, ema: bool = False) -> Fitted:
-    """A checkpoint under the model's own names, where a prefix taken off turns its names into exactly these.
+    """A checkpoint under the model's own names, where these are there, as they are or below a prefix.
 
     Args:
         state: The checkpoint.
@@ -93,16 +107,13 @@ def fit_names(state: Mapping[str, Tensor], model: nn.Module, *, ema: bool = Fals
         ema: Where a prefix of raw and one of averaged (EMA) weights fit, take the averaged ones.
 
     Returns:
-        Without what had no such prefix; as it was where none fits, which `apply_state_dict` then says.
+        Without what a trainer keeps beside them; as it was where nothing fits, which `apply_state_dict` then says.
 
     Raises:
         ModelError: several prefixes fit, and nothing tells which is meant.
     """
     names = set(_plain_names(model.state_dict()))
-    expected = {name for name in names if _must_be_there(name)}
-    if expected <= state.keys():
-        return Fitted(dict(state))
-    fitting = [prefix for prefix in _prefixes(state) if expected <= _below(state, prefix).keys() <= names]
+    fitting = _fitting(state, names)
     averaged = [prefix for prefix in fitting if any(word in prefix.lower() for word in EMA_WORDS)]
     raw = [prefix for prefix in fitting if prefix not in averaged]
     chosen = (averaged if ema else raw) or fitting
@@ -110,25 +121,55 @@ def fit_names(state: Mapping[str, Tensor], model: nn.Module, *, ema: bool = Fals
         return Fitted(dict(state))
     if len(chosen) > 1:
         raise ModelError(
-            f"expected weights of one model, got several that fit, under {', '.join(map(repr, chosen))} (save the one "
-            f"that is meant by itself: {CONVERT})"
+            f"expected weights of one model, got several that fit, {_under(chosen)} (save the one that is meant by "
+            f"itself: {CONVERT})"
         )
+    notes = []
     if averaged and raw:
-        notes = [_both(chosen[0], (raw if ema else averaged)[0], ema=ema)]
-    else:
-        notes = [f"weights: the prefix {chosen[0]!r} was taken off their names"]
-        if left := [name for name in state if not name.startswith(chosen[0])]:
-            notes.append(f"weights: what is not the model's was left out: {_some(left)}")
-    return Fitted(_below(state, chosen[0]), tuple(notes), chosen[0] in averaged)
+        notes.append(_both(_under(chosen), _under((raw if ema else averaged)[:1]), ema=ema))
+    elif chosen[0]:
+        notes.append(f"weights: the prefix {chosen[0]!r} was taken off their names")
+    tensors = {name: tensor for name, tensor in _below(state, chosen[0]).items() if name in names}
+    taken = {chosen[0] + name for name in tensors}
+    others = tuple(prefix for prefix in fitting if prefix and prefix != chosen[0])
+    mine = names if "" in fitting else ()
+    if left := [name for name in state if name not in taken and name not in mine and not name.startswith(others)]:
+        notes.append(f"weights: what is not the model's was left out: {_some(left)}")
+    return Fitted(tensors, tuple(notes), chosen[0] in averaged)
+
+
+def _fitting(state: Mapping[str, Tensor], names: Set[str]) -> list[str]:
+    """The prefixes, none among them, below which the whole model lies, and nothing else that might be a part of one.
+
+    What a trainer keeps beside a model may lie there, and other copies of it; all else would be a larger model's.
+    """
+    expected = {name for name in names if _must_be_there(name)}
+    whole = [prefix for prefix in ("", *_prefixes(state)) if expected <= _below(state, prefix).keys()]
+
+    def is_beside(name: str, prefix: str) -> bool:
+        if any(name.startswith(other) for other in whole if len(other) > len(prefix)):
+            return True
+        top = name.removeprefix(prefix).partition(".")[0]
+        return any(word in top.lower().split("_") for word in (*BESIDE, *EMA_WORDS))
+
+    return [
+        prefix
+        for prefix in whole
+        if all(is_beside(prefix + name, prefix) for name in _below(state, prefix).keys() - names)
+    ]
 
 
 def _both(taken: str, other: str, *, ema: bool) -> str:
     if ema:
-        return f"weights: the averaged (EMA) ones under {taken!r} were taken, not the raw ones under {other!r}"
+        return f"weights: the averaged (EMA) ones {taken} were taken, not the raw ones {other}"
     return (
-        f"weights: there are raw and averaged (EMA) ones; the raw ones under {taken!r} were taken, `ema=True` takes "
-        f"the averaged ones under {other!r}"
+        f"weights: there are raw and averaged (EMA) ones; the raw ones {taken} were taken, `ema=True` takes the "
+        f"averaged ones {other}"
     )
+
+
+def _under(prefixes: Sequence[str]) -> str:
+    return " and ".join(f"under {prefix!r}" if prefix else "without a prefix" for prefix in prefixes)
 
 
 def _must_be_there(name: str) -> bool:
@@ -154,9 +195,10 @@ def _ema_chosen(content: object, *, ema: bool) -> tuple[object, tuple[str, ...],
     if averaged is None:
         return content, (), False
     if raw is None or ema:
-        note = _both(averaged, raw, ema=True) if raw else f"weights: those under {averaged!r} are averaged (EMA) ones"
+        both = _both(f"under {averaged!r}", f"under {raw!r}", ema=True)
+        note = both if raw else f"weights: those under {averaged!r} are averaged (EMA) ones"
         return content[averaged], (note,), True
-    return content, (_both(raw, averaged, ema=False),), False
+    return content, (_both(f"under {raw!r}", f"under {averaged!r}", ema=False),), False
 
 
 def apply_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -98,8 +98,7 @@ class Classifier:
         network = own_copy(model)
         asked = Asked(image_shape=image_shape, processor=processor, head=head, mean=mean, std=std)
         made = draft_of_module(network, asked)
-        names = made.class_names if class_names is None else class_names
-        classifier = _assemble(network, made.spec, names, notes=made.notes)
+        classifier = _assemble(network, made.spec, class_names, told_names=made.class_names, notes=made.notes)
         return replace(classifier, names_given=class_names is not None)
 
     @classmethod
@@ -167,7 +166,8 @@ class Classifier:
         classifier = _assemble(
             made.network,
             made.spec,
-            made.class_names if class_names is None else class_names,
+            class_names,
+            told_names=made.class_names,
             num_classes=num_classes,
             notes=made.notes,
         )
@@ -307,10 +307,14 @@ def _assemble(
     draft: ModelSpec,
     class_names: Sequence[str] | None,
     *,
+    told_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Classifier:
-    """Split, check and freeze ``network``, which is ours from here on; every way to make a classifier ends here."""
+    """Split, check and freeze ``network``, which is ours from here on; every way to make a classifier ends here.
+
+    Names that are told stand in for those of a caller, and are left out where they are of another number of classes.
+    """
     network.float().eval().requires_grad_(False)
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     normalise = Normalise(draft.mean, draft.std, bgr=draft.bgr).to(device)
@@ -320,7 +324,11 @@ def _assemble(
     if num_classes not in (None, logits.shape[1]):
         raise ModelError(f"expected {num_classes} classes, got a model of {logits.shape[1]} (correct num_classes)")
     spec = replace(draft, num_classes=logits.shape[1])
-    names = tuple(map(str, class_names)) if class_names is not None else tuple(map(str, range(spec.num_classes)))
+    if class_names is None and told_names is not None and len(told_names) != spec.num_classes:
+        notes += (f"{len(told_names):,} known class names are left out: the model has {spec.num_classes:,} classes",)
+        told_names = None
+    known = class_names if class_names is not None else told_names
+    names = tuple(map(str, range(spec.num_classes))) if known is None else tuple(map(str, known))
     if len(names) != spec.num_classes:
         raise ModelError(f"expected {spec.num_classes} class names, one per class, got {len(names)}")
     spec = replace(spec, head=_find_head(network, images, logits, draft.head))

@@ -1,12 +1,10 @@
 """What is to become a classifier: a specification and a network, from what is asked for, saved, told by a library."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,14 +28,16 @@ from tmm_engine.index.models.libraries import (
     hf_described,
     is_library,
     module_described,
+    names_of_module,
     timm_described,
 )
 from tmm_engine.index.models.outputs import logits_of
 from tmm_engine.index.models.pipelines import Pipeline, pipeline_of
+from tmm_engine.index.models.torchvision_weights import torchvision_described, torchvision_weights, with_own_input
+from tmm_engine.index.types import ImageShape
 
 METADATA_KEY = "tmm_engine"
 DRAFT_CLASSES = 1000  # torchvision's own default, until the weights tell
-TRANSFORMS_INPUT = ("googlenet", "inception_v3")  # of which torchvision's weights normalise once more by themselves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,9 +83,9 @@ def draft(architecture: str, weights: Path | None, asked: Asked, *, seed: int | 
     told = None if saved and saved.architecture == architecture else _told(architecture, weights, asked, seed)
     if told is not None:
         architecture, weights, names = told.architecture, told.weights or weights, names or told.class_names
-    spec = draft_spec(architecture, asked, saved, told)
+    spec, notes = draft_spec(architecture, asked, saved, told)
     if told is not None and told.network is not None:
-        return Draft(spec, told.network, names)
+        return Draft(spec, told.network, names, notes)
     if spec.is_user_code:
         if seed is not None or asked.small_stem is not None:
             raise ModelError(f"expected neither seed nor small_stem with {architecture!r} (let the factory apply them)")
@@ -93,7 +93,7 @@ def draft(architecture: str, weights: Path | None, asked: Asked, *, seed: int | 
         run_once(template, spec.image_shape)
         return Draft(spec, template, names) if weights is None else _with_weights(spec, template, weights, names, ema)
     if seed is not None and weights is None and asked.num_classes is not None:
-        return Draft(spec, build_model(spec, seed=seed), names)
+        return Draft(spec, build_model(spec, seed=seed), names, notes)
     if weights is None or seed is not None:
         raise ModelError(
             f"expected for {architecture!r} either weights, or a seed and num_classes for random weights, "
@@ -105,7 +105,7 @@ def draft(architecture: str, weights: Path | None, asked: Asked, *, seed: int | 
     network = build_model(spec)
     drop_missing_auxiliaries(network, fitted.tensors)
     apply_state_dict(network, fitted.tensors)
-    notes = fitted.notes
+    notes += fitted.notes
     assumed = spec.small_stem and saved is None and asked.max_pool is None and max_pool_of(network) is not None
     if assumed:
         notes += (
@@ -145,13 +145,7 @@ def _told(architecture: str, weights: Path | None, asked: Asked, seed: int | Non
                 f"image_shape={shape} (leave it out)"
             )
         return told
-    own = None if weights is None or shape is not None else torchvision_weights(architecture, weights)
-    if own is None:
-        return None
-    pipeline = pipeline_of(own.transforms())
-    if architecture in TRANSFORMS_INPUT:
-        pipeline = replace(pipeline, mean=(0.5,) * 3, std=(0.5,) * 3)
-    return LibraryModel(architecture, pipeline, len(own.meta["categories"]), tuple(own.meta["categories"]))
+    return None if weights is None else torchvision_described(architecture, weights, shape)
 
 
 def draft_of_module(network: nn.Module, asked: Asked) -> Draft:
@@ -159,39 +153,33 @@ def draft_of_module(network: nn.Module, asked: Asked) -> Draft:
     if asked.image_shape is not None:
         run_once(network, _shape(asked.image_shape))
     told = module_described(network, asked.processor, needed=asked.image_shape is None)
+    names = names_of_module(network)
     if told is None:
-        return Draft(draft_spec(READY_MODULE, asked), network)
+        return Draft(draft_spec(READY_MODULE, asked)[0], network, names)
     alone = replace(asked, processor=None)
-    spec = draft_spec(told.architecture, alone if asked.image_shape is None else asked, None, told)
-    if not _can_be_built(spec, network):
+    spec, notes = draft_spec(told.architecture, alone if asked.image_shape is None else asked, None, told)
+    if refusal := _refusal(spec, network):
         spec = replace(spec, architecture=READY_MODULE, config="")
-    return Draft(spec, network, told.class_names)
+        notes += (
+            f"{told.architecture} as the library builds it computes something else than this model ({refusal}): an "
+            "index stores it as code of yours, so that the model is needed again to open it (`model=…`)",
+        )
+    return Draft(spec, network, names, notes)
 
 
-def _can_be_built(spec: ModelSpec, network: nn.Module) -> bool:
-    """Whether what the library makes of the specification computes the same with the same weights."""
+def _refusal(spec: ModelSpec, network: nn.Module) -> str | None:
+    """Why what the library makes of the specification does not do for the model; None if both compute the same."""
     images = torch.rand(1, *spec.image_shape, generator=torch.Generator().manual_seed(0))
     try:
         again = build_model(spec)
         again.load_state_dict(network.state_dict())
         with torch.no_grad():
             made, given = (logits_of(each.float().cpu().eval()(images)) for each in (again, copy.deepcopy(network)))
-    except Exception:  # the user's or a library's code may raise anything
-        return False
-    return made.shape == given.shape and torch.equal(made, given)
-
-
-def torchvision_weights(architecture: str, weights: Path) -> Any | None:
-    """The member of torchvision's enumeration whose checkpoint a file is, by its digest; None if it is another's."""
-    import torchvision.models as zoo
-
-    if architecture not in zoo.list_models(module=zoo) or not weights.is_file():
-        return None
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return next(
-        (each for each in zoo.get_model_weights(architecture) if f"-{digest[:8]}." in each.url.rpartition("/")[2]), None
-    )
+    except Exception as error:  # the user's or a library's code may raise anything
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if made.shape != given.shape:
+        return f"logits of {tuple(made.shape)}, not {tuple(given.shape)}"
+    return None if torch.equal(made, given) else f"logits differ by {float((made - given).abs().max()):.3g}"
 
 
 def brings_shape(architecture: str, weights: Path | None) -> bool:
@@ -201,16 +189,26 @@ def brings_shape(architecture: str, weights: Path | None) -> bool:
     if weights is None or not weights.is_file():
         return False
     saved, _ = read_saved(weights)
-    return torchvision_weights(architecture, weights) is not None or bool(saved and saved.preprocessing)
+    return saved.preprocessing is not None if saved else torchvision_weights(architecture, weights) is not None
+
+
+def saved_shape(weights: Path | None) -> ImageShape | None:
+    """(c, h, w) that `Classifier.save` wrote beside the weights, if it was that."""
+    saved, _ = (None, None) if weights is None or not weights.is_file() else read_saved(weights)
+    return None if saved is None else saved.image_shape
 
 
 def draft_spec(
     architecture: str, asked: Asked, saved: ModelSpec | None = None, told: LibraryModel | None = None
-) -> ModelSpec:
-    """What is asked for, else what was saved, else what a library says, else a default; weights may tell the rest."""
-    pipeline = told.pipeline if told else None
+) -> tuple[ModelSpec, tuple[str, ...]]:
+    """(what is asked for, else what was saved, else what a library says, else a default; what was guessed of it).
+
+    Weights may tell the rest.
+    """
+    pipeline, notes = (told.pipeline, told.notes) if told else (None, ())
     if asked.processor is not None:
         pipeline = pipeline_of(asked.processor, channels=asked.image_shape[0] if asked.image_shape else 3)
+        pipeline, notes = with_own_input(architecture, pipeline)
     base = _base(architecture, asked, saved if asked.processor is None else None, pipeline)
     if told is not None:
         base = replace(base, num_classes=told.num_classes, config=told.config)
@@ -222,7 +220,7 @@ def draft_spec(
                 f"expected {name} of pixels in [0, 1], got {tuple(values)}, as of pixels from 0 to 255 (divide mean "
                 "and std by 255)"
             )
-    return replace(
+    spec = replace(
         base,
         num_classes=base.num_classes if asked.num_classes is None else asked.num_classes,
         small_stem=base.small_stem if asked.small_stem is None else asked.small_stem,
@@ -231,6 +229,7 @@ def draft_spec(
         std=base.std if asked.std is None else tuple(map(float, asked.std)),
         head=base.head if asked.head is None else asked.head,
     )
+    return spec, notes
 
 
 def _base(architecture: str, asked: Asked, saved: ModelSpec | None, pipeline: Pipeline | None) -> ModelSpec:

@@ -24,6 +24,7 @@ TIMM, HF = "timm:", "hf:"
 PASSING = frozenset(  # of a configuration: where a model came from and what it calls its classes, not what it computes
     ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id")
 )
+IMAGENET_CLASSES = 1000
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -39,6 +40,7 @@ class LibraryModel:
         config: Of transformers, as JSON text; else empty.
         weights: The file of the weights, where a folder holds it.
         network: With its weights, where the library reads them.
+        notes: What was guessed, in words.
     """
 
     architecture: str
@@ -48,6 +50,7 @@ class LibraryModel:
     config: str = ""
     weights: Path | None = None
     network: nn.Module | None = None
+    notes: tuple[str, ...] = ()
 
 
 def is_library(architecture: str) -> bool:
@@ -99,12 +102,11 @@ def timm_described(name: str, weights: Path | None, image_shape: ImageShape | No
     model = _timm_model(name, classes, None)
     config = timm.data.resolve_data_config(arguments, pretrained_cfg=told or model.pretrained_cfg)
     pipeline = pipeline_of(timm.data.create_transform(**config), channels=config["input_size"][0])
-    names = saved.get("label_names") or told.get("label_names")
     return LibraryModel(
-        f"{TIMM}{name}",
+        _timm_architecture(name),
         pipeline,
         model.num_classes,
-        tuple(map(str, names)) if isinstance(names, list) else None,
+        _timm_names(saved) or _timm_names(told or model.pretrained_cfg),
         weights=_weights_in(folder) if folder is not None and (weights is None or weights.is_dir()) else weights,
     )
 
@@ -139,12 +141,11 @@ def hf_described(folder: Path, *, with_weights: bool) -> LibraryModel:
 def hf_model(network: nn.Module | None, config: Any, processor: object) -> LibraryModel:
     """What a configuration and a processor of transformers say."""
     channels = getattr(config, "num_channels", 3)
-    names = tuple(str(config.id2label[label]) for label in range(config.num_labels))
     return LibraryModel(
         f"{HF}{config.model_type}",
         pipeline_of(processor, channels=channels),
         config.num_labels,
-        None if names == tuple(f"LABEL_{label}" for label in range(len(names))) else names,
+        _hf_names(config),
         config=_config_text(config),
         network=network,
     )
@@ -163,19 +164,60 @@ def module_described(network: nn.Module, processor: object, *, needed: bool) -> 
     """
     if processor is None and not needed:
         return None
-    origin = type(network).__module__.partition(".")[0]
-    told = getattr(network, "pretrained_cfg", None)
-    if origin == "timm" and isinstance(told, Mapping):
+    library, config = _origin(network)
+    if library == TIMM:
         timm = _package("timm", "timm")
         if processor is None:
             processor = timm.data.create_transform(**timm.data.resolve_data_config(model=network))
-        name = ".".join(str(told[key]) for key in ("architecture", "tag") if told.get(key))
-        pipeline = pipeline_of(processor, channels=_first_channels(network))
-        return LibraryModel(f"{TIMM}{name}", pipeline, int(getattr(network, "num_classes", 1000)))
-    config = getattr(network, "config", None)
-    if origin == "transformers" and config is not None:
+        return LibraryModel(
+            _timm_architecture(str(config["architecture"])),
+            pipeline_of(processor, channels=_first_channels(network)),
+            int(getattr(network, "num_classes", IMAGENET_CLASSES)),
+        )
+    if library == HF:
         return hf_model(None, config, processor or _own_processor(config))
     return None
+
+
+def names_of_module(network: nn.Module) -> tuple[str, ...] | None:
+    """The class names that a model of timm or transformers brings, in label order; None if it is none or knows none."""
+    library, config = _origin(network)
+    if library == HF:
+        return _hf_names(config)
+    if library != TIMM:
+        return None
+    names, classes = _timm_names(config), getattr(network, "num_classes", IMAGENET_CLASSES)
+    return names if names and len(names) == classes else None  # a new head keeps the configuration of the old one
+
+
+def _origin(network: nn.Module) -> tuple[str, Any]:
+    """(the library whose model it is, what it says of itself)."""
+    package = type(network).__module__.partition(".")[0]
+    told = getattr(network, "pretrained_cfg", None)
+    if package == "timm" and isinstance(told, Mapping) and told.get("architecture"):
+        return TIMM, told
+    config = getattr(network, "config", None)
+    return (HF, config) if package == "transformers" and config is not None else ("", None)
+
+
+def _timm_architecture(name: str) -> str:
+    """Without the tag, which says whose the weights were and not what the network is."""
+    return f"{TIMM}{name.partition('.')[0]}"
+
+
+def _timm_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What a configuration calls its classes; ImageNet's where its tag says that the weights are."""
+    names = config.get("label_names")
+    if isinstance(names, list | tuple):
+        return tuple(map(str, names))
+    if config.get("num_classes") != IMAGENET_CLASSES or "in1k" not in str(config.get("tag")).split("_"):
+        return None
+    return tuple(_package("timm", "timm").data.ImageNetInfo("imagenet-1k").label_descriptions())
+
+
+def _hf_names(config: Any) -> tuple[str, ...] | None:
+    names = tuple(str(config.id2label[label]) for label in range(config.num_labels))
+    return None if names == tuple(f"LABEL_{label}" for label in range(len(names))) else names
 
 
 def _first_channels(network: nn.Module) -> int:

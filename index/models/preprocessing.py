@@ -67,6 +67,8 @@ class Preprocessing:
     In this order: colour, resize, the centre of `shape`'s size, black where there is nothing. `COVER` resizes in the
     picture's own colours.
 
+    What has no effect is the default, whatever is given, so that equal pixels are of equal values.
+
     Attributes:
         shape: (c, h, w) of what comes out; grey becomes three equal channels, colour its luma (ITU-R 601).
         resize: How.
@@ -97,6 +99,18 @@ class Preprocessing:
             raise ModelError(f"expected positive sides to resize to, equal for the shorter one, got {self.size}")
         if max(math.prod(self.size), math.prod(self.shape[1:])) > MAX_PIXELS:
             raise ModelError(f"expected at most {MAX_PIXELS} pixels, got {self.size} and a crop of {self.shape[1:]}")
+        for name, default in self._without_effect().items():
+            object.__setattr__(self, name, default)
+
+    def _without_effect(self) -> dict[str, Any]:
+        """What the resize leaves nothing to do for, and the default that stands for it."""
+        idle: dict[Resize, tuple[str, ...]] = {
+            Resize.COVER: ("resampler", "odd_crop"),
+            Resize.NONE: ("interpolation", "resampler"),
+            Resize.EXACT: ("odd_crop",) if self.size == self.shape[1:] else (),
+        }
+        names = idle.get(self.resize, ())
+        return {field.name: field.default for field in fields(self) if field.name in names}
 
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "c h w"]:
         """The pixels of an upright L or RGB picture, newly allocated, contiguous and writable.
@@ -163,7 +177,10 @@ class Preprocessing:
                 raise ModelError(f"expected {name!r} of preprocessing to be {kind}, got {value[name]!r}") from None
             if not is_bearable(given[name], kind):  # type: ignore[arg-type]
                 raise ModelError(f"expected {name!r} of preprocessing to be {kind}, got {value[name]!r}")
-        return cls(**given)
+        made = cls(**given)
+        for name in made._without_effect():  # as it was written: the fingerprint of an index of before is of that
+            object.__setattr__(made, name, given[name])
+        return made
 
 
 Target = ImageShape | Preprocessing

@@ -33,7 +33,7 @@ class BuildReport:
         skipped: Images that could not be read, with reasons; the first MAX_REPORTED of them.
         skipped_count: How many in all.
         labels_predicted: True if the source had no labels and the model's predictions stand in.
-        remarks: What was guessed, left out or converted, in sentences.
+        remarks: What was guessed, left out or converted, of the classifier and of the source, in sentences.
         agreement: Of the model's predictions with the labels; None until the end.
     """
 
@@ -153,7 +153,7 @@ def predict(features: Float32[np.ndarray, "n d"], classifier: Classifier) -> Int
 def readable_records(
     source: AdaptedSource, classifier: Classifier, report: BuildReport, *, strict: bool
 ) -> Iterator[ImageRecord]:
-    """The source's readable images, checked, in the classifier's shape; the report counts others and has its remarks.
+    """The source's readable images, checked, in the classifier's shape; the report counts others and has what was said.
 
     Raises:
         InputError: an id is there twice, a label is out of range, or, with `strict`, an image is unreadable.
@@ -166,7 +166,7 @@ def readable_records(
             yield record
         else:
             pass_over(record, report, strict=strict)
-    report.remarks = source.remarks
+    report.remarks = (*classifier.notes, *source.remarks)
 
 
 def _check_new(record: ImageRecord, seen: Set[str]) -> None:
