@@ -79,6 +79,7 @@ def calls() -> Calls:
         "decode_image": (tmm_engine.index.decode_image, {"source": images[0]}),
         "open_source": (tmm_engine.index.open_source, {"source": "gone"}),
         "repair_index": (tmm_engine.repair_index, {"index": "a.idx", "model": network()}),
+        "settled": (tmm_engine.index.settled, {"readings": {"a": classifier, "b": classifier}, "source": source}),
         "verify_index": (tmm_engine.verify_index, {"index": "a.idx", "model": network()}),
         "write_html": (tmm_engine.write_html, shown),
         "write_parquet": (tmm_engine.write_parquet, shown),

@@ -11,6 +11,7 @@ from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.adapted import AdaptedSource
+from tmm_engine.index.sources.opening import SourceLike, as_source
 from tmm_engine.index.sources.records import ImageRecord, ImageSource
 from tmm_engine.index.sources.sampling import sampled
 
@@ -35,7 +36,7 @@ class Choice:
 
 
 @checked
-def settled(readings: Mapping[str, Classifier], source: ImageSource) -> Choice:
+def settled(readings: Mapping[str, Classifier], source: SourceLike) -> Choice:
     """Compare the readings' predictions with the labels of a sample of the source.
 
     One is chosen if it agrees with a tenth of the labels more than every other, and with twice as many as guessing.
@@ -43,7 +44,7 @@ def settled(readings: Mapping[str, Classifier], source: ImageSource) -> Choice:
     Args:
         readings: By what is said of each, as in ``{"with a max-pool": a, "without a max-pool": b}``; at least two, of
             images of one kind.
-        source: Labels are matched as a build matches them.
+        source: As `build_index` takes it; its labels are matched as there.
 
     Raises:
         InputError: fewer than two readings, readings that take other images than the first, or a source of which no
@@ -51,6 +52,7 @@ def settled(readings: Mapping[str, Classifier], source: ImageSource) -> Choice:
     """
     if len(readings) < 2:
         raise InputError(f"expected at least two readings to choose from, got {len(readings)}")
+    source = as_source(source)
     target = next(iter(readings.values())).target
     if other := [name for name, each in readings.items() if each.target != target]:
         raise InputError(f"expected readings of images of one kind, {target}, got {other[0]!r} of another")
