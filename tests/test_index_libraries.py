@@ -246,3 +246,80 @@ def test_a_package_that_is_not_installed_names_the_extra(package, architecture, 
     extra = architecture.partition(":")[0]
     with pytest.raises(ModelError, match=rf"needs the '{extra}' extra: pip install 'tmm-engine\[{extra}\]'"):
         Classifier.from_architecture(architecture, seed=0, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("test_resnet", {"global_pool": "max"}, True),
+        ("test_efficientnet", {"act_layer": "relu"}, True),
+        ("test_vit", {"img_size": 96}, True),
+        ("test_convnext", {"drop_path_rate": 0.1}, False),
+    ],
+)
+def test_what_a_folder_of_timms_says_of_its_model_is_built(name, arguments, told, tmp_path, files, opened):
+    model = seeded(
+        timm.create_model, name, num_classes=CLASSES, side=160 if "img_size" not in arguments else 96, **arguments
+    )
+    timm.models.save_for_hf(
+        model, tmp_path / "folder", model_config={"label_names": {str(n): f"n{n}" for n in range(12)}}
+    )
+    classifier = Classifier.from_architecture(f"timm:{tmp_path / 'folder'}")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    with torch.no_grad():
+        theirs = model(torch.stack([transform(image) for image in opened]))
+    assert_same(ours(classifier, files), theirs)
+    assert classifier.class_names == tuple(f"n{n}" for n in range(12))
+    assert bool(classifier.spec.config) == told
+    classifier.save(tmp_path / "saved.safetensors")
+    assert Classifier.load(tmp_path / "saved.safetensors").fingerprint == classifier.fingerprint
+
+
+def test_class_names_of_timm_by_something_else_than_numbers_are_refused(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=2)
+    timm.models.save_for_hf(model, tmp_path / "folder", model_config={"label_names": {"n01": "ant", "n02": "bee"}})
+    with pytest.raises(ModelError, match="expected 'label_names' as a list or by number from 0 on"):
+        Classifier.from_architecture(f"timm:{tmp_path / 'folder'}")
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"size": {"shortest_edge": 32, "longest_edge": 40}, "crop_size": 32, "do_center_crop": True}, "longest_edge"),
+        ({"image_mean": [0.5, 0.5]}, "expected image_mean of one number or 3, one per channel"),
+        ({"resample": 4}, "resizes by torchvision, which has nearest, bilinear, bicubic, got resample=.* which is box"),
+        ({"resample": 99}, "expected an interpolation of nearest"),
+    ],
+)
+def test_what_of_a_processor_cannot_be_said_is_named(processor, message):
+    options = {"size": {"height": 32, "width": 32}} | processor
+    with pytest.raises(ModelError, match=message):
+        pipeline_of(transformers.ViTImageProcessor(**options))
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        transformers.ViTImageProcessorPil(do_resize=False, do_center_crop=True, crop_size={"height": 24, "width": 24}),
+        transformers.ViTImageProcessor(do_resize=False, do_center_crop=True, crop_size={"height": 24, "width": 24}),
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 24, "width": 24}),
+        transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 24, "width": 24}),
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.25]),
+    ],
+)
+def test_pictures_smaller_than_the_crop_are_padded_as_theirs(processor):
+    pipeline = pipeline_of(processor)
+    for sides in ((23, 30), (30, 23), (21, 19), (27, 20), (24, 24)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8))
+        theirs = processor(images=image, return_tensors="pt")["pixel_values"][0].float()
+        torch.testing.assert_close(pipeline(image), theirs, rtol=0, atol=1e-5)
+
+
+def test_a_configuration_with_a_number_of_labels_of_its_own():
+    sizes = {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 4], "image_size": 64}
+    for names in {0: "a", 1: "b"}, None:
+        config = transformers.PvtConfig(id2label=names, **sizes)
+        model = transformers.AutoModelForImageClassification.from_config(config)
+        made = Classifier.from_module(model, processor=transformers.PvtImageProcessor(size={"height": 64, "width": 64}))
+        assert made.num_classes == model.classifier.out_features
+        assert made.class_names[:2] == ("0", "1")

@@ -44,7 +44,7 @@ class ModelSpec:
         head: Dotted name of the final Linear layer, empty until it is found.
         preprocessing: How pictures get the image size; None: as `Preprocessing` does by default, which becomes None.
         bgr: The network takes blue first.
-        config: Of a model of transformers, as JSON text.
+        config: Of a model of transformers, and what one of timm is built with beside its name, as JSON text.
         max_pool: The max-pool after the first convolution is there, where the architecture has one.
 
     Raises:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from tmm_engine.index.errors import ModelError, nearest
@@ -37,7 +38,7 @@ class LibraryModel:
         pipeline: From a picture to what it takes.
         num_classes: Of the model as it is said; weights may have others.
         class_names: In label order, where it knows any.
-        config: Of transformers, as JSON text; else empty.
+        config: Of transformers, and what a model of timm is built with beside its name, as JSON text; else empty.
         weights: The file of the weights, where a folder holds it.
         network: With its weights, where the library reads them.
         notes: What was guessed, in words.
@@ -65,7 +66,8 @@ def build_library_model(spec: "ModelSpec") -> nn.Module:
         ModelError: the package is not installed, or does not know the model.
     """
     if spec.architecture.startswith(TIMM):
-        return _timm_model(spec.architecture.removeprefix(TIMM), spec.num_classes, spec.image_shape)
+        name, given = spec.architecture.removeprefix(TIMM), json.loads(spec.config or "{}")
+        return _timm_model(name, spec.num_classes, spec.image_shape, given)
     transformers = _package("transformers", "hf")
     try:
         config = transformers.AutoConfig.for_model(**json.loads(spec.config))
@@ -102,11 +104,13 @@ def timm_described(name: str, weights: Path | None, image_shape: ImageShape | No
     model = _timm_model(name, classes, None)
     config = timm.data.resolve_data_config(arguments, pretrained_cfg=told or model.pretrained_cfg)
     pipeline = pipeline_of(timm.data.create_transform(**config), channels=config["input_size"][0])
+    given = _timm_arguments(name, saved.get("model_args"))
     return LibraryModel(
         _timm_architecture(name),
         pipeline,
         model.num_classes,
         _timm_names(saved) or _timm_names(told or model.pretrained_cfg),
+        config=json.dumps(given, sort_keys=True) if given else "",
         weights=_weights_in(folder) if folder is not None and (weights is None or weights.is_dir()) else weights,
     )
 
@@ -208,6 +212,12 @@ def _timm_architecture(name: str) -> str:
 def _timm_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """What a configuration calls its classes; ImageNet's where its tag says that the weights are."""
     names = config.get("label_names")
+    if isinstance(names, dict):
+        numbers = [str(number) for number in range(len(names))]
+        if {*map(str, names)} != {*numbers}:
+            raise ModelError(f"expected 'label_names' as a list or by number from 0 on, got {names!r:.100}")
+        by_number = {str(number): name for number, name in names.items()}
+        return tuple(str(by_number[number]) for number in numbers)
     if isinstance(names, list | tuple):
         return tuple(map(str, names))
     if config.get("num_classes") != IMAGENET_CLASSES or "in1k" not in str(config.get("tag")).split("_"):
@@ -215,8 +225,29 @@ def _timm_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(_package("timm", "timm").data.ImageNetInfo("imagenet-1k").label_descriptions())
 
 
+def _timm_arguments(name: str, given: object) -> dict[str, Any]:
+    """What a folder says that its model was built with, but for what changes nothing of what is computed."""
+    if not isinstance(given, dict):
+        return {}
+    given = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans")}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        plain, wanted = (_timm_model(name, None, None, arguments).eval() for arguments in ({}, given))
+        for parameter in wanted.parameters():
+            parameter.normal_(std=0.1)  # some begin as zeros, and hide what is behind them
+        try:
+            plain.load_state_dict(wanted.state_dict())
+            images = torch.rand(1, *plain.pretrained_cfg["input_size"])
+            return {} if torch.equal(plain(images), wanted(images)) else given
+        except (RuntimeError, AssertionError):  # other tensors, other sizes
+            return given
+
+
 def _hf_names(config: Any) -> tuple[str, ...] | None:
-    names = tuple(str(config.id2label[label]) for label in range(config.num_labels))
+    known = getattr(config, "id2label", None) or {}
+    if any(label not in known for label in range(config.num_labels)):
+        return None  # a configuration with a number of labels of its own
+    names = tuple(str(known[label]) for label in range(config.num_labels))
     return None if names == tuple(f"LABEL_{label}" for label in range(len(names))) else names
 
 
@@ -269,7 +300,9 @@ def _how_to_save(name: str) -> str:
     )
 
 
-def _timm_model(name: str, num_classes: int | None, image_shape: ImageShape | None) -> Any:
+def _timm_model(
+    name: str, num_classes: int | None, image_shape: ImageShape | None, given: Mapping[str, Any] | None = None
+) -> Any:
     timm = _package("timm", "timm")
     if not timm.is_model(name):
         known = timm.list_models()
@@ -277,11 +310,18 @@ def _timm_model(name: str, num_classes: int | None, image_shape: ImageShape | No
             f"expected a model of timm {timm.__version__}, or a folder with its config.json, got {name!r}"
             f"{nearest(name.partition('.')[0], known)}"
         )
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in (given or {}).items()}
+    if num_classes is not None:
+        options["num_classes"] = num_classes
     if image_shape is not None:
         options["in_chans"] = image_shape[0]
         told = timm.get_pretrained_cfg(name)
-        if told is not None and told.fixed_input_size and tuple(told.input_size[1:]) != image_shape[1:]:
+        if (
+            "img_size" not in options
+            and told is not None
+            and told.fixed_input_size
+            and tuple(told.input_size[1:]) != image_shape[1:]
+        ):
             options["img_size"] = image_shape[1:]
     try:
         return timm.create_model(name, pretrained=False, **options)

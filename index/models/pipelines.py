@@ -1,4 +1,4 @@
-"""What other libraries do to a picture before their model sees it, in our words, and held to theirs on two pictures."""
+"""What other libraries do to a picture before their model sees it, in our words, held to theirs on some pictures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +22,9 @@ SILENT_STEPS = (
     "ToDtype",
     "ConvertImageDtype",
 )
+
+BY_TORCHVISION = (Interpolation.NEAREST, Interpolation.BILINEAR, Interpolation.BICUBIC)
+SIDES = ("height", "width", "shortest_edge")
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -51,7 +54,10 @@ class Pipeline:
 
 
 def pipeline_of(processor: object, *, channels: int = 3) -> Pipeline:
-    """What a processor does, as far as it can be said.
+    """What a processor does when it is called on a picture, as far as it can be said.
+
+    Of pictures with transparency that is not always what ``transformers.pipeline`` does, which converts them to RGB
+    before: a processor that converts by itself puts them on white.
 
     Args:
         processor: An image processor of transformers, or an evaluation transform: torchvision's
@@ -78,7 +84,7 @@ def pipeline_of(processor: object, *, channels: int = 3) -> Pipeline:
 
 
 def _check(pipeline: Pipeline, theirs: Transform, name: str) -> None:
-    """Compare with the library's own on two pictures of odd sizes."""
+    """Compare with the library's own on pictures of odd sizes."""
     for image in _pictures(pipeline.preprocessing.shape):
         ours = pipeline(image)
         try:
@@ -100,7 +106,8 @@ def _check(pipeline: Pipeline, theirs: Transform, name: str) -> None:
 def _pictures(shape: tuple[int, int, int]) -> Iterator[Image.Image]:
     channels, height, width = shape
     generator = np.random.default_rng(0)
-    for sides in ((height * 3 // 2 + 7, width * 5 // 2 + 4), (height * 2 + 5, width * 2 // 3 + 3)):
+    smaller = (max(1, height - 1), max(1, width - 3))  # by an odd number: what is added to it has two halves
+    for sides in ((height * 3 // 2 + 7, width * 5 // 2 + 4), (height * 2 + 5, width * 2 // 3 + 3), smaller):
         coarse = generator.integers(0, 256, (*sides, channels), dtype=np.uint8)
         yield Image.fromarray(coarse if channels == 3 else coarse[..., 0])
 
@@ -165,8 +172,8 @@ def _resized(size: int | tuple[int, int] | None, interpolation: object, plain: P
 
 def _interpolation(given: object) -> Interpolation:
     """Of torchvision's and Pillow's enumerations, and Pillow's numbers."""
-    name = Image.Resampling(given).name if isinstance(given, int) else str(getattr(given, "value", given))
     try:
+        name = Image.Resampling(given).name if isinstance(given, int) else str(getattr(given, "value", given))
         return Interpolation(name.lower())
     except ValueError:
         raise ModelError(f"expected an interpolation of {', '.join(Interpolation)}, got {given!r}") from None
@@ -190,23 +197,29 @@ def _of_processor(processor: Any, channels: int) -> Pipeline:
         value = getattr(processor, name, None)
         return default if value is None else value
 
-    size, crop, odd = _asked_size(processor, said)
+    size, crop = _asked_size(processor, said)
     if crop is None:
         raise ModelError(f"{type(processor).__name__} gives images of any size: expected height and width, or a crop")
     interpolation = said("resample", Image.Resampling.BILINEAR)
     made = _resized(size, interpolation, Preprocessing((channels, *crop)))
-    backend = said("backend", "pil")
+    resampler = Resampler.TORCHVISION if said("backend", "pil") == "torchvision" else Resampler.PIL
+    if resampler is Resampler.TORCHVISION and made.interpolation not in BY_TORCHVISION:
+        raise ModelError(
+            f"{type(processor).__name__} resizes by torchvision, which has {', '.join(BY_TORCHVISION)}, got resample="
+            f"{interpolation!r}, which is {made.interpolation} (correct its preprocessor_config.json)"
+        )
+    may_add = made.resize is Resize.NONE or any(have < want for have, want in zip(made.size, crop, strict=True))
     pixel_scale = round(255.0 * said("rescale_factor", 1 / 255), 12) if said("do_rescale", False) else 255.0
     offset = -1.0 if said("rescale_offset", False) and said("do_rescale", False) else 0.0
     normalises = bool(said("do_normalize", False))
-    mean = _per_channel(said("image_mean", 0.0) if normalises else 0.0, channels)
-    std = _per_channel(said("image_std", 1.0) if normalises else 1.0, channels)
+    mean = _per_channel("image_mean", said("image_mean", 0.0) if normalises else 0.0, channels)
+    std = _per_channel("image_std", said("image_std", 1.0) if normalises else 1.0, channels)
     twice = std if said("include_top", False) else (1.0,) * channels  # EfficientNet's divides by std once more
     return Pipeline(
         replace(
             made,
-            resampler=Resampler.TORCHVISION if backend == "torchvision" else Resampler.PIL,
-            odd_crop=odd,
+            resampler=resampler,
+            odd_crop=OddCrop.DOWN if may_add and resampler is Resampler.PIL else OddCrop.FLOOR,
             transparency=Transparency.WHITE if said("do_convert_rgb", False) else Transparency.IGNORED,
         ),
         tuple((value - offset) / pixel_scale for value in mean),
@@ -217,9 +230,13 @@ def _of_processor(processor: Any, channels: int) -> Pipeline:
 
 def _asked_size(
     processor: Any, said: Callable[..., Any]
-) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None, OddCrop]:
-    """(what is resized to, what is cropped to, where an odd crop begins)."""
+) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
+    """(what is resized to, what is cropped to)."""
     size: dict[str, int] = dict(said("size", {}))
+    if said("do_resize", True) and (odd := {key: side for key, side in size.items() if side and key not in SIDES}):
+        raise ModelError(
+            f"{type(processor).__name__} resizes to {odd}, which cannot be said here (what can: {', '.join(SIDES)})"
+        )
     both = (size["height"], size["width"]) if size.get("height") and size.get("width") else None
     resized: int | tuple[int, int] | None = size.get("shortest_edge") or both
     if not said("do_resize", True):
@@ -236,8 +253,11 @@ def _asked_size(
         resized = int(256 / 224 * resized)
     elif name.startswith("PoolFormer") and share and resized is not None:
         resized = int((resized if isinstance(resized, int) else resized[0]) / share)
-    return resized, crop or (resized if isinstance(resized, tuple) else None), OddCrop.FLOOR
+    return resized, crop or (resized if isinstance(resized, tuple) else None)
 
 
-def _per_channel(values: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    return (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
+def _per_channel(name: str, values: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    given = (values,) if isinstance(values, int | float) else tuple(values)
+    if len(given) not in (1, channels):
+        raise ModelError(f"expected {name} of one number or {channels}, one per channel, got {given}")
+    return tuple(map(float, given if len(given) == channels else given * channels))

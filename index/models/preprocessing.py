@@ -47,10 +47,14 @@ class Resampler(StrEnum):
 
 
 class OddCrop(StrEnum):
-    """Where a crop begins, if the number of pixels that it leaves out is odd: half of it as `round` or `floor` say."""
+    """Where a crop begins, if the number of pixels that it leaves out is odd: half of it as `round` or `floor` say.
+
+    Where black is added instead, the smaller half comes first, but for `DOWN`, which is `FLOOR` with the larger one.
+    """
 
     ROUND = "round"
     FLOOR = "floor"
+    DOWN = "down"
 
 
 class Transparency(StrEnum):
@@ -151,7 +155,7 @@ class Preprocessing:
 
     def _start(self, have: int, want: int) -> int:
         if want > have:
-            return -((want - have) // 2)
+            return (have - want) // 2 if self.odd_crop is OddCrop.DOWN else -((want - have) // 2)
         return round((have - want) / 2) if self.odd_crop is OddCrop.ROUND else (have - want) // 2
 
     def to_json(self) -> dict[str, Any]:
