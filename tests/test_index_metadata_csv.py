@@ -50,7 +50,7 @@ def test_what_is_written_is_not_lost(photos: Path):
     found = metadata(source)["digit-3/0003.png"]
     del found["path"]
     assert found == {
-        "code": "007", "phone": "+491", "big": "12345678901234567890", "version": 1.1, "weight": 1.5, "none": None,
+        "code": "007", "phone": "+491", "big": "12345678901234567890", "version": "1.10", "weight": 1.5, "none": None,
     }  # fmt: skip
     assert metadata(source)["digit-0/0000.png"]["code"] == "7"
 

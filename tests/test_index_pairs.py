@@ -71,8 +71,8 @@ def test_pairs_of_tensors_and_arrays(images):
 
 def test_labels_that_are_names_are_sorted_and_said():
     source = open_source([(image, name) for image, name in zip(IMAGES, "cabcab", strict=True)], limit=2)
-    assert (source.class_names, [record.label for record in source.read(SHAPE)]) == (("a", "b", "c"), [2, 0])
-    assert source.remarks == ("list: labels are names: all rows were looked at for 3 classes",)
+    assert (source.class_names, [record.label for record in source.read(SHAPE)]) == (("a", "c"), [1, 0])
+    assert source.remarks == ("list: labels are names: all rows were looked at for 2 classes",)
     tensors = TensorDataset(torch.from_numpy(IMAGES), torch.arange(6))
     assert [record.label for record in open_source(tensors).read(SHAPE)] == list(range(6))
 
@@ -83,6 +83,7 @@ def test_labels_that_are_names_are_sorted_and_said():
         ([], {}, "at least one row"),
         ([{"image": 1}], {}, "expected rows .image, label., or images, got dict with image"),
         ([(1, 2, 3)], {}, "got 3 values"),
+        ({"a": 1}, {}, "a mapping; pass a list of pairs"),
         (Stream(), {}, "Stream"),
         ([(IMAGES[0], 0)], {"split": "train"}, "split"),
         ([(IMAGES[0], 0)], {"root": "x"}, "root"),
@@ -94,10 +95,52 @@ def test_rows_that_cannot_be_used_say_why(rows, options, message):
         open_source(rows, **options)
 
 
-def test_an_odd_label_is_an_unreadable_image():
-    first, second = open_source([(IMAGES[0], 0), (IMAGES[1], 0.5)]).read(SHAPE)
-    assert first.label == 0
-    assert "an integer or a name" in second.reason
+@pytest.mark.parametrize("none", [None, ""])
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ([None, "cat", "dog"], ("cat", "dog"), [None, 0, 1]),
+        (["dog", None, "cat"], ("cat", "dog"), [1, None, 0]),
+        ([None, 3, None], None, [None, 3, None]),
+        ([0, 1, None], None, [0, 1, None]),
+    ],
+)
+def test_a_row_without_a_label_has_none_wherever_it_stands(labels, names, expected, none):
+    source = open_source([(IMAGES[0], none if label is None else label) for label in labels])
+    assert (source.labelled, source.class_names) == (True, names)
+    assert [record.label for record in source.read(SHAPE)] == expected
+
+
+@pytest.mark.parametrize("labels", [[0, "cat"], ["cat", 0], [0, 0.5], [0, np.zeros(2)]])
+def test_labels_of_two_kinds_or_of_none_are_errors_not_images(labels):
+    with pytest.raises(InputError, match=r"row 1 .*integer or a name|all integers or all names"):
+        list(open_source([(IMAGES[0], label) for label in labels]).read(SHAPE))
+
+
+class Counted(Pets):
+    """Counts the rows that are asked for; the first is broken."""
+
+    asked = 0
+
+    def __getitem__(self, row):
+        self.asked += 1
+        if row == 0:
+            raise OSError("gone")
+        return IMAGES[row], self.labels[row]
+
+
+def test_broken_rows_are_unreadable_images_whatever_labels_are_and_no_more_rows_are_asked_for_than_the_limit():
+    for labels, expected in (("dcecde", ("c", "e")), ((0, 1, 2, 0, 1, 2), (1, 2))):
+        rows = Counted(labels)
+        source = open_source(rows, limit=3)
+        assert rows.asked <= 5
+        broken, *others = source.read(SHAPE)
+        assert isinstance(broken, UnreadableImage)
+        assert "row 0 of Counted cannot be read: gone" in broken.reason
+        names = source.class_names if isinstance(labels, str) else range(3)
+        assert tuple(names[row.label] for row in others) == expected
+    named = open_source(Counted(("dog", "dog", "eel")))
+    assert (named.class_names, [row.label for row in list(named.read(SHAPE))[1:]]) == (Pets.classes, [1, 2])
 
 
 def test_a_data_set_of_hugging_face_in_python():

@@ -1,9 +1,12 @@
 import gzip
 import hashlib
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,6 +202,52 @@ def test_folders_of_splits_are_no_classes(tmp_path, names, splits):
 def test_a_folder_that_cannot_be_listed_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="a folder that can be listed"):
         FolderSource(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("where", ["cat", "train/cat", "."])
+def test_archives_and_tables_beside_images_do_not_take_their_place(tmp_path, where):
+    saved(tmp_path / where / "1.png")
+    saved(tmp_path / where / "2.png")
+    with tarfile.open(tmp_path / "backup.tar", "w") as tar:
+        tar.add(tmp_path / where / "1.png", "old/1.png")
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "notes.parquet")
+    source = open_source(tmp_path, split="train" if where.startswith("train") else None)
+    assert (type(source), len(source)) == (FolderSource, 2)
+    assert any("1 .tar" in remark and "1 .parquet" in remark for remark in source.remarks)
+
+
+def test_metadata_in_parquet(tmp_path):
+    saved(tmp_path / "cat" / "1.png")
+    pq.write_table(pa.table({"file_name": ["cat/1.png"], "page": [7]}), tmp_path / "metadata.parquet")
+    source = open_source(tmp_path)
+    assert source.class_names == ("cat",)
+    assert [record.metadata["page"] for record in source.read((3, 6, 5))] == [7]
+    assert source.remarks == ()
+    (tmp_path / "metadata.csv").write_text("file_name,page\ncat/1.png,7\n")
+    with pytest.raises(InputError, match=r"one table of metadata, got metadata\.csv and metadata\.parquet; keep one"):
+        open_source(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="expected readable Parquet"):
+        open_source(tmp_path)
+
+
+def test_one_folder_around_the_class_folders_is_no_class(tmp_path):
+    for name in ("photos/cat/1.png", "photos/dog/1.png", "__MACOSX/._x.png"):
+        saved(tmp_path / name)
+    with pytest.raises(InputError, match=rf"only folders \(cat, dog\); open {tmp_path / 'photos'}, or"):
+        open_source(tmp_path)
+    assert open_source(tmp_path / "photos").class_names == ("cat", "dog")
+    saved(tmp_path / "photos" / "own.png")
+    assert open_source(tmp_path).class_names == ("photos",)
+
+
+def test_what_lies_beside_a_split_is_said(tmp_path):
+    for name in ("train/cat/1.png", "test/cat/1.png", "bus/1.png", "cover.png"):
+        saved(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,page\ntrain/cat/1.png,3\n")
+    remark = "only the folder of the split 'train' is read; left out beside it: bus, 1 image, 1 .csv"
+    assert open_source(tmp_path, split="train").remarks == (remark,)
 
 
 def test_one_odd_image_does_not_decide_for_all(tmp_path):

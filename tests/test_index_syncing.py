@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.builders import finished, opened, snapshot, start, tiny_arrays, tiny_classifier
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, SHAPE
 from tmm_engine.index.errors import ImageError, IndexStateError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
+from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
 from tmm_engine.index.store import target as target_module
 from tmm_engine.index.store.building import write_index
@@ -139,7 +142,7 @@ def test_after_any_history_the_rows_are_those_of_a_fresh_build(history: list[Sta
         for before, now in pairwise(history):
             planned = synced(folder / "idx", source(now, labelled=labelled), delete=True, dry_run=True)
             report = synced(folder / "idx", source(now, labelled=labelled), delete=True)
-            assert replace(planned, version=report.version, dry_run=False) == report
+            assert replace(planned, version=report.version, dry_run=False, agreement=report.agreement) == report
             both = before.keys() & now.keys()
             told = slice(None) if labelled else slice(0, None, 2)  # without labels only pixels and page count
             other = {id_ for id_ in both if before[id_][told] != now[id_][told]}
@@ -327,3 +330,29 @@ def test_peak_memory_grows_only_with_the_ids(tmp_path):
         assert int(added) == n // 2
         peaks.append(int(peak) * 1024)
     assert peaks[1] - peaks[0] < 37e6 + 600 * 120_000
+
+
+def test_ids_in_another_unicode_form_are_the_same(tmp_path):
+    images = np.random.default_rng(4).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
+    names = ["caf\u00e9", "na\u00efve", "plain"]
+    write_index(ArraySource(images, [0, 1, 2], ids=names), tmp_path / "idx", CLASSIFIER)
+    written = ArraySource(images, [0, 1, 3], ids=[unicodedata.normalize("NFD", name) for name in names])
+    report = synced(tmp_path / "idx", written, delete=True)
+    assert (report.added, report.replaced_ids, report.missing_ids, report.unchanged) == (0, ("plain",), (), 2)
+    with pytest.raises(InputError, match="the index has exemplars of these ids: 'caf\u00e9', 'na\u00efve', 'plain'"):
+        add_exemplars(tmp_path / "idx", written, CLASSIFIER)
+
+
+def test_what_lies_beyond_a_limit_is_not_missing(index, tmp_path):
+    for number in range(3):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8) + number).save(tmp_path / f"{number}.png")
+    (tmp_path / "list.csv").write_text("file_name\n0.png\n1.png\n2.png\n")
+    with pytest.raises(InputError, match="got one with a limit"):
+        sync_index(index, open_source(tmp_path / "list.csv", limit=2), CLASSIFIER, delete=True, dry_run=True)
+
+
+def test_what_was_written_is_compared_with_the_predictions(index):
+    report = synced(index, source(plain(*range(22))))
+    assert report.agreement is not None
+    assert report.agreement.labelled == 2
+    assert synced(index, source(plain(*range(22)))).agreement is None

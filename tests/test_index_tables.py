@@ -1,14 +1,20 @@
 """Lists of paths and labels, and data sets of Hugging Face, as sources."""
 
+import io
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from tests.builders import tiny_classifier
+from tmm_engine import build_index
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.hugging_face import SavedDatasetSource
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
+from tmm_engine.index.sources.text_tables import read_text_table
 
 SHAPE = (3, 4, 4)
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -108,3 +114,40 @@ def test_a_dict_of_data_sets_that_was_saved(tmp_path, saved):
     assert colours(open_source(tmp_path / "two", split="test")) == [COLOURS["red"]]
     with pytest.raises(InputError, match="one of the splits train, test, got none"):
         open_source(tmp_path / "two")
+
+
+def test_a_label_that_is_missing_is_none_in_every_table_and_counted(tmp_path):
+    """CSV, JSON Lines, tar: empty or null. An index has the prediction in its place and says how often."""
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8) + ord(name[0])).save(tmp_path / name)
+    (tmp_path / "list.csv").write_text("file_name,label\na.png,cat\nb.png,\n")
+    lines = '{"file_name": "a.png", "label": "cat", "text": "one\u2028two"}\n{"file_name": "b.png", "label": null}\n'
+    (tmp_path / "list.jsonl").write_text(lines, encoding="utf-8")
+    with tarfile.open(tmp_path / "list.tar", "w") as tar:
+        for key, label in (("a", b"cat"), ("b", b"")):
+            tar.add(tmp_path / f"{key}.png", f"{key}.png")
+            member = tarfile.TarInfo(f"{key}.cls")
+            member.size = len(label)
+            tar.addfile(member, io.BytesIO(label))
+    for name in ("list.csv", "list.jsonl", "list.tar"):
+        source = open_source(tmp_path / name)
+        assert source.class_names == ("cat",), name
+        assert [record.label for record in source.read((3, 8, 8))] == [0, None], name
+        report = build_index(source, tmp_path / f"{name}.idx", tiny_classifier(), views=0)
+        assert "1 of 2 images have no label: predictions stand in" in report.remarks, name
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["1.1", "1.10", "1.20"], ["1.1", "1.10", "1.20"]),
+        (["1.50", "2.25", ""], [1.5, 2.25, None]),
+        (["1.5", "2", "-0.25"], [1.5, 2.0, -0.25]),
+        (["1", "NA", "3"], ["1", "NA", "3"]),
+        (["NA", "NA", "null"], ["NA", "NA", "null"]),
+        (["1", "", "3"], [1, None, 3]),
+    ],
+)
+def test_a_column_of_csv_is_of_numbers_where_nothing_is_lost(tmp_path, written, expected):
+    (tmp_path / "list.csv").write_text("path,value\n" + "".join(f"{n}.png,{text}\n" for n, text in enumerate(written)))
+    assert read_text_table(tmp_path / "list.csv")["value"].to_pylist() == expected

@@ -109,7 +109,7 @@ def say_skipped(report: "BuildReport | ChangeReport | SyncReport") -> None:
         click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
 
 
-def say_agreement(report: "BuildReport | ChangeReport") -> None:
+def say_agreement(report: "BuildReport | ChangeReport | SyncReport") -> None:
     """On stderr, how far the model's predictions agree with the labels."""
     for sentence in report.agreement.sentences() if report.agreement else ():
         click.echo(sentence, err=True)

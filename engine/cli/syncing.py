@@ -31,7 +31,7 @@ def sync(index: Path, source: str, **options: Any) -> None:
       engine sync photos.idx photos/
       engine sync photos.idx photos/ --delete --dry-run
     """
-    from tmm_engine.cli.display import progress_bar, say_remarks
+    from tmm_engine.cli.display import progress_bar, say_agreement, say_remarks
     from tmm_engine.engine import Engine
 
     images = opened_source(source, options)
@@ -49,6 +49,7 @@ def sync(index: Path, source: str, **options: Any) -> None:
         )
     say_remarks(report.remarks)
     _print_notes(report, delete=options["delete"])
+    say_agreement(report)
     if report.dry_run:
         _print_plan(report)
     what = (

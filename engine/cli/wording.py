@@ -5,6 +5,7 @@ import re
 FLAGS = {
     "channels=…": "--channels",
     "class_names=…": "--class-names",
+    "delete=True": "--delete",
     "ema=True": "--ema",
     "head=…": "--head",
     "id_prefix=…": "--id-prefix",

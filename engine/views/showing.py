@@ -78,7 +78,8 @@ def meanings(blocks: Sequence[Block]) -> dict[str, list[str]]:
 def facts(result: SearchResult, block: Block) -> str:
     """A row's heading: how many agree, what it took, and what is not in the query's heading or in a note."""
     count = f"{sum(agrees(hit, result) for hit in result.hits)} of {len(result.hits)} in"
-    parts = [f"{count} the query’s class"]
+    unknown = result.true_class is not None and result.true_label is None
+    parts = [f"{count} the class predicted for it" if unknown else f"{count} the query’s class"]
     if result.predicted_label != block.results[0].predicted_label:  # a row may have stretched the query, or not
         predicted = f"here predicted {clip(result.predicted_class)}"
         parts = [predicted, f"{count} that class"] if result.true_class is None else [predicted, *parts]
@@ -90,11 +91,11 @@ def facts(result: SearchResult, block: Block) -> str:
 
 
 def agrees(hit: Hit, result: SearchResult) -> bool:
-    """Whether the neighbour has the query's true label or, where the query has none, the class predicted for it.
+    """Whether the neighbour has the query's true label or, where that is none of the index's, the predicted class.
 
     A label that is no class of the model's is compared with no class: the neighbour's predicted one is.
     """
-    if (result.true_label, result.true_class) != (None, None):
+    if result.true_label is not None:
         return hit.label == result.true_label
     return (hit.label if hit.label_is_class else hit.predicted_label) == result.predicted_label
 

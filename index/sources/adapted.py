@@ -1,12 +1,15 @@
 """A source of images in the terms of an index: its labels, its metadata columns."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.labels import Matched, Vocabulary, match_labels
 from tmm_engine.index.models.preprocessing import Target
+from tmm_engine.index.names import composed
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage, remarks_of
 from tmm_engine.index.types import ImageShape
 
@@ -23,6 +26,7 @@ class AdaptedSource:
         metadata_types: The index's columns; those that the source does not have stay empty.
         id_prefix: Put before every id.
         index: Where the index is, if it is there yet; for messages.
+        ids: Its exemplars'; an id that is one of them but for its Unicode form becomes that.
 
     Raises:
         InputError: the source has a column that the index does not have, or one of another type.
@@ -36,9 +40,12 @@ class AdaptedSource:
         metadata_types: Mapping[str, type],
         id_prefix: str = "",
         index: Path | None = None,
+        ids: Collection[str] = (),
     ) -> None:
         self._source = source
         self._prefix = id_prefix
+        self._ids = ids
+        self._read = self._unlabelled = 0
         self.labels = labels
         self.name = source.name
         self.class_names: tuple[str, ...] | None = labels.vocabulary.names
@@ -76,8 +83,10 @@ class AdaptedSource:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The source's, after what is to be said of its labels."""
-        return (*self.labels.notes, *remarks_of(self._source))
+        """The source's, after what is to be said of its labels; of those that are missing, when all was read."""
+        missing = f"{self._unlabelled:,} of {self._read:,} images have no label: predictions stand in"
+        said = [missing] if self.labelled and self._unlabelled else []
+        return (*self.labels.notes, *remarks_of(self._source), *said)
 
     def natural_shape(self) -> ImageShape:
         """The source's."""
@@ -85,12 +94,25 @@ class AdaptedSource:
 
     def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order; raises InputError for a label that is none of the source's classes."""
+        self._read = self._unlabelled = 0
         for record in self._source.read(shape):
             if isinstance(record, ImageRecord):
+                self._read += 1
+                self._unlabelled += record.label is None
                 label = self.labels.label(record.label, record.id)
-                yield ImageRecord(self._prefix + record.id, record.image, label, self._metadata(record.metadata))
+                yield ImageRecord(self._id(record.id), record.image, label, self._metadata(record.metadata))
             else:
-                yield replace(record, id=self._prefix + record.id)
+                yield replace(record, id=self._id(record.id))
+
+    def _id(self, own: str) -> str:
+        id_ = self._prefix + own
+        return id_ if id_.isascii() or id_ in self._ids else self._by_form.get(composed(id_), id_)
+
+    @cached_property
+    def _by_form(self) -> dict[str, str]:
+        """The index's ids by the form in which those that look the same are the same, where only one is."""
+        forms = Counter(map(composed, self._ids))
+        return {form: id_ for id_ in self._ids if forms[form := composed(id_)] == 1}
 
     def _metadata(self, given: Metadata) -> Metadata:
         values = {name: given.get(name) for name in self.metadata_types}

@@ -42,6 +42,7 @@ class TorchvisionSource(EncodedSource):
         self.class_names = class_names
         self.labelled = True
         self._labels = [int(label) for label in labels[:limit]]
+        self.limited = limit is not None
         self._ids = [f"{split}/{row:08d}" for row in range(len(self._labels))]
         self._files = images[:limit] if isinstance(images, list) else None
         self._arrays = None if isinstance(images, list) else ArraySource(images[:limit], self._labels, ids=self._ids)

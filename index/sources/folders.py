@@ -11,8 +11,7 @@ from tmm_engine.index.sources.images import IMAGE_SUFFIXES
 from tmm_engine.index.sources.listing import Listing, counted, split_names
 from tmm_engine.index.sources.metadata_csv import METADATA_FILES, MetadataTable
 from tmm_engine.index.sources.records import Encoded, EncodedSource, Metadata
-
-_NAMED = 5  # folders that a remark lists
+from tmm_engine.index.wording import some
 
 
 class FolderSource(EncodedSource):
@@ -20,7 +19,7 @@ class FolderSource(EncodedSource):
 
     Class folders are read as torchvision's ImageFolder does: the sub-folders' sorted names are the classes, each is
     searched recursively; one without images stays a class. A flat folder or a single file has no labels. Ids are paths
-    relative to the folder; metadata: ``path``, and the columns of ``metadata.csv`` or ``metadata.jsonl`` in the folder
+    relative to the folder; metadata: ``path``, and the columns of a ``metadata.csv``, ``.jsonl`` or ``.parquet`` in it
     (see `MetadataTable`). Hidden files, folders that systems leave behind (`LEFTOVERS`) and files without a suffix of
     images are left out; pictures in formats that are not read (`UNREAD_SUFFIXES`) are images that cannot be read.
     `remarks` counts both.
@@ -32,7 +31,8 @@ class FolderSource(EncodedSource):
 
     Raises:
         InputError: No images, images beside class folders, a folder that may not be listed, sub-folders that are splits
-            of which none is chosen, or whose name is not UTF-8, or a table of metadata that does not fit.
+            of which none is chosen, or whose name is not UTF-8, one folder around others, or a table of metadata that
+            does not fit.
     """
 
     @checked
@@ -41,6 +41,7 @@ class FolderSource(EncodedSource):
         top = Listing([], [path]) if path.is_file() else Listing.of(path)
         splits = split_names(folder.name for folder in top.folders)
         if splits or split is not None:
+            self._remark(*_beside(top, splits, split))
             path = _split_folder(path, splits, split)
             top = Listing.of(path)
         self.name = printable(path)
@@ -54,6 +55,7 @@ class FolderSource(EncodedSource):
         if not flat:
             files = [(file, label) for label, listing in enumerate(classes.values()) for file in listing.images]
         self._files = files[:limit]
+        self.limited = limit is not None
         left_out = sum((listing.left_out for listing in classes.values()), top.left_out)
         left_out += Counter() if flat else _suffixes(top.images)
         if not any(_readable(file) for file, _ in files):
@@ -65,7 +67,8 @@ class FolderSource(EncodedSource):
         self._table = None
         tables = [path / name for name in METADATA_FILES if path.is_dir() and (path / name).is_file()]
         if len(tables) > 1:
-            raise InputError(f"{path}: expected one table of metadata, got {' and '.join(METADATA_FILES)}; keep one")
+            got = " and ".join(file.name for file in tables)
+            raise InputError(f"{path}: expected one table of metadata, got {got}; keep one")
         for file in tables:
             left_out[file.suffix] -= 1
             table = MetadataTable.read(file, taken=self.metadata_types)
@@ -79,7 +82,7 @@ class FolderSource(EncodedSource):
         return len(self._files)
 
     def _check_classes(self, classes: Mapping[str, Listing], image: Path | None) -> None:
-        """Refuse class folders beside an image, and names that are no text."""
+        """Refuse class folders beside an image, names that are no text, and one folder around the class folders."""
         if image is not None and (filled := [name for name, listing in classes.items() if listing.images]):
             raise InputError(
                 f"{self.name}: expected either images or class folders, got both ({image.name} and "
@@ -87,6 +90,14 @@ class FolderSource(EncodedSource):
             )
         if odd := [name for name in classes if name != printable(name)]:
             raise InputError(f"{self.name}: expected folders with names in UTF-8, got {odd[0]!r}; rename it")
+        if len(classes) == 1 and image is None:
+            [(name, listing)] = classes.items()
+            inside = self._folder / name
+            if listing.images and not (own := Listing.of(inside)).images:
+                raise InputError(
+                    f"{self.name}: expected class folders, got one folder, {name}, in which there are only folders "
+                    f"({some(folder.name for folder in own.folders)}); open {inside}, or put its images into one folder"
+                )
 
     def _encoded(self) -> Iterator[Encoded]:
         for file, label in self._files:
@@ -116,6 +127,14 @@ def _split_folder(path: Path, splits: list[str], split: str | None) -> Path:
     )
 
 
+def _beside(top: Listing, splits: Sequence[str], split: str | None) -> Iterator[str]:
+    """What a user should know of what is not in the split."""
+    others = [folder.name for folder in top.folders if folder.name not in splits]
+    images = f"{len(top.images):,} image{'s' * (len(top.images) > 1)}" if top.images else None
+    if split in splits and (left := [*others, *filter(None, [images, counted(top.left_out)])]):
+        yield f"only the folder of the split {split!r} is read; left out beside it: {some(left)}"
+
+
 def _readable(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES
 
@@ -129,8 +148,7 @@ def _remarks(files: Sequence[tuple[Path, int | None]], empty: Sequence[str], lef
     if unread := _suffixes(file for file, _ in files if not _readable(file)):
         yield f"formats that are not read: {counted(unread)}; convert these images to PNG or JPEG"
     if empty:
-        listed = ", ".join(empty[:_NAMED]) + (f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else "")
-        yield f"folders without images that can be read: {listed}" + (
+        yield f"folders without images that can be read: {some(empty)}" + (
             "" if files[0][1] is None else " (each is a class all the same)"
         )
     if +left_out:

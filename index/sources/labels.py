@@ -24,8 +24,10 @@ class Labels:
     class_names: tuple[str, ...] | None
     numbers: Mapping[Any, int] | None
 
-    def of(self, value: Any) -> int:
-        """The label of a value."""
+    def of(self, value: Any) -> int | None:
+        """The label of a value; None where it is null or empty."""
+        if value is None or value == "":
+            return None
         return int(value) if self.numbers is None else self.numbers[value]
 
     @classmethod
@@ -36,13 +38,13 @@ class Labels:
             source: For messages.
             values: The column, whole: integers, floating point without fractions, booleans or text.
             names: Of the integers, where they have names.
-            rows: The first so many must have a label.
+            rows: So many are read, the first ones.
 
         Returns:
-            None where no row has a label: all are null, or −1, as Hugging Face marks a split without labels.
+            None where no row has a label: all are null or empty, or −1, as Hugging Face marks a split without labels.
 
         Raises:
-            InputError: labels that are null, negative, fractions, or beyond the names.
+            InputError: labels that are negative, fractions, or beyond the names.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -54,11 +56,13 @@ class Labels:
             values = _whole(source, values)
         if pa.types.is_integer(values.type):
             return cls._of_integers(source, values, names, rows)
-        if nulls := values.slice(0, rows).null_count:
-            row = values.slice(0, rows).to_pylist().index(None)
-            raise InputError(f"{source}: expected a label in every row, got null in row {row} and {nulls} such rows")
+        if not pa.types.is_boolean(kind):
+            values = pc.if_else(pc.equal(values, ""), pa.scalar(None, kind), values)
         distinct = sorted(pc.unique(values.drop_null()).to_pylist())
-        return cls(tuple(map(str, distinct)), {value: number for number, value in enumerate(distinct)})
+        if not distinct:
+            return None
+        numbers = {value: number for number, value in enumerate(distinct)}
+        return cls(tuple(map(str, distinct)), numbers)
 
     @classmethod
     def _of_integers(
@@ -66,16 +70,18 @@ class Labels:
     ) -> "Labels | None":
         import pyarrow as pa
 
+        given = values.is_valid().to_numpy()
         numbers = values.cast(pa.int64()).fill_null(-1).to_numpy()
         if (numbers == -1).all():
             return None
         classes = len(names) if names else None
-        wrong = np.flatnonzero((numbers[:rows] < 0) | (numbers[:rows] >= (classes or np.inf)))
+        numbers, given = numbers[:rows], given[:rows]
+        wrong = np.flatnonzero(given & ((numbers < 0) | (numbers >= (classes or np.inf))))
         if wrong.size:
             expected = f"in 0..{classes - 1}" if classes else "of 0 or more"
             got = values[int(wrong[0])].as_py()
             raise InputError(
-                f"{source}: expected labels {expected}, got {'null' if got is None else got} in row {wrong[0]} and "
+                f"{source}: expected labels {expected}, got {got} in row {wrong[0]} and "
                 f"{wrong.size} such rows; drop these rows, or choose another column (`label_column=…`)"
             )
         return cls(tuple(map(str, names)) if names else None, None)

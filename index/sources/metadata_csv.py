@@ -1,16 +1,21 @@
-"""Metadata for a folder of images: `metadata.csv` or `metadata.jsonl` in it, as Hugging Face's image folders have."""
+"""Metadata for a folder of images: `metadata.csv`, `.jsonl` or `.parquet` in it, as Hugging Face's folders have."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.limits import MAX_METADATA_CSV_BYTES
 from tmm_engine.index.names import spelled
 from tmm_engine.index.sources.records import Metadata, free_name, python_type
 from tmm_engine.index.sources.roles import LABEL_NAMES
 from tmm_engine.index.sources.text_tables import read_text_table
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NAME_COLUMNS = ("file_name", "path", "id")  # the first of them names the image, relative to the folder
 
 
@@ -35,7 +40,7 @@ class MetadataTable:
         """Read a table; its columns are those of `read_text_table`, without lists and objects, which `remarks` names.
 
         Args:
-            path: The file, in UTF-8.
+            path: The file; text in UTF-8.
             taken: Names of columns that are in use; a column of such a name is prefixed ``source_``.
 
         Raises:
@@ -43,7 +48,7 @@ class MetadataTable:
         """
         import pyarrow as pa
 
-        table = read_text_table(path)
+        table = read_text_table(path) if path.suffix != ".parquet" else _read_parquet(path)
         key = next((name for name in NAME_COLUMNS if name in table.column_names), None)
         if key is None:
             raise InputError(
@@ -91,3 +96,16 @@ class MetadataTable:
     def of(self, image: str) -> Metadata:
         """The metadata of an image; empty where it has none."""
         return self.rows.get(image) or dict.fromkeys(self.types)
+
+
+def _read_parquet(path: Path) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if (size := path.stat().st_size) > MAX_METADATA_CSV_BYTES:
+            raise InputError(f"{path}: expected at most {MAX_METADATA_CSV_BYTES >> 20} MiB, got {size:,} bytes")
+        table: pa.Table = pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: expected readable Parquet, got {error}; write it again") from error
+    return table

@@ -42,8 +42,9 @@ def open_source(
         source: A data set's name as a string (``mnist``, ``cifar10``, ``svhn``, ``gtsrb``; case, hyphens and
             underscores do not matter; write ``./mnist`` for a folder of that name), a folder of class folders, a flat
             folder of images, one image file, a Parquet file, a folder of Parquet shards, a folder that `datasets`
-            wrote (`save_to_disk`), tar shards of WebDataset, or a list of paths and labels (CSV, JSON Lines). Or a
-            `datasets.Dataset`, an array or a tensor of images, a torch `Dataset` or a list of (image, label).
+            wrote (`save_to_disk`), tar shards of WebDataset, or a list of paths and labels (CSV, JSON Lines); in a
+            folder with images Parquet and tar files are left out. Or a `datasets.Dataset`, an array or a tensor of
+            images, a torch `Dataset` or a list of (image, label).
         split: Of a data set ``train`` (default) or ``test``; of Parquet shards the first part of their names; of a
             folder whose sub-folders are splits the name of one.
         root: Where data sets by name are, or are downloaded to. Default: DATASET_ROOT.
@@ -91,15 +92,15 @@ def _table_kind(path: Path) -> TableKind | None:
         return SavedDatasetSource
     for suffix, kind in ((".parquet", ParquetSource), (".tar", WebDatasetSource)):
         files = shard_files(path, suffix)
-        if files and (files[0].parent == path or not _has_images(path)):
+        if files and not _has_images(path, depth=2 if files[0].parent == path else 1):
             return kind
     return None
 
 
-def _has_images(folder: Path) -> bool:
-    """Whether there are images in the folder or in those directly inside."""
+def _has_images(folder: Path, *, depth: int) -> bool:
+    """Whether there are images in the folder, or in its sub-folders so deep."""
     top = Listing.of(folder)
-    return bool(top.images) or any(Listing.of(sub).images for sub in top.folders)
+    return bool(top.images) or (depth > 0 and any(_has_images(sub, depth=depth - 1) for sub in top.folders))
 
 
 def _rows_source(

@@ -28,9 +28,10 @@ class PairSource(EncodedSource):
     """Rows of an image and its label, or of an image alone; they are asked for one by one, in order.
 
     Images are whatever `decode_image` takes: PIL images, arrays, tensors, paths. Labels are integers, named by the
-    attribute ``classes`` where the rows have one, or names, for which all rows are looked at once; the class names are
-    then the sorted distinct ones. Ids are the row in eight digits; there is no metadata. A row that raises an exception
-    is an image that cannot be read.
+    attribute ``classes`` where the rows have one, or names, of which ``classes`` or else the sorted distinct ones are
+    the class names; a label that is None or empty is none. Where the first label is a name, all rows up to the
+    limit are looked at when the source is opened, else only those up to it. Ids are the row in eight digits; there is
+    no metadata. A row that raises an exception is an image that cannot be read.
 
     Args:
         rows: A torch `Dataset` with a length, or a list.
@@ -38,24 +39,29 @@ class PairSource(EncodedSource):
         name: What an index records as its origin. Default: the kind of the rows.
 
     Raises:
-        InputError: no rows, rows that are neither images nor pairs, or labels that are neither integers nor names.
+        InputError: no rows, rows that are neither images nor pairs, or labels that are neither integers nor names, or
+            some one and some the other; when the source is read, for what was not looked at before.
     """
 
     def __init__(self, rows: Rows, *, limit: int | None = None, name: str | None = None) -> None:
         self.name = name or type(rows).__name__
         self.metadata_types: Mapping[str, type] = {}
+        if isinstance(rows, Mapping):
+            raise InputError(f"{self.name}: expected rows (image, label), got a mapping; pass a list of pairs")
         self._rows = rows
         self._length = min(len(rows), limit or len(rows))
+        self.limited = limit is not None
         if not self._length:
             raise InputError(f"{self.name}: expected at least one row, got none")
-        _, label = _pair(rows[0])
-        self.labelled = label is not None
+        kind = self._kind()
+        self.labelled = kind is not None
         self.class_names = _class_names(rows) if self.labelled else None
-        self._numbers: dict[str, int] | None = None
-        if isinstance(label, str):
-            found = [str(_pair(rows[row])[1]) for row in range(len(rows))]
-            self.class_names, labels = numbered(found, None)
-            self._numbers = dict(zip(found, labels, strict=True))
+        self._places: Mapping[str, int] | None = None
+        if kind is str:
+            found = self._names()
+            known = self.class_names if set(found) <= {*(self.class_names or ())} else None
+            self.class_names, places = numbered(found, known)
+            self._places = dict(zip(found, places, strict=True))
             self._remark(f"{self.name}: labels are names: all rows were looked at for {len(self.class_names)} classes")
 
     def __len__(self) -> int:
@@ -63,26 +69,84 @@ class PairSource(EncodedSource):
 
     def _encoded(self) -> Iterator[Encoded | UnreadableImage]:
         for row in range(self._length):
-            id_ = f"{row:08d}"
-            try:
-                image, label = _pair(self._rows[row])
-                yield Encoded(id_, image, self._number(label), {})
-            except Exception as error:  # somebody else's code, which may raise anything
-                yield UnreadableImage(id_, f"row {row} of {self.name} cannot be read: {error or type(error).__name__}")
+            id_, read = f"{row:08d}", self._row(row)
+            if isinstance(read, UnreadableImage):
+                yield read
+                continue
+            image, label = self._pair(row, read)
+            yield Encoded(id_, image, self._number(row, label), {})
 
-    def _number(self, label: object) -> int | None:
-        if not self.labelled:
+    def _row(self, row: int) -> Any:
+        """What somebody else's code, which may raise anything, gives for a row."""
+        try:
+            return self._rows[row]
+        except Exception as error:
+            reason = f"row {row} of {self.name} cannot be read: {error or type(error).__name__}"
+            return UnreadableImage(f"{row:08d}", reason)
+
+    def _labels(self) -> Iterator[int | str]:
+        """Those of the rows that can be read and have one."""
+        for row in range(self._length):
+            read = self._row(row)
+            if not isinstance(read, UnreadableImage):
+                _, label = self._pair(row, read)
+                if label is not None:
+                    yield label
+
+    def _kind(self) -> type | None:
+        """Of the first label; None where there is none: of images alone only the first is looked at."""
+        for row in range(self._length):
+            read = self._row(row)
+            if isinstance(read, UnreadableImage):
+                continue
+            _, label = self._pair(row, read)
+            if label is not None:
+                return str if isinstance(label, str) else int
+            if not isinstance(read, tuple | list):
+                return None
+        return None
+
+    def _names(self) -> list[str]:
+        """All labels, which are names; each once.
+
+        Raises:
+            InputError: one is a number.
+        """
+        names = dict.fromkeys(self._labels())
+        if numbers := [name for name in names if not isinstance(name, str)]:
+            raise InputError(f"{self.name}: expected labels all integers or all names, got {numbers[0]} among names")
+        return [str(name) for name in names]
+
+    def _pair(self, row: int, read: Any) -> tuple[Any, int | str | None]:
+        """The image and the label of a row.
+
+        Raises:
+            InputError: the row is neither an image nor a pair, or its label is no label.
+        """
+        image, label = _split(read)
+        if isinstance(label, torch.Tensor | np.generic | np.ndarray):
+            label = label.tolist()
+        if label is None or label == "":
+            return image, None
+        if not isinstance(label, Integral | str):
+            raise InputError(f"row {row} of {self.name}: expected an integer or a name as label, got {label!r}")
+        return image, label if isinstance(label, str) else int(label)
+
+    def _number(self, row: int, label: int | str | None) -> int | None:
+        if not self.labelled or label is None:
             return None
-        if self._numbers is not None:
-            return self._numbers[str(label)]
-        number = label.item() if isinstance(label, torch.Tensor | np.generic | np.ndarray) else label
-        if not isinstance(number, Integral):
-            raise InputError(f"expected an integer or a name as label, got {label!r}")
-        return int(number)
+        if self._places is None and not isinstance(label, str):
+            return label
+        if self._places is None or label not in self._places:
+            raise InputError(
+                f"row {row} of {self.name}: expected labels all integers or all names, and the same each time, got "
+                f"{label!r}"
+            )
+        return self._places[str(label)]
 
 
-def _pair(row: object) -> tuple[Any, Any]:
-    """The image and the label, None where there is none.
+def _split(row: object) -> tuple[Any, Any]:
+    """The image and the label as they are, None where there is none.
 
     Raises:
         InputError: the row is neither an image nor a pair.

@@ -143,6 +143,8 @@ class EncodedSource(ABC):
     labelled: bool
     metadata_types: Mapping[str, type]
     remarks: tuple[str, ...] = ()
+    limited = False
+    """Whether a limit was given: what comes after it is not missing."""
 
     def _remark(self, *remarks: str) -> None:
         """Add to what the user is told; nothing twice."""

@@ -98,6 +98,7 @@ class TableSource(EncodedSource):
         if rows == 0:
             raise InputError(f"{name}: expected at least one row, got none")
         self._rows: int = min(rows, limit or rows)
+        self.limited = limit is not None
         features = features_of(schema)
         roles = roles_of(name, schema, features, image=image_column, label=label_column, paths=paths)
         self._image, self._image_type = roles.image, schema.field(roles.image).type
@@ -128,7 +129,7 @@ class TableSource(EncodedSource):
             values = values.cast(values.type.value_type)
         labels = Labels.read(self.name, values, features.get(column, {}).get("names"), rows=self._rows)
         if labels is None:
-            self._remark(f"the column {column!r} has no labels: null, or -1, in all rows")
+            self._remark(f"the column {column!r} has no labels: null, empty, or -1, in all rows")
         return labels
 
     def _metadata_columns(self, schema: "pa.Schema") -> dict[str, type]:

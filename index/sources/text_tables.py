@@ -20,8 +20,9 @@ _MOST_DIGITS = 15  # that floating point holds exactly
 def read_text_table(path: Path) -> "pa.Table":
     """The rows of a CSV file with a header line, or of JSON Lines.
 
-    A column of CSV is of numbers or booleans where each of its values is written as its number would be: ``007`` is
-    text. A column of JSON whose values are of several types becomes text.
+    A column of CSV is of numbers or booleans where each of its values is written as its number would be, or all with as
+    many decimals: ``007`` is text, and so are ``1.1`` and ``1.10`` in one column. Only what is empty is null. A column
+    of JSON whose values are of several types becomes text.
 
     Args:
         path: The file, in UTF-8.
@@ -47,11 +48,12 @@ def _read_csv(path: Path) -> "pa.Table":
     from pyarrow import csv
 
     parsing = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-    guessed = csv.read_csv(path, parse_options=parsing)
+    nothing = {"null_values": [""]}
+    guessed = csv.read_csv(path, parse_options=parsing, convert_options=csv.ConvertOptions(**nothing))
     names = guessed.column_names
     if len(set(names)) != len(names):
         raise InputError(f"{path}: expected different columns, got {', '.join(names)[:200]}")
-    as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), **nothing)
     written = csv.read_csv(path, parse_options=parsing, convert_options=as_text)
     return pa.table([_exact(guessed[name], written[name]) for name in names], names=names)
 
@@ -70,15 +72,24 @@ def _exact(guessed: "pa.ChunkedArray", written: "pa.ChunkedArray") -> "pa.Chunke
         exact = pc.all(pc.equal(guessed.cast(pa.string()), trimmed)).as_py() is not False
     else:
         code = pc.match_substring_regex(trimmed, rf"^(\+|-?0\d|-?\d{{{_MOST_DIGITS + 1},}}$)")
-        exact = pa.types.is_floating(kind) and not pc.any(code).as_py()
+        exact = pa.types.is_floating(kind) and not pc.any(code).as_py() and _same_decimals(trimmed)
     return guessed if exact else written
+
+
+def _same_decimals(written: "pa.ChunkedArray") -> bool:
+    """Whether all have as many decimals, or none ends in a zero that its number does not need."""
+    import pyarrow.compute as pc
+
+    padded = pc.match_substring_regex(written, r"\.\d*[1-9]0+$|\.00+$")
+    decimals = pc.utf8_length(pc.replace_substring_regex(written, r"^[^.]*\.?", ""))
+    return not pc.any(padded).as_py() or len(pc.unique(decimals.drop_null())) == 1
 
 
 def _read_json_lines(path: Path) -> "pa.Table":
     import pyarrow as pa
 
     rows = list[dict[str, Any]]()
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -74,6 +74,7 @@ class WebDatasetSource(EncodedSource):
             reasons = [shard.reason for shard in self._shards if isinstance(shard, UnreadableImage)]
             raise InputError(f"{self.name}: {reasons[0] if reasons else 'expected samples with an image, found none'}")
         self._length = min(len(samples), limit or len(samples))
+        self.limited = limit is not None
         fields = dict.fromkeys(name for sample in samples for name in sample.fields)
         self._label = _label_field(self.name, list(fields), label_column)
         self._values = {name: json_column([sample.fields.get(name) for sample in samples]) for name in fields}
@@ -84,7 +85,7 @@ class WebDatasetSource(EncodedSource):
     def __len__(self) -> int:
         return self._length + sum(isinstance(shard, UnreadableImage) for shard in self._shards)
 
-    def _read_labels(self, samples: Sequence[_Sample]) -> tuple[tuple[str, ...] | None, list[int] | None]:
+    def _read_labels(self, samples: Sequence[_Sample]) -> tuple[tuple[str, ...] | None, list[int | None] | None]:
         """The class names, where there are some, and every sample's label, where they have one."""
         import pyarrow as pa
 
@@ -208,7 +209,8 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
 
 
 def _numbers(values: Sequence[Any]) -> list[Any]:
-    """Labels as integers, where all that are text are written as integers are."""
+    """Labels as integers, where all that are text are written as integers are; empty ones are none."""
+    values = [None if value == "" else value for value in values]
     texts = [value for value in values if isinstance(value, str)]
     if not all(re.fullmatch(r"0|-?[1-9]\d*", text) for text in texts):
         return list(values)

@@ -29,6 +29,7 @@ from tmm_engine.index.store.lance_store import (
 )
 from tmm_engine.index.store.manifest import VERSIONS, older_versions
 from tmm_engine.index.store.where import matching_positions
+from tmm_engine.index.wording import some
 
 NAMED = 3  # ids that a message lists
 
@@ -93,15 +94,16 @@ def add_exemplars(
     """
     with changing(index) as change:
         change.check_model(classifier)
+        present, new = change.ids(), set[str]()
         adapted = AdaptedSource(
             source,
             labels=change.matched(source),
             metadata_types=change.metadata_types,
             id_prefix=id_prefix,
             index=index,
+            ids=present,
         )
         report = BuildReport()
-        present, new = change.ids(), set[str]()
         columns = load_columns(index, change.manifest.columns, classifier)
         writer = change.writer()
         for batch in embedded(adapted, classifier, columns, report, strict=strict):
@@ -227,7 +229,7 @@ def _whole_rows(change: Change, batch_size: int) -> Iterator[pa.Table]:
         wrong = [table["id"][row].as_py() for row, (found, expected) in enumerate(digests) if found != expected]
         if wrong:
             raise IndexStateError(
-                f"{change.index}: image, label or metadata of {', '.join(map(repr, wrong[:NAMED]))} are not what was "
+                f"{change.index}: image, label or metadata of {some(map(repr, wrong), NAMED)} are not what was "
                 f"written ({len(wrong)} exemplars or more); restore the index from a copy, or delete them and add them "
                 f"again"
             )
@@ -236,7 +238,7 @@ def _whole_rows(change: Change, batch_size: int) -> Iterator[pa.Table]:
 
 def _check_free(ids: Sequence[str], present: Mapping[str, int], source: str) -> None:
     if taken := [id_ for id_ in ids if id_ in present]:
-        listed = ", ".join(map(repr, taken[:NAMED])) + (", …" if len(taken) > NAMED else "")
+        listed = some(map(repr, taken), NAMED)
         raise InputError(
             f"{source}: the index has exemplars of these ids: {listed}; nothing was changed. Replace them "
             f"(`replace=True`), or give the new ones other ids (`id_prefix=…`)"

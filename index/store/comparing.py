@@ -36,6 +36,7 @@ class WatchedSource(AdaptedSource):
             metadata_types=change.metadata_types,
             id_prefix=id_prefix,
             index=change.index,
+            ids=change.ids(),
         )
         self.unreadable: set[str] = set()
 

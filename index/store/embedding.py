@@ -125,9 +125,6 @@ def embedded(
     report.agreement = tally.result()
     if otherwise.result().agreeing > report.agreement.agreeing:
         report.remarks += (OTHER_READING.format(report.agreement.share, otherwise.result().share),)
-    without = report.exemplars - report.agreement.labelled
-    if source.labelled and without:
-        report.remarks += (f"{without:,} of {report.exemplars:,} images have no label: predictions stand in",)
 
 
 def embed_records(

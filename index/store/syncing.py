@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Bool
 from lance.fragment import FragmentMetadata
 
+from tmm_engine.index.agreement import Agreement, Tally
 from tmm_engine.index.batches import forward_batch_size, prefetched
 from tmm_engine.index.columns import FEATURE, load_columns
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
-from tmm_engine.index.sources.records import ImageRecord, ImageSource, UnreadableImage
+from tmm_engine.index.sources.records import EncodedSource, ImageRecord, ImageSource, UnreadableImage
 from tmm_engine.index.store.commit import Change, changing, looking
 from tmm_engine.index.store.comparing import Comparison, Differing, WatchedSource
 from tmm_engine.index.store.embedding import (
@@ -48,6 +49,7 @@ class SyncReport:
         skipped_count: How many in all.
         dry_run: Whether nothing was done.
         remarks: What the source guessed, left out or converted, in sentences.
+        agreement: Of the model's predictions with the labels of what was written; None where nothing was.
     """
 
     version: int
@@ -64,6 +66,7 @@ class SyncReport:
     skipped_count: int
     dry_run: bool
     remarks: tuple[str, ...]
+    agreement: Agreement | None = None
 
     @property
     def added(self) -> int:
@@ -109,10 +112,16 @@ def sync_index(
     Raises:
         IndexStateError: no index there, damaged, not writable, full, being written by another process, or with a column
             of features that this program cannot compute.
-        InputError: no image can be read, or a shard of them cannot, an id twice in the source, columns that the index
-            does not have, or, with `strict`, an image that is unreadable or that the model cannot digest.
+        InputError: `delete` with a source that was opened with a limit, no image can be read, or a shard cannot, an id
+            twice in the source, columns that the index does not have, or, with `strict`, an image that is unreadable or
+            that the model cannot digest.
         ModelError: another classifier.
     """
+    if delete and isinstance(source, EncodedSource) and source.limited:
+        raise InputError(
+            f"{source.name}: expected a whole source with `delete=True`, got one with a limit, beyond which everything "
+            f"would count as missing; leave out one of them"
+        )
     with nullcontext(looking(index)) if dry_run else changing(index) as change:
         change.check_model(classifier)
         watched, reading = WatchedSource(source, change, id_prefix), BuildReport()
@@ -147,13 +156,14 @@ def sync_index(
             skipped=report.skipped_count if delete else max(change.manifest.skipped, report.skipped_count),
             labels_predicted=bool(predicted),
         )
-    return replace(report, version=done.version)
+    return replace(report, version=done.version, agreement=rows.tally.result())
 
 
 class _Rows:
     """New rows for what differs, in batches as large as a build's.
 
     Attributes:
+        tally: Of the predictions and labels of what was written.
         indigestible: What there can be no rows for, since the model makes numbers of it that are not finite.
     """
 
@@ -162,6 +172,7 @@ class _Rows:
         self._source, self._classifier = source, classifier
         self._columns = load_columns(change.index, change.manifest.columns, classifier)
         self._writer = change.writer()
+        self.tally = Tally(change.vocabulary)
         self.indigestible: list[UnreadableImage] = []
         self._pending: list[ImageRecord] = []
 
@@ -198,6 +209,7 @@ class _Rows:
         return EmbeddedBatch(records, images, features, predict(features[FEATURE], self._classifier))
 
     def _write(self, batch: EmbeddedBatch) -> None:
+        self.tally.count(batch.labels, batch.given, batch.predicted)
         self._writer.write(stored_columns(batch, self._source.metadata_types))
 
 
