@@ -1,7 +1,7 @@
 """What a search returns: frozen, documented, and convertible to JSON."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -183,8 +183,19 @@ Answer = TypeVar("Answer", bound=SearchResult | FailedQuery)
 class SearchResults(list[Answer], Exports):
     """Answers in the order of their queries: a list that can be turned into what one answer can.
 
-    Consecutive answers to the same query are shown together.
+    Consecutive answers to the same query are shown together. A part of it is one too.
     """
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Answer: ...
+
+    @overload
+    def __getitem__(self, index: slice, /) -> "SearchResults[Answer]": ...
+
+    def __getitem__(self, index: SupportsIndex | slice, /) -> "Answer | SearchResults[Answer]":
+        if isinstance(index, slice):
+            return SearchResults(super().__getitem__(index))
+        return super().__getitem__(index)
 
     def to_arrow(self) -> "pyarrow.Table":
         """As `SearchResult.to_arrow`, one after the other, with a column ``error``.

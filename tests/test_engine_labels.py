@@ -136,6 +136,9 @@ def test_a_neighbour_with_another_label_agrees_by_its_predicted_class(engine: En
     assert (named.true_label, named.true_class) == (5, "Tom")
     assert {agrees(hit, named) for hit in named.hits if hit.class_name == "Tom"} == {True}
     assert sum(agrees(hit, named) for hit in named.hits) == LABELS.count("Tom")
+    unknown = engine.search(Query("q", IMAGES[3] / np.float32(255), "easy"), k=N, mode="l2")
+    assert (unknown.true_label, unknown.true_class) == (None, "easy")
+    assert [agrees(hit, unknown) for hit in unknown.hits] == [agrees(hit, result) for hit in result.hits]
 
 
 @pytest.mark.parametrize(
