@@ -9,6 +9,8 @@ import torch
 
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.descriptors.columns import DESCRIPTORS, ROBUST_FEATURE, Descriptors
+from tmm_engine.index.models.architectures import ModelSpec
+from tmm_engine.index.models.preprocessing import Preprocessing, Resize
 from tmm_engine.index.store.manifest import Manifest
 
 LIBRARIES = ("tmm-engine", "torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
@@ -42,12 +44,30 @@ def describe_index(path: str | Path, *, version: int | None = None) -> dict[str,
         "labels": "predicted by the model, all or some" if manifest.labels_predicted else "given",
         "agreement": _agreement(manifest),
         "model": manifest.model.architecture,
+        "preprocessing": _preprocessing(manifest.model),
         "fingerprint": manifest.fingerprint,
         "descriptors": _descriptors(path, manifest),
         "neighbours": manifest.neighbours,
         "backend": _backend(manifest.backend_speeds),
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }
+
+
+def _preprocessing(model: ModelSpec) -> str:
+    """What is done to a picture before the network, in words."""
+    how = model.preprocessing or Preprocessing(model.image_shape)
+    height, width = how.size
+    size = {
+        Resize.COVER: f"resized to cover {height} × {width} where it has another size",
+        Resize.SHORTEST: f"shorter side resized to {height}",
+        Resize.EXACT: f"resized to {height} × {width}",
+        Resize.NONE: "not resized",
+    }[how.resize]
+    scaled = "" if how.resize is Resize.NONE else f" ({how.interpolation}, {how.resampler})"
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (model.mean, model.std))
+    channels = f"{model.in_channels} channel{'s' if model.in_channels > 1 else ''}{' in BGR' if model.bgr else ''}"
+    crop = f"centre crop of {model.image_size[0]} × {model.image_size[1]}"
+    return f"{size}{scaled}; {crop}; {channels}, mean {mean}, std {std}"
 
 
 def _agreement(manifest: Manifest) -> str:

@@ -63,12 +63,15 @@ class Agreement:
         percent = round(100 * self.share)
         if 0 < self.agreeing < self.compared:
             percent = min(99, max(1, percent))
-        of = "" if self.compared == self.labelled else f" that are its classes ({self.compared:,} of {self.labelled:,})"
-        said = [f"the model's predictions agree with {percent} % of the labels{of}"]
+        labels = "labels"
+        if self.compared < self.labelled:
+            labels = f"{self.compared:,} labels (of {self.labelled:,}) that are its classes"
+        said = [f"the model's predictions agree with {percent} % of the {labels}"]
         if self.near_chance:
             said.append(
-                f"warning: that is near chance ({round(100 * self.chance)} %): do the weights, the preprocessing "
-                f"(mean, std, image size, channels) and the order of the classes belong to this model and these images?"
+                f"warning: that is near chance or below ({round(100 * self.chance)} %): do the weights, the "
+                f"preprocessing (mean, std, image size, channels) and the order of the classes belong to this model "
+                f"and to these images?"
             )
         return said
 

@@ -13,3 +13,12 @@ class Progress(Protocol):
 
 def silent(step: str, done: int, total: int) -> None:
     """Show nothing."""
+
+
+def part_of(progress: Progress, number: int, parts: int) -> Progress:
+    """What reports one of so many equal parts as its share of the whole; parts are counted from 0."""
+
+    def shared(step: str, done: int, total: int) -> None:
+        progress(step, number * total + done, parts * total)
+
+    return shared

@@ -35,8 +35,8 @@ class ExemplarClasses:
         """Which of the two Eq. 3 uses, where labels are no classes; that an exemplar has none its hit says."""
         if not self.others:
             return []
-        why = {"whose label is no class of the model's": self.others, "without a label": self.unlabelled}
+        why = {"with a label that is no class of the model's": self.others, "without a label": self.unlabelled}
         told = " and ".join(f"{count:,} {which}" for which, count in why.items() if count)
         labels = len(self.numbers) - self.others - self.unlabelled
-        rest = f", and the label for the other {labels:,}" if labels else ""
-        return [f"Eq. 3 uses the predicted class for exemplars {told}{rest}"]
+        rest = f", the label of the other {labels:,}" if labels else ""
+        return [f"exemplars' classes (Eq. 3): the model's prediction for {told}{rest}"]

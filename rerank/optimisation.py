@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
 from tmm_engine.rerank.settings import FixedPatch, PatchTrigger, QueryTrigger
 
 INITIAL_STD = 0.01  # τ₀ ~ N(0, 0.01²)
@@ -38,7 +39,12 @@ OwnTrigger = QueryTrigger | PatchTrigger | FixedPatch
 
 @torch.inference_mode(False)  # Eq. 8 needs gradients, whatever the caller's mode
 def make_trigger(
-    classifier: Classifier, queries: Float[Tensor, "q c h w"], settings: OwnTrigger, *, seed: int = 0
+    classifier: Classifier,
+    queries: Float[Tensor, "q c h w"],
+    settings: OwnTrigger,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> TriggerResult:
     """τ for each query, by Adam on Eq. 8.
 
@@ -52,13 +58,14 @@ def make_trigger(
         queries: Pixels in [0, 1].
         settings: Kind, steps, learning rate, tolerance. A `FixedPatch` is not optimised, only evaluated.
         seed: Of τ₀, the same for every query.
+        progress: Told of steps; the last one where all queries have stopped before.
     """
     start, mask = _start(queries, settings, seed)
     if isinstance(settings, FixedPatch):
         search = _Search(classifier, queries, start, mask, lr=0.0, tolerance=0.0)
     else:
         search = _Search(classifier, queries, start, mask, lr=settings.lr, tolerance=settings.tolerance)
-        search.run(settings.steps, check_every=CHECK_EVERY if queries.device.type == "cuda" else 1)
+        search.run(settings.steps, check_every=CHECK_EVERY if queries.device.type == "cuda" else 1, progress=progress)
     return search.result()
 
 
@@ -108,11 +115,13 @@ class _Search:
         self.active = torch.ones(len(queries), dtype=torch.bool, device=queries.device)
         self.steps = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
 
-    def run(self, steps: int, *, check_every: int) -> None:
+    def run(self, steps: int, *, check_every: int, progress: Progress = silent) -> None:
         """At most so many steps; fewer where all queries are found to have stopped, which is asked now and then."""
         for done in range(1, steps + 1):
             self.step()
-            if done % check_every == 0 and not bool(self.active.any()):
+            stopped = done % check_every == 0 and not bool(self.active.any())
+            progress("optimising the trigger", steps if stopped else done, steps)
+            if stopped:
                 break
 
     def step(self) -> None:

@@ -134,7 +134,7 @@ class TmmNN:
                 bit what it is alone; with it triggers differ slightly, since the optimisation amplifies rounding.
             copies: For each query the exemplar that it may be a copy of, where another column of features recognises
                 better; by default the nearest by what is scored. Only where the configuration recognises.
-            progress: Told of exemplars passed through the backbone.
+            progress: Told of steps of optimisation and of exemplars passed through the backbone.
             timings: Of the search that this is a part of.
 
         Raises:
@@ -151,6 +151,7 @@ class TmmNN:
             shared=self.global_trigger,
             together=together,
             timings=timings,
+            progress=progress,
         )
         chosen = candidates(views) if callable(candidates) else candidates or [None] * len(queries)
         plans = [Plan.draw(len(self.store), config, rows) for rows in chosen]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, part_of, silent
 from tmm_engine.rerank.blending import INVISIBLE, apply_trigger, intensity_of
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.optimisation import OwnTrigger, make_trigger
@@ -52,6 +53,7 @@ def find_triggers(
     *,
     shared: GlobalTrigger | None,
     together: bool,
+    progress: Progress = silent,
 ) -> list[FoundTrigger]:
     """Step 1 for every query.
 
@@ -61,6 +63,7 @@ def find_triggers(
         config: The reading of TMM-NN.
         shared: The index's global trigger, if it has one.
         together: Optimise the queries' own triggers jointly.
+        progress: Told of steps of optimisation.
 
     Raises:
         InputError: a global trigger is asked for that the index does not have, or has for another configuration.
@@ -68,7 +71,7 @@ def find_triggers(
     """
     if isinstance(config.trigger, IndexTrigger):
         return [_of_index(shared, queries, config)] * len(queries)
-    return _of_queries(classifier, queries, config.trigger, config, together=together)
+    return _of_queries(classifier, queries, config.trigger, config, together=together, progress=progress)
 
 
 def _of_index(shared: GlobalTrigger | None, queries: Float[Tensor, "q c h w"], config: TmmConfig) -> FoundTrigger:
@@ -89,14 +92,18 @@ def _of_queries(
     config: TmmConfig,
     *,
     together: bool,
+    progress: Progress,
 ) -> list[FoundTrigger]:
     given = config.blending.intensity
     intensities = [intensity_of(query) if given is None else given for query in queries]
     for intensity in intensities:
         _refuse_degenerate(intensity, config.blending)
     found: list[FoundTrigger] = []
-    for part in queries.split(TOGETHER if together else 1):
-        made = make_trigger(classifier, part, settings, seed=config.seed)
+    parts = queries.split(TOGETHER if together else 1)
+    for number, part in enumerate(parts):
+        made = make_trigger(
+            classifier, part, settings, seed=config.seed, progress=part_of(progress, number, len(parts))
+        )
         losses = torch.stack([made.initial_loss, made.loss], dim=1).tolist()
         for trigger, (first, last), steps in zip(made.trigger, losses, made.steps.tolist(), strict=True):
             intensity = intensities[len(found)]

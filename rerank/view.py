@@ -10,6 +10,7 @@ from torch import Tensor
 from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.progress import Progress, silent
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.recognise import Recognised
 from tmm_engine.rerank.settings import TmmConfig
@@ -51,6 +52,7 @@ def view_queries(
     shared: GlobalTrigger | None,
     together: bool,
     timings: Timings,
+    progress: Progress = silent,
 ) -> list[QueryView]:
     """Stretch the queries, find their triggers, embed each with and without.
 
@@ -62,6 +64,7 @@ def view_queries(
         shared: The index's global trigger, if it has one.
         together: Optimise the queries' own triggers jointly.
         timings: Of the search.
+        progress: Told of steps of optimisation.
 
     Raises:
         InputError: a label that is no class; or as `find_triggers`.
@@ -71,7 +74,7 @@ def view_queries(
             raise InputError(f"label: expected 0 to {classifier.num_classes - 1}, got {label}")
     with timings.step("trigger"):
         pixels = stretch_contrast(queries) if config.view.stretch else queries
-        found = find_triggers(classifier, pixels, config, shared=shared, together=together)
+        found = find_triggers(classifier, pixels, config, shared=shared, together=together, progress=progress)
     views = []
     for position, (own, trigger, label) in enumerate(zip(pixels, found, labels, strict=True)):
         with timings.step("embedding", [position]), torch.inference_mode():

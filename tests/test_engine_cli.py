@@ -75,6 +75,10 @@ def test_build_reports_and_info_describes(work: Path):
     assert described["exemplars"] == 120
     assert described["classes"] == [f"digit-{digit}" for digit in range(10)]
     assert described["model"] == "resnet18"
+    assert described["preprocessing"].startswith(
+        "resized to cover 8 × 8 where it has another size (bicubic, pil); centre"
+    )
+    assert described["preprocessing"].endswith("1 channel, mean 0, std 1")
     assert "fingerprint" in run("info", work / "photos.idx").stdout
     assert {"torch", "threads"} <= answers(run("info", "--system", "--json"))[0].keys()
 

@@ -73,7 +73,10 @@ def test_a_life(work: Path):
 def test_sync_brings_the_index_to_what_the_folder_is_now(work: Path):
     index, photos = work / "photos.idx", work / "photos"
     moved = run("sync", index, photos)  # the folder was copied, and a path is metadata
-    assert "0 added, 40 replaced, 0 deleted, 0 unchanged; 0 through the model; version 2" in moved.stdout
+    assert (
+        "0 added, 40 replaced (40 only in label or metadata), 0 deleted, 0 unchanged; 0 through the model; version 2"
+        in moved.stdout
+    )
     nothing = "0 added, 0 replaced, 0 deleted, 40 unchanged; 0 through the model; version 2"
     assert nothing in run("sync", index, photos).stdout
     (photos / "digit-3" / "0003.png").unlink()
@@ -87,14 +90,15 @@ def test_sync_brings_the_index_to_what_the_folder_is_now(work: Path):
     index.chmod(0o755)
     assert planned.stdout.splitlines() == [
         "add digit-3/new.png", "replace digit-4/0004.png", "replace digit-5/0005.png", "delete digit-3/0003.png",
-        f"{index}: 1 added, 2 replaced, 1 deleted, 36 unchanged; 2 through the model; would be the result (dry run), "
-        f"40 exemplars",
+        f"{index}: 1 added, 2 replaced (1 only in label or metadata), 1 deleted, 36 unchanged; 2 through the model; "
+        f"would be the result (dry run), 40 exemplars",
     ]  # fmt: skip
     stays = "1 images could not be read and were skipped\n1 of them are in the index and stay as they were"
     assert stays in planned.stderr
     kept = run("sync", index, photos)
     assert kept.stdout == (
-        f"{index}: 1 added, 2 replaced, 0 deleted, 36 unchanged; 2 through the model; version 3, 41 exemplars\n"
+        f"{index}: 1 added, 2 replaced (1 only in label or metadata), 0 deleted, 36 unchanged; 2 through the model; "
+        f"version 3, 41 exemplars\n"
     )
     assert "1 exemplars are missing from the source and stay (--delete)" in kept.stderr
     gone = run("sync", index, photos, "--delete")

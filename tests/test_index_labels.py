@@ -166,7 +166,7 @@ def test_agreement_counts_labels_that_are_classes():
     found = agreement([0, 1, 2, 5, -1, 3], [0, 1, 3, 1, 2, 3], others=2)
     assert (found.labelled, found.compared, found.agreeing) == (5, 4, 3)
     assert found.share == 0.75
-    assert found.sentences() == ["the model's predictions agree with 75 % of the labels that are its classes (4 of 5)"]
+    assert found.sentences() == ["the model's predictions agree with 75 % of the 4 labels (of 5) that are its classes"]
 
 
 @pytest.mark.parametrize(

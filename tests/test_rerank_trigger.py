@@ -73,15 +73,27 @@ def test_a_querys_own_trigger_is_made_for_it_with_its_intensity(precise, make_qu
 def test_together_so_many_are_optimised_jointly(precise, make_queries, monkeypatch, together, parts):
     made: list[int] = []
 
-    def counted(classifier, queries, how, *, seed):
+    def counted(classifier, queries, how, **options):
         made.append(len(queries))
-        return make_trigger(classifier, queries, how, seed=seed)
+        return make_trigger(classifier, queries, how, **options)
 
     monkeypatch.setattr(module, "make_trigger", counted)
     monkeypatch.setattr(module, "TOGETHER", 2)
     found = found_in(precise, make_queries(5), QUICK, together=together)
     assert made == parts
     assert len(found) == 5
+
+
+@pytest.mark.parametrize(("together", "total"), [(False, 3 * 12), (True, 2 * 12)])
+def test_optimisation_reports_its_steps_as_one_piece_of_work(precise, make_queries, monkeypatch, together, total):
+    monkeypatch.setattr(module, "TOGETHER", 2)
+    said: list[tuple[str, int, int]] = []
+    find_triggers(
+        precise, make_queries(3), QUICK, shared=None, together=together, progress=lambda *now: said.append(now)
+    )
+    assert {step for step, _, _ in said} == {"optimising the trigger"}
+    assert [done for _, done, _ in said] == sorted(done for _, done, _ in said)
+    assert (said[-1][1], said[-1][2]) == (total, total)
 
 
 def test_a_constant_query_is_refused_before_anything_is_optimised(precise, make_queries, monkeypatch):

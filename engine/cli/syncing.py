@@ -52,8 +52,10 @@ def sync(index: Path, source: str, **options: Any) -> None:
     say_agreement(report)
     if report.dry_run:
         _print_plan(report)
+    same_pixels = report.added + report.replaced - report.embedded
+    of_these = f" ({same_pixels:,} only in label or metadata)" if same_pixels else ""
     what = (
-        f"{report.added:,} added, {report.replaced:,} replaced, {report.deleted:,} deleted, "
+        f"{report.added:,} added, {report.replaced:,} replaced{of_these}, {report.deleted:,} deleted, "
         f"{report.unchanged:,} unchanged; {report.embedded:,} through the model"
     )
     state = "would be the result (dry run)" if report.dry_run else f"version {report.version}"

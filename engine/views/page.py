@@ -54,6 +54,7 @@ def write_html(
     page = template.render(
         blocks=blocks,
         meanings=meanings(blocks),
+        own_labels=any(not hit.label_is_class for block in blocks for result in block.results for hit in result.hits),
         exemplars=next((result.exemplars for block in blocks for result in block.results), None),
         title=title,
         index_name=index_name,

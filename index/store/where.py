@@ -144,6 +144,6 @@ def _is_hidden(kind: pa.DataType) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Lance's message without where in its source it comes from."""
+    """Lance's message without where in its source it comes from, and without all columns, hidden ones too."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.sub(r", /\S+\.rs:\d+:\d+.*", "", first)
+    return re.sub(r"(, /\S+\.rs:\d+:\d+|\.? Valid fields are).*", "", first)
