@@ -118,7 +118,7 @@ def test_eq_3_uses_the_label_where_it_is_a_class_else_the_prediction_and_the_ans
     assert classes.numbers.tolist() == expected
     result = engine.search(IMAGES[1], k=5, config=quick(trigger_steps=5, head_steps=10))
     [note] = [note for note in result.notes if "Eq. 3" in note]
-    assert "20 whose label is no class of the model's and 5 without a label, and the label for the other 15" in note
+    assert "20 with a label that is no class of the model's and 5 without a label, the label of the other 15" in note
     as_numbers = MemoryStore.of(ArraySource(IMAGES, expected), classifier)
     query = torch.from_numpy(IMAGES[1]).float() / 255.0
     ranking = TmmNN(classifier, as_numbers).rank(query, k=5, config=quick(trigger_steps=5, head_steps=10))
