@@ -15,6 +15,7 @@ SUMMARIES = {
     "ablation": "What is each choice in TMM-NN worth?",
     "ood": "How often does a foreign exemplar outrank the true one?",
     "oracle": "What does a judge from outside say of the neighbours?",
+    "audit": "Does an audit find planted copies, leaks, wrong labels and foreign images?",
     "candidates": "What do candidate sets and the global trigger give up?",
     "latency": "How long does every path take?",
     "reliability": "What is lost or wrong under faults and hostile input?",

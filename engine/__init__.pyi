@@ -1,3 +1,5 @@
+from .auditing.findings import Audit, Evidence, Finding, Kind, Known, Rule
+from .auditing.writing import write_audit
 from .building import build_index
 from .engine import Engine
 from .options import Mode, Prefilter, SearchOptions
@@ -10,12 +12,18 @@ from .views.picture import write_png
 from .views.table import write_parquet
 
 __all__ = [
+    "Audit",
     "Engine",
+    "Evidence",
     "FailedQuery",
+    "Finding",
     "Hit",
+    "Kind",
+    "Known",
     "Mode",
     "Prefilter",
     "Query",
+    "Rule",
     "SearchOptions",
     "SearchResult",
     "SearchResults",
@@ -23,6 +31,7 @@ __all__ = [
     "build_index",
     "repair_index",
     "verify_index",
+    "write_audit",
     "write_html",
     "write_parquet",
     "write_png",

@@ -10,11 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from tmm_engine.auditing.auditing import audit_snapshot, find_known
+from tmm_engine.auditing.findings import Audit, Kind, Known
+from tmm_engine.auditing.options import NEIGHBOURS, RATE, AuditOptions
+from tmm_engine.auditing.others import Others
 from tmm_engine.backends import Backend, compare_backends
 from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import ImageError, InputError, member, printable
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.graph import DEFAULT_MEMORY
 from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.adapted import AdaptedSource
@@ -32,6 +37,7 @@ from tmm_engine.index.types import ImageLike
 from tmm_engine.opening import Opening
 from tmm_engine.options import SearchKeywords, SearchOptions
 from tmm_engine.query import Query, as_query
+from tmm_engine.relabelling import relabelled
 from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
@@ -340,6 +346,63 @@ class Engine:
 
         return exemplars_table(self.store, self.label_names, columns=columns)
 
+    # -------------------------------------------------------------------------------------------- auditing
+
+    @checked
+    def audit(
+        self,
+        *,
+        kinds: Sequence[str] | str = tuple(Kind),
+        k: int = NEIGHBOURS,
+        rate: float = RATE,
+        against: "Engine | None" = None,
+        sources: str | None = None,
+        where: str | None = None,
+        memory: int = DEFAULT_MEMORY,
+        progress: Progress = silent,
+    ) -> Audit:
+        """What is wrong with the exemplars: copies, leaks, wrong labels, foreign images, images the model is unsure of.
+
+        What cannot be looked for, as labels where there are none, is left out, and the answer's notes say why.
+
+        Args:
+            kinds: What to look for: ``duplicates``, ``leaks``, ``labels``, ``foreign``, ``unsure``.
+            k: Neighbours that have a vote.
+            rate: The share of false findings that is accepted among all findings, above 0, below 1.
+            against: Another index of which no image should be in this one.
+            sources: A column of metadata whose values tell sources apart, of which no image should be in two.
+            where: Only exemplars that match, as `SearchOptions.where`.
+            memory: Bytes that comparing may take.
+            progress: Told of what is done.
+
+        Raises:
+            InputError: an option out of range, a column that is not there, or too little memory.
+        """
+        options = AuditOptions(kinds=kinds, k=k, rate=rate, sources=sources, memory=memory)
+        snapshot = self._snapshot if where is None else self._filtered(self._snapshot, where)
+        others = None if against is None else Others.of_index(against._snapshot, snapshot)
+        return audit_snapshot(snapshot, options, others=others, progress=progress)
+
+    @checked
+    def copies_of(
+        self, images: Sequence[ImageLike | Query], *, memory: int = DEFAULT_MEMORY, progress: Progress = silent
+    ) -> list[Known]:
+        """Whether images are among the exemplars, also resized, recompressed, slightly cropped, turned or darkened.
+
+        Args:
+            images: A list of what `search` takes.
+            memory: Bytes that comparing may take.
+            progress: Told of what is done.
+
+        Raises:
+            InputError: an image that cannot be read, or fewer than 3 exemplars.
+        """
+        if isinstance(images, str | bytes):
+            raise InputError("images: expected a list of images, got one; put it into a list")
+        snapshot = self._snapshot
+        queries = [_query(item, snapshot, position) for position, item in enumerate(images)]
+        return find_known(snapshot, Others.of_queries(queries, snapshot), memory=memory, progress=progress)
+
     # -------------------------------------------------------------------------------------------- changing
 
     @checked
@@ -415,6 +478,20 @@ class Engine:
         report = delete_exemplars(self._changeable(), ids=ids, where=where)
         self.refresh()
         return report
+
+    @checked
+    def relabel(self, labels: Mapping[str, str], *, progress: Progress = silent) -> ChangeReport:
+        """Give exemplars other labels, as the next version; names that are new become labels of the index.
+
+        Args:
+            labels: Names by id.
+            progress: Told of images done; their features are computed again.
+
+        Raises:
+            InputError: no exemplar has one of the ids, or as `add`.
+        """
+        source = relabelled(self.store, self._snapshot.rows, labels)
+        return self.add(source, replace=True, strict=True, progress=progress)
 
     @checked
     def compact(self, *, discard_versions: bool = False) -> ChangeReport:

@@ -85,6 +85,11 @@ class Searcher:
         """What passes exemplars through the backbone: software, precision, device."""
         return self._tmm.backbone.name
 
+    @property
+    def describer(self) -> Describer | None:
+        """Of the store's descriptors, if it has them."""
+        return self._describer
+
     def over(self, store: ExemplarStore) -> "Searcher":
         """The same over other exemplars with features of the same classifier; L2 and cosine are exact there."""
         tmm = self._tmm.over(store)

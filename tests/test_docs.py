@@ -35,6 +35,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "query-200.png").rename(folder / "query.png")
     make_classifier().save(folder / "resnet18.safetensors")
     write_vit(folder / "vit-folder")
+    (folder / "doomed.txt").write_text("digit-3/0013.png\n")
+    (folder / "relabel.csv").write_text("id,label\ndigit-3/0003.png,digit-8\n")
     return folder
 
 

@@ -60,20 +60,48 @@ def add(index: Path, source: str, **options: Any) -> None:
 @index_argument
 @click.option("--id", "ids", multiple=True, help="An exemplar; repeatable.")
 @click.option("--where", metavar="SQL", help="All that match, as in \"label = 'cat' AND path LIKE '%tmp%'\".")
-def delete(index: Path, ids: tuple[str, ...], where: str | None) -> None:
+@click.option("--from", "listed", type=click.Path(path_type=Path), metavar="FILE", help="Of ids, one a line.")
+def delete(index: Path, ids: tuple[str, ...], where: str | None, listed: Path | None) -> None:
     """Remove exemplars from INDEX, as its next version. Older versions keep them until `compact --discard-versions`.
 
     \b
     Examples:
       engine delete photos.idx --id cat/001.png --id cat/002.png
       engine delete photos.idx --where "label = 'cat' AND predicted <> 'cat'"
+      engine delete photos.idx --from audit/decisions/delete-duplicates.txt
     """
     from tmm_engine.index.store.changes import delete_exemplars
 
-    if bool(ids) == (where is not None):
-        raise click.UsageError("give either --id or --where")
+    if (bool(ids) or listed is not None) == (where is not None):
+        raise click.UsageError("give either --id or --from, or --where")
+    if listed is not None:
+        ids = (*ids, *_lines(listed))
     report = delete_exemplars(index, ids=ids, where=where)
     _say(index, report, f"{report.deleted:,} deleted")
+
+
+@click.command()
+@index_argument
+@click.option(
+    "--from", "table", type=click.Path(path_type=Path), metavar="FILE", required=True, help="CSV: columns id, label."
+)
+@model_option
+@device_option
+def relabel(index: Path, table: Path, model: str | None, device: str) -> None:
+    """Give exemplars of INDEX other labels, as its next version.
+
+    \b
+    Example:
+      engine relabel photos.idx --from audit/decisions/relabel.csv
+    """
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.engine import Engine
+    from tmm_engine.relabelling import read_labels
+
+    labels = read_labels(table)
+    with Engine.open(index, model=model, device=device, backend="torch") as engine, progress_bar() as progress:
+        report = engine.relabel(labels, progress=progress)
+    _say(index, report, f"{report.replaced:,} relabelled")
 
 
 @click.command()
@@ -145,6 +173,19 @@ def repair(index: Path, model: str | None) -> None:
         done = repair_index(index, model=model, progress=progress)
     for line in done or ["nothing was to be repaired"]:
         click.echo(line)
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a text file, without empty ones."""
+    from tmm_engine.index.errors import InputError
+
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"expected a text file of ids, one a line, got {path} ({error})") from error
+    if not lines:
+        raise InputError(f"{path}: expected ids, one a line, got none")
+    return lines
 
 
 def _say(index: Path, report: "ChangeReport", what: str) -> None:

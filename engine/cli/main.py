@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from tmm_engine.cli.audit import audit
 from tmm_engine.cli.build import build_index
-from tmm_engine.cli.living import add, compact, delete, print_versions, repair, verify
+from tmm_engine.cli.living import add, compact, delete, print_versions, relabel, repair, verify
 from tmm_engine.cli.options import model_option
 from tmm_engine.cli.output import as_output_can, echo_json
 from tmm_engine.cli.search import search
@@ -62,7 +63,7 @@ def main() -> None:
     """
 
 
-for command in (build_index, search, add, sync, delete, compact, verify, repair):
+for command in (build_index, search, audit, add, sync, delete, relabel, compact, verify, repair):
     main.add_command(command)
 
 

@@ -3,6 +3,7 @@
 import re
 
 FLAGS = {
+    "against=…": "--against",
     "channels=…": "--channels",
     "class_names=…": "--class-names",
     "delete=True": "--delete",
@@ -21,9 +22,11 @@ FLAGS = {
     "max_pool=True": "--max-pool",
     "overwrite=True": "--overwrite",
     "replace=True": "--replace",
+    "sources=…": "--sources",
     "split=…": "--split",
     "std=…": "--std",
     "strict=True": "--strict",
+    "views=1": "--views 1",
     "views=…": "--views",
 }
 COMMANDS = {

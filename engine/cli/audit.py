@@ -1,0 +1,106 @@
+"""The command `engine audit`. Nothing heavy is imported early."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tmm_engine.cli.options import device_option, model_option, size_in_bytes
+from tmm_engine.cli.output import echo_json
+
+if TYPE_CHECKING:
+    from tmm_engine.auditing.findings import Audit
+
+KINDS = ("duplicates", "leaks", "labels", "foreign", "unsure")
+
+
+def kinds(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """Parse `duplicates,labels`; every kind once."""
+    chosen = KINDS if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for kind in chosen:
+        if kind not in KINDS:
+            raise click.BadParameter(f"unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    return chosen
+
+
+@click.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for page, tables, decisions, Label Studio tasks.")
+@click.option("--overwrite", is_flag=True, help="Replace an audit that is at --out.")
+@click.option("--only", callback=kinds, metavar="KIND,…", help=f"What to look for: {', '.join(KINDS)}. Default: all.")
+@click.option("--against", type=click.Path(path_type=Path), metavar="OTHER", help="An index to look for leaks from.")
+@click.option("--sources", metavar="COLUMN", help="Of metadata: no image should be under two of its values.")
+@click.option("--image", "images", multiple=True, help="Only say whether this image is in INDEX already; repeatable.")
+@click.option("--where", metavar="SQL", help="Only exemplars that match, as for search.")
+@click.option("--rate", type=float, default=0.1, show_default=True, help="Of false findings that is accepted, 0 to 1.")
+@click.option("-k", type=click.IntRange(min=1), default=20, show_default=True, help="Neighbours that have a vote.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Of a kind, on the page.")
+@click.option("--memory", callback=size_in_bytes, default="1GiB", show_default=True, help="What comparing may take.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line per finding.")
+@model_option
+@device_option
+def audit(index: Path, *, out: Path | None, images: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Find what is wrong with INDEX: near-duplicates, leaks, likely wrong labels, foreign images, unsure predictions.
+
+    Nothing is changed. Every finding has a score, its neighbours, and a rule that made it one. With --image: is this
+    image there already, also resized, recompressed, slightly cropped, turned or darkened?
+
+    \b
+    Examples:
+      engine audit photos.idx --out audit
+      engine audit photos.idx --only labels --json
+      engine audit photos.idx --image query.png
+    """
+    from tmm_engine.auditing.writing import write_audit
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.engine import Engine
+
+    if not 0 < options["rate"] < 1:
+        raise click.BadParameter(f"expected a share above 0 and below 1, got {options['rate']:g}", param_hint="--rate")
+    opening = {"model": options["model"], "device": options["device"], "backend": "torch"}
+    with ExitStack() as stack:
+        progress = stack.enter_context(progress_bar())
+        engine = stack.enter_context(Engine.open(index, **opening))
+        if images:
+            known = engine.copies_of(list(images), memory=options["memory"], progress=progress)
+        else:
+            against = options["against"] and stack.enter_context(Engine.open(options["against"], **opening))
+            found = engine.audit(
+                kinds=options["only"],
+                k=options["k"],
+                rate=options["rate"],
+                against=against,
+                sources=options["sources"],
+                where=options["where"],
+                memory=options["memory"],
+                progress=progress,
+            )
+            written = (
+                write_audit(found, engine, out, limit=options["limit"], overwrite=options["overwrite"]) if out else []
+            )
+    if images:
+        for each in known:
+            if as_json:
+                echo_json(each.to_json())
+            else:
+                best = each.evidence[0]
+                said = f"is there already, as {best.id}" if each.there else f"is new; the nearest is {best.id}"
+                click.echo(f"{each.image}: {said} ({best.label}, alike {best.similarity:.2f})")
+        return
+    _print(found, as_json=as_json)
+    for path in written:
+        click.echo(f"written: {path}", err=True)
+
+
+def _print(found: "Audit", *, as_json: bool) -> None:
+    if as_json:
+        for finding in found.findings:
+            echo_json(finding.to_json())
+    else:
+        for kind, rule in found.rules.items():
+            click.echo(f"{kind}: {len(found.of(kind)):,} found ({rule.text})")
+            for finding in found.of(kind)[:3]:
+                click.echo(f"  {finding.score:.3f} {finding.id}: {finding.why}")
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
