@@ -68,7 +68,8 @@ def command(source: str, *, as_json: bool, **options: Any) -> None:
     check_folders(options["out"])
     with progress_bar() as progress:
         images, classifier = opened(source, options)
-        others = open_source(options["foreign"], split=options["foreign_split"], root=options["root"])
+        root = None if Path(options["foreign"]).exists() else options["root"]  # of a data set by its name
+        others = open_source(options["foreign"], split=options["foreign_split"], root=root)
         seed, one_per = options["seed"], options["one_per"]
         records = drawn(images, classifier, count=options["exemplars"], seed=seed, one_per=one_per)
         count = max(1, round(max(SHARES) * len(records)))
