@@ -15,7 +15,7 @@ from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.graph import NeighbourGraph
 from tmm_engine.index.store.exemplars import ExemplarStore
 
-HEARD = 5  # neighbours
+HEARD = 10  # neighbours
 READ = 8192
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float64, Int64
 from tmm_engine.index.neighbours.graph import NeighbourGraph
 
 LEAST = 1e-6  # probability that the model gives to any class
-UNHEARD = 1e-2  # the share of any label among neighbours
+UNHEARD = 0.1  # the share of any label among neighbours, of that where all are as frequent
 SHARPNESS = 10.0  # a neighbour less similar by 0.1 has 1/e of the vote
 PRIOR = (-0.5, -1.0, -3.0)
 """Where log a, log b and logit π are looked for first."""
@@ -94,7 +94,7 @@ def pooled(
         given: Which are; at least one.
         numbers: The labels' own.
     """
-    logs = torch.from_numpy(np.log(np.stack([model + LEAST, neighbours + UNHEARD])))  # (2, n, c)
+    logs = torch.from_numpy(np.log(np.stack([model + LEAST, neighbours + UNHEARD / model.shape[1]])))  # (2, n, c)
     own, rows = torch.from_numpy(labels[given]), torch.from_numpy(np.flatnonzero(given))
     asked, others = logs[:, rows], logs.shape[2] - 1
     start = torch.tensor(PRIOR, dtype=torch.float64)
