@@ -4,7 +4,10 @@ The same attack serves two ends. Against the plain features φ(x) it is one pert
 transfers to those that rank by something else. Against each method's own embedding it is *adaptive*: every method meets
 the attack that is made for it, with the same budget, as evaluations of robustness should be (Tramèr et al., *On
 Adaptive Attacks to Adversarial Example Defenses*, arXiv 2002.08347). It is adaptive to the embedding only: it does not
-aim at the gate of `rerank.recognise`, nor through a trigger of the query's own, and may be too weak for both.
+go through a trigger of the query's own, and may be too weak for that.
+
+*Towards* an embedding, such as that of a wrong exemplar, it descends instead: that aims at the gate of
+`rerank.recognise` where the embedding holds what the gate looks at.
 """
 
 from collections.abc import Callable
@@ -29,9 +32,16 @@ def features_of(classifier: Classifier) -> Embedding:
 
 
 def pgd(
-    image: Float32[np.ndarray, "c h w"], generator: np.random.Generator, embedding: Embedding, *, bound: float
+    image: Float32[np.ndarray, "c h w"],
+    generator: np.random.Generator,
+    embedding: Embedding,
+    *,
+    bound: float,
+    towards: Float[Tensor, "1 e"] | None = None,
 ) -> Float32[np.ndarray, "c h w"]:
     """Projected gradient ascent on ‖e(x+δ) − e(x)‖₂, from a random start (Madry et al., arXiv 1706.06083).
+
+    Or descent on ‖e(x+δ) − e'‖₂.
 
     Each step goes along the normalised gradient, then back into the ball; clipping to [0, 1] only shortens δ.
 
@@ -40,6 +50,7 @@ def pgd(
         generator: Of the start.
         embedding: e.
         bound: On ‖δ‖₂.
+        towards: e', of what the attack wants the image to be taken for.
 
     Returns:
         x + δ, in [0, 1] up to rounding.
@@ -47,12 +58,13 @@ def pgd(
     x = torch.tensor(image)
     delta = _clipped(x, bound * _unit(torch.tensor(generator.standard_normal(image.shape)).to(x)))
     with torch.no_grad():
-        target = embedding(x[None])
+        target = embedding(x[None]) if towards is None else towards
+    sign = 1.0 if towards is None else -1.0
     for _ in range(STEPS):
         delta.requires_grad_()
         distance = torch.linalg.vector_norm(embedding((x + delta)[None]) - target)
         (gradient,) = torch.autograd.grad(distance, delta)
-        delta = delta.detach() + TRAVEL * bound / STEPS * _unit(gradient)
+        delta = delta.detach() + sign * TRAVEL * bound / STEPS * _unit(gradient)
         delta = _clipped(x, delta.norm().clamp(max=bound) * _unit(delta))
     return (x + delta).numpy()
 

@@ -89,7 +89,14 @@ def load_suite(source: str, options: dict[str, Any], progress: Progress) -> Suit
     return suite_of(*opened(source, options), options, progress)
 
 
-def suite_of(images: ImageSource, classifier: Classifier, options: dict[str, Any], progress: Progress) -> Suite:
+def suite_of(
+    images: ImageSource,
+    classifier: Classifier,
+    options: dict[str, Any],
+    progress: Progress,
+    *,
+    embedded: bool = True,
+) -> Suite:
     """The same, of a source and a classifier that are open."""
     out = options["out"]  # none for a dry run
     return Suite.load(
@@ -99,12 +106,15 @@ def suite_of(images: ImageSource, classifier: Classifier, options: dict[str, Any
         seed=options["seed"],
         data_set=options["name"],
         triggers=out and folder_beside(out),
+        embedded=embedded,
         progress=progress,
     )
 
 
-def load_held_out(source: str, options: dict[str, Any], progress: Progress) -> HeldOut:
+def load_held_out(source: str, options: dict[str, Any], progress: Progress, *, embedded: bool = True) -> HeldOut:
     """Exemplars as every benchmark draws them; queries are the beginning of a seeded permutation of the others.
+
+    Without `embedded` the exemplars have no features (`Suite.load`).
 
     Raises:
         InputError: the queries are not held out, have no labels or other classes, or are too few.
@@ -121,7 +131,8 @@ def load_held_out(source: str, options: dict[str, Any], progress: Progress) -> H
     rows = np.random.default_rng(options["seed"]).permutation(len(records))[: options["queries"]]
     queries = np.stack([records[row].image for row in rows]).astype(np.float32) / np.float32(255.0)
     labels = np.array([records[row].label for row in rows], dtype=np.int64)
-    return HeldOut(suite_of(images, classifier, options, progress), others.name, images.class_names, queries, labels)
+    suite = suite_of(images, classifier, options, progress, embedded=embedded)
+    return HeldOut(suite, others.name, images.class_names, queries, labels)
 
 
 def _query_source(source: str, options: dict[str, Any]) -> ImageSource:

@@ -11,6 +11,7 @@ SUMMARIES = {
     "radius": "How far can a query move before its top k changes?",
     "unseen": "Do the neighbours of held-out queries stay the same under noise?",
     "rivals": "Is there a simpler way?",
+    "gate": "Can an attack pass a query off as another exemplar?",
     "semantic": "Do held-out queries find their own kind?",
     "ablation": "What is each choice in TMM-NN worth?",
     "ood": "How often does a foreign exemplar outrank the true one?",

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from tmm_engine.bench.methods import Method
 from tmm_engine.bench.records import RecordFile, describe_run, read_records
 from tmm_engine.bench.retrievers import Retriever, make_retrievers
+from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
@@ -52,6 +53,7 @@ class Suite:
         seed: int = 0,
         data_set: str | None = None,
         triggers: Path | None = None,
+        embedded: bool = True,
         progress: Progress = silent,
     ) -> "Suite":
         """Read a labelled source into memory.
@@ -63,6 +65,7 @@ class Suite:
             seed: Of the draw.
             data_set: Default: the source's name.
             triggers: As the attribute.
+            embedded: Whether features are computed: without, the store's are empty, for who computes more than them.
             progress: Told of images read.
 
         Raises:
@@ -88,8 +91,12 @@ class Suite:
         kept = [records[row] for row in chosen]
         images = np.stack([record.image for record in kept])
         labels = np.array([record.label for record in kept], dtype=np.int64)
-        subset = ArraySource(images, labels, ids=[record.id for record in kept], name=source.name)
-        store = MemoryStore.of(subset, classifier, columns=[StretchedColumn(classifier)], progress=progress)
+        ids = [record.id for record in kept]
+        if embedded:
+            subset = ArraySource(images, labels, ids=ids, name=source.name)
+            store = MemoryStore.of(subset, classifier, columns=[StretchedColumn(classifier)], progress=progress)
+        else:
+            store = MemoryStore(images, {FEATURE: np.empty((len(images), 0), dtype=np.float32)}, labels, ids=ids)
         return cls(data_set or source.name, classifier, store, generator.permutation(len(store)), seed, triggers)
 
     def queries(self, count: int, *, skip: int = 0) -> Int64[np.ndarray, "q"]:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.digits import IMAGES, LABELS, make_classifier
-from tmm_engine.bench.benchmarks.rivals import KEY, UNSEEN, VERY_IMAGE, measure_rivals
+from tmm_engine.bench.benchmarks.rivals import KEY, UNSEEN, VERY_IMAGE, among, measure_rivals
 from tmm_engine.bench.benchmarks.unseen import KEY as UNSEEN_KEY
 from tmm_engine.bench.benchmarks.unseen import measure_unseen
 from tmm_engine.bench.loading import HeldOut
@@ -18,13 +18,15 @@ from tmm_engine.bench.records import RecordFile, read_records
 from tmm_engine.bench.report import write_report
 from tmm_engine.bench.rivals.hashes import HASHES, hashed
 from tmm_engine.bench.rivals.images import median_filtered, with_own_statistics
+from tmm_engine.bench.rivals.keeping import vectors_of
 from tmm_engine.bench.rivals.parts import RECOGNISER, Part, Passes
 from tmm_engine.bench.rivals.reranking import K1, OWN, expanded, gated, k_reciprocal
 from tmm_engine.bench.rivals.roster import roster
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index import ArraySource
 from tmm_engine.index.descriptors.calibration import Calibrated, calibrate
-from tmm_engine.index.descriptors.layers import find_layers
+from tmm_engine.index.descriptors.layers import Layer, find_layers
+from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 
 N, Q, K = 120, 4, 5
@@ -196,3 +198,30 @@ def test_the_recogniser_is_computed_for_every_gate(held: HeldOut, calibrated: Ca
     passes.fit(QUERIES)
     [rows] = passes(QUERIES).values()
     assert rows.shape[0] == Q
+
+
+def test_only_the_ways_that_are_asked_for_are_compared() -> None:
+    rivals = roster([Layer("layer1"), Layer("layer2")])
+    names = [rival.name for rival in among(rivals, "l2; layer?:4x4 whitened;robust,views=4")]
+    assert names == ["l2", "layer1:4x4 whitened", "layer2:4x4 whitened", "robust,views=4"]
+    assert among(rivals, None) == rivals
+    with pytest.raises(InputError, match=r"'cosin'.*did you mean 'cosine'"):
+        among(rivals, "l2;cosin")
+
+
+def test_vectors_are_kept_and_read_again(held: HeldOut, calibrated: Calibrated, tmp_path: Path) -> None:
+    passes = Passes(held.suite.classifier, calibrated, [Part(RECOGNISER, 2), Part("average hash")])
+    passes.fit(QUERIES)
+    images = held.suite.store.images(np.arange(30))
+    first = vectors_of(passes, images, folder=tmp_path)
+    [kept] = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    for again in (vectors_of(passes, images, folder=tmp_path), vectors_of(passes, images)):
+        assert all(torch.equal(again[part], rows) for part, rows in first.items())
+    assert kept.stat().st_mtime_ns == before
+    kept.write_bytes(b"torn")
+    torn = vectors_of(passes, images, folder=tmp_path)
+    assert all(torch.equal(torn[part], rows) for part, rows in first.items())
+    passes.fit(QUERIES[:2])  # other means: other vectors
+    vectors_of(passes, images, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -5,7 +5,9 @@ a matrix product and hundreds can be compared: layers, poolings, whitenings, pix
 re-rankings.
 """
 
+import fnmatch
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few
 from tmm_engine.bench.noise import Family, Perturbation
 from tmm_engine.bench.options import check_folders, held_out_options, k_option, out_option
 from tmm_engine.bench.records import Record, RecordFile
+from tmm_engine.bench.rivals.keeping import Vectors, vectors_of
 from tmm_engine.bench.rivals.parts import RAW, RECOGNISER, SAMPLE, Part, Passes
 from tmm_engine.bench.rivals.reranking import expanded, gated, k_reciprocal
 from tmm_engine.bench.rivals.roster import STRETCHED, Rival, roster
@@ -28,6 +31,7 @@ from tmm_engine.bench.tables import NONE, folded, grouped, table
 from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.descriptors.calibration import QUERIES, Calibrated, calibrate
 from tmm_engine.index.descriptors.layers import find_layers
+from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.options import RECOGNITION
 
@@ -39,14 +43,19 @@ DEFAULT = (
     "occlusion 0.25,saturation 0,hue 30,dark-noise 1,crop-blur 0.5"
 )
 
-Vectors = dict[Part, Float[Tensor, "_ _"]]
-
 
 @click.command("rivals")
 @click.argument("source")
 @held_out_options
 @k_option
 @click.option("--perturbations", default=DEFAULT, show_default=True, help="Each a family and a level, by commas.")
+@click.option("--recognition", type=click.FloatRange(0.01, 1.0), help="Threshold of robust's gate instead of its own.")
+@click.option("--ways", help="Only these, by semicolons; * is anything: 'l2;cosine*;layer?:4x4 whitened;robust,*'.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    help="A folder for what is looked at in the exemplars, so that a run that was cut off goes on. Default: not kept.",
+)
 @out_option
 def command(source: str, **options: Any) -> None:
     """Is there a simpler way? Every layer, pixels, hashes, mixtures and re-rankings beside mode robust, on both jobs.
@@ -55,23 +64,41 @@ def command(source: str, **options: Any) -> None:
     Examples:
       engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --out rivals.jsonl
       engine bench rivals cifar10/ --weights c.safetensors --model resnet18 --queries 100 --out runs/rivals.jsonl
+      engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --exemplars 60000 \\
+          --ways 'l2;cosine;cosine,stretch=true;pixels*;robust,views=?' --keep runs/vectors --out runs/whole.jsonl
     """
     perturbations = parse_few(options["perturbations"])
     check_folders(options["out"])
     with progress_bar() as progress:
-        held = load_held_out(source, options, progress)
+        held = load_held_out(source, options, progress, embedded=False)
+        ways = among(roster(find_layers(held.suite.classifier)), options["ways"])
         calibrated = _calibrated(held.suite, progress)
         settings = {"k": options["k"], "query_source": held.source, "queries": options["queries"]}
+        if options["recognition"] is not None:
+            settings["recognition"] = options["recognition"]
         with held.suite.records(options["out"], "rivals", [], KEY, **settings, chosen=calibrated.report) as records:
             measure_rivals(
                 held,
                 calibrated,
                 records,
                 perturbations=perturbations,
+                rivals=ways,
                 k=options["k"],
+                recognition=options["recognition"] or RECOGNITION,
+                keep=options["keep"],
                 progress=progress,
             )
     click.echo(f"{options['out']}: {options['queries']} exemplars and as many queries from {held.source}")
+
+
+def among(rivals: Sequence[Rival], patterns: str | None) -> list[Rival]:
+    """Those of --ways, in the roster's order."""
+    asked_for = ["*"] if patterns is None else [part.strip() for part in patterns.split(";") if part.strip()]
+    for pattern in asked_for:
+        if not fnmatch.filter([rival.name for rival in rivals], pattern):
+            known = [rival.name for rival in rivals]
+            raise InputError(f"--ways: nothing is called {pattern!r}{nearest(pattern, known)}")
+    return [rival for rival in rivals if any(fnmatch.fnmatchcase(rival.name, pattern) for pattern in asked_for)]
 
 
 def _calibrated(suite: Suite, progress: Progress) -> Calibrated:
@@ -94,6 +121,8 @@ def measure_rivals(
     perturbations: Sequence[Perturbation],
     rivals: Sequence[Rival] | None = None,
     k: int = 10,
+    recognition: float = RECOGNITION,
+    keep: Path | None = None,
     progress: Progress = silent,
 ) -> None:
     """Append a record for every job × perturbation × rival that has none yet.
@@ -109,7 +138,9 @@ def measure_rivals(
         perturbations: What is done to each query.
         rivals: Default: `roster`.
         k: Neighbours looked at.
-        progress: Told of perturbations done.
+        recognition: The gate's threshold.
+        keep: The folder that keeps what is looked at in the exemplars (`bench.rivals.keeping`), if any does.
+        progress: Told of images embedded and perturbations done.
     """
     suite, count = held.suite, len(held.queries)
     rivals = roster(find_layers(suite.classifier)) if rivals is None else rivals
@@ -122,7 +153,7 @@ def measure_rivals(
     rows = suite.queries(count)
     everything = np.arange(len(suite.store))
     passes.fit(_pixels(suite, suite.order[::-1][:SAMPLE].copy()))
-    of_exemplars = passes(_pixels(suite, everything))
+    of_exemplars = vectors_of(passes, suite.store.images(everything), folder=keep, progress=progress)
     both = np.concatenate([_pixels(suite, rows), held.queries])
     answers: dict[str, Int64[np.ndarray, "q k"]] = {}
     ordered = [CLEAN, *(one for one in perturbations if one != CLEAN)]
@@ -130,7 +161,7 @@ def measure_rivals(
         seeds = [int(np.random.SeedSequence((suite.seed, place)).generate_state(1)[0]) for place in range(len(both))]
         changed = np.stack([perturbation.apply(image, seed=seed) for image, seed in zip(both, seeds, strict=True)])
         of_queries = passes(changed)
-        similarities = _Similarities(of_queries, of_exemplars)
+        similarities = _Similarities(of_queries, of_exemplars, threshold=recognition)
         for rival in rivals:
             scores, taken = similarities.of(rival)
             about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
@@ -154,8 +185,8 @@ def _pixels(suite: Suite, rows: Int64[np.ndarray, "rows"]) -> Float32[np.ndarray
 class _Similarities:
     """Of queries and exemplars by each part; a mixture's are the weighted sum, since parts are of unit length."""
 
-    def __init__(self, queries: Vectors, exemplars: Vectors) -> None:
-        self._queries, self._exemplars = queries, exemplars
+    def __init__(self, queries: Vectors, exemplars: Vectors, *, threshold: float) -> None:
+        self._queries, self._exemplars, self._threshold = queries, exemplars, threshold
         self._computed: dict[Part, Float[Tensor, "q n"]] = {}
 
     def of(self, rival: Rival) -> tuple[Float[Tensor, "q n"], list[bool] | None]:
@@ -165,7 +196,7 @@ class _Similarities:
         if rival.reranking == "gate":
             by = Part(RECOGNISER, first.views)
             copies = self._queries[by], self._exemplars[by]
-            scores, flags = gated(own, theirs, copies, threshold=RECOGNITION)
+            scores, flags = gated(own, theirs, copies, threshold=self._threshold)
             return scores, flags.tolist()
         if rival.reranking == "k-reciprocal":
             return k_reciprocal(own, theirs), None

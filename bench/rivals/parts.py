@@ -1,8 +1,9 @@
 """Everything that a rival may look at, computed for the same images in as few passes as there are."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,6 +70,18 @@ class Passes:
         self._parts = tuple(part for part in self._parts if self.available(part))
         self._views = max(part.views for part in self._parts)
         self._fitted: dict[Part, Fitted] = {}
+        self._fitted_on = ""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that there are of those asked for."""
+        return self._parts
+
+    @property
+    def identity(self) -> list[Any]:
+        """What vectors depend on beside part and image: the network, what was chosen, and what all was fitted on."""
+        chosen = [self._calibrated.report[name] for name in (RECOGNISER, "robust")]
+        return [self._taps.classifier.fingerprint, *chosen, self._fitted_on]
 
     def available(self, part: Part) -> bool:
         """Whether there is such a thing: statistics of its own need batch normalisation."""
@@ -76,6 +89,7 @@ class Passes:
 
     def fit(self, images: Float32[np.ndarray, "n c h w"]) -> None:
         """Means and projections, on exemplars."""
+        self._fitted_on = hashlib.sha256(np.ascontiguousarray(images[:SAMPLE]).data).hexdigest()
         with torch.no_grad():
             seen = self._seen(images[:SAMPLE], {part.seen for part in self._parts}, views=1)
         for part in self._parts:
