@@ -139,6 +139,11 @@ class RecordFile:
         assert key.keys() == set(self._key), f"expected {self._key}, got {tuple(key)}"
         return self._found.get(self._values(key))
 
+    @property
+    def records(self) -> list[Record]:
+        """All that the file holds now."""
+        return [*self._found.values()]
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record: JSON values, NumPy's too; NaN and infinite numbers become null.
 

@@ -17,6 +17,7 @@ SUMMARIES = {
     "ood": "How often does a foreign exemplar outrank the true one?",
     "oracle": "What does a judge from outside say of the neighbours?",
     "audit": "Does an audit find planted copies, leaks, wrong labels and foreign images?",
+    "classify": "Do sets of classes hold the right one as often as said?",
     "candidates": "What do candidate sets and the global trigger give up?",
     "latency": "How long does every path take?",
     "reliability": "What is lost or wrong under faults and hostile input?",

@@ -1,10 +1,12 @@
 from .auditing.findings import Audit, Evidence, Finding, Kind, Known, Rule
 from .auditing.writing import write_audit
 from .building import build_index
+from .classifying.calibration import Calibration
+from .classifying.classification import Candidate, Classification, Classifications
 from .engine import Engine
 from .options import Mode, Prefilter, SearchOptions
 from .query import Query
-from .results import FailedQuery, Hit, SearchResult, SearchResults
+from .results import Explanation, FailedQuery, Hit, SearchResult, SearchResults
 from .verify import repair_index, verify_index
 from .versions import Version
 from .views.page import write_html
@@ -13,8 +15,13 @@ from .views.table import write_parquet
 
 __all__ = [
     "Audit",
+    "Calibration",
+    "Candidate",
+    "Classification",
+    "Classifications",
     "Engine",
     "Evidence",
+    "Explanation",
     "FailedQuery",
     "Finding",
     "Hit",

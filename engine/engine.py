@@ -15,6 +15,11 @@ from tmm_engine.auditing.findings import Audit, Kind, Known
 from tmm_engine.auditing.options import NEIGHBOURS, RATE, AuditOptions
 from tmm_engine.auditing.others import Others
 from tmm_engine.backends import Backend, compare_backends
+from tmm_engine.classifying.calibrating import calibrate, calibrate_on_itself
+from tmm_engine.classifying.calibration import Calibration, check_name
+from tmm_engine.classifying.classification import Classification, Classifications
+from tmm_engine.classifying.classifying import Doubt, classified
+from tmm_engine.classifying.kept import KeptCalibrations
 from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import ImageError, InputError, member, printable
@@ -70,6 +75,7 @@ class Engine:
         self._held: Snapshot | None = snapshot
         self._opening = opening
         self._last_filter: tuple[Snapshot, str, Snapshot] | None = None
+        self._calibrations = KeptCalibrations()
         self.report: BuildReport | None = None
 
     @classmethod
@@ -402,6 +408,109 @@ class Engine:
         snapshot = self._snapshot
         queries = [_query(item, snapshot, position) for position, item in enumerate(images)]
         return find_known(snapshot, Others.of_queries(queries, snapshot), memory=memory, progress=progress)
+    # -------------------------------------------------------------------------------------------- classifying
+
+    @overload
+    def classify(
+        self,
+        query: list[ImageLike | Query],
+        options: SearchOptions | None = None,
+        *,
+        alpha: float = 0.05,
+        outliers: float = 0.01,
+        calibration: Calibration | str | None = None,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> Classifications: ...
+    @overload
+    def classify(
+        self,
+        query: ImageLike | Query,
+        options: SearchOptions | None = None,
+        *,
+        alpha: float = 0.05,
+        outliers: float = 0.01,
+        calibration: Calibration | str | None = None,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> Classification: ...
+    def classify(
+        self,
+        query: ImageLike | Query | list[ImageLike | Query],
+        options: SearchOptions | None = None,
+        *,
+        alpha: float = 0.05,
+        outliers: float = 0.01,
+        calibration: Calibration | str | None = None,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> Classification | Classifications:
+        """The class that the neighbours say, how far to trust it, and when not to::
+
+            engine.calibrate("held-out/")
+            answer = engine.classify("query.png", alpha=0.05)
+            print(answer.class_name, answer.credibility, answer.prediction_set, answer.abstains)
+
+        Args:
+            query: As for `search`; a list of them for a list of answers.
+            options: As for `search`; ``k`` is also how many exemplars of each class are looked at.
+            alpha: How often the set of classes may miss the right one, in (0, 1).
+            outliers: What share of calibration images may be as far from everything as what is called an outlier, in
+                [0, 1).
+            calibration: What `calibrate` returned, or the name of one that is kept; ``leave-one-out``: the index's own
+                exemplars. None: the one named as the mode where there is one, else ``leave-one-out``.
+            progress: Told of exemplars scored.
+            keywords: As for `search`.
+
+        Raises:
+            InputError: as `search`; alpha or outliers out of range; no such calibration, or one of other options or of
+                an index that has changed; mode ``tmm`` without a calibration.
+            IndexStateError: the calibration is damaged.
+        """
+        doubt, asked = Doubt(alpha=alpha, outliers=outliers), _asked(options, keywords)
+        everything = self._snapshot
+        current = everything if asked.where is None else self._filtered(everything, asked.where)
+        items = query if isinstance(query, list) else [query]
+        queries = [_query(item, everything, position) for position, item in enumerate(items)]
+        if not queries:
+            return Classifications()
+        known = self._calibrations.asked_for(calibration, asked, everything)
+        answers = current.searcher.search_ranked(queries, asked, progress, whole=True)
+        found = classified(current, answers, known or calibrate_on_itself(current, asked), doubt, k=asked.k)
+        return found if isinstance(query, list) else found[0]
+
+    def calibrate(
+        self,
+        source: SourceLike,
+        options: SearchOptions | None = None,
+        *,
+        name: str | None = None,
+        progress: Progress = silent,
+        **keywords: Unpack[SearchKeywords],
+    ) -> Calibration:
+        """Learn from labelled images what `classify` may promise, and keep it in the index under a name.
+
+        It serves searches with the same options over the same exemplars; after a change of the index it is to be made
+        again.
+
+        Args:
+            source: Images that neither the index nor the training of the model has seen, as `add` takes them.
+            options: How `classify` will be asked.
+            name: Default: the mode's.
+            progress: Told of images done.
+            keywords: Instead of the options or beside them.
+
+        Raises:
+            InputError: no labels, or none that the index has; an image is in the index; a name that no file can have.
+            IndexStateError: the index's folder cannot be written to.
+        """
+        asked = _asked(options, keywords)
+        name = check_name(str(asked.mode) if name is None else name)
+        snapshot = self._snapshot
+        current = snapshot if asked.where is None else self._filtered(snapshot, asked.where)
+        made = calibrate(current, as_source(source), asked, name=name, progress=progress)
+        self._calibrations.keep(made, snapshot)
+        return made
 
     # -------------------------------------------------------------------------------------------- changing
 

@@ -27,11 +27,13 @@ class Nearest:
     Attributes:
         rows: Nearest first; ties in order of id.
         scores: Minus the L2 distance, or the cosine similarity.
+        query: The features that they are nearest to; where the query was recognised, moved to the exemplar's.
         recognised: The exemplar that the query may be a copy of, where that was asked.
     """
 
     rows: Int64[np.ndarray, "k"]
     scores: Float64[np.ndarray, "k"]
+    query: Float32[np.ndarray, "d"]
     recognised: Recognised | None = None
 
 
@@ -97,7 +99,10 @@ class NearestSearch:
                 features = np.stack([self._moved(own, copy, column) for own, copy in pairs])
         with timings.step("neighbours"):
             found = neighbours.search(features, k=k)
-        return [Nearest(*pair, recognised=copy) for pair, copy in zip(found, recognised, strict=True)]
+        return [
+            Nearest(*pair, query=query, recognised=copy)
+            for pair, query, copy in zip(found, features, recognised, strict=True)
+        ]
 
     def recognised(self, gate: Gate, metric: Metric, timings: Timings) -> list[Recognised | None]:
         """For each query of the gate the exemplar that it may be a copy of; None where there are fewer than two."""

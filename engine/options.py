@@ -59,6 +59,7 @@ class SearchKeywords(TypedDict, total=False):
     stretch: bool | None
     recognition: float | Literal[False] | None
     where: str | None
+    explain: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,8 @@ class SearchOptions:
             ``robust``, as the configuration says for ``tmm``, never for ``l2`` and ``cosine``.
         where: A filter in SQL over id, label, predicted class and metadata (`index.store.where`): exemplars outside
             are neither candidates nor scored nor tuned on, as if the index did not have them.
+        explain: Also say why: the nearest exemplars of another class, prototypes, and the exemplars that pulled the
+            decision most (`SearchResult.explanation`). Costs two scans over the stored features for all queries.
 
     Raises:
         InputError: an unknown mode, prefilter or preset, an option out of range, or one that has no effect beside the
@@ -101,6 +104,7 @@ class SearchOptions:
     stretch: bool | None = None
     recognition: float | Literal[False] | None = None
     where: str | None = None
+    explain: bool = False
 
     def __post_init__(self) -> None:
         for name, (kinds, expected) in _KINDS.items():
@@ -176,6 +180,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "config": ((TmmConfig, str, NoneType), "a preset's name or a TmmConfig"),
     "label": ((int, np.integer, NoneType), "a class index"),
     "together": ((bool, np.bool_), "True or False"),
+    "explain": ((bool, np.bool_), "True or False"),
     "stretch": ((bool, NoneType), "True, False or None"),
     "where": ((str, NoneType), "a condition in SQL"),
 }

@@ -1,5 +1,6 @@
 """A query: pixels in [0, 1] of the index's shape, with a name for the answer."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,12 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
 
 
 def queries_from(source: ImageSource, shape: Target, *, prefix: str = "") -> list[Query | FailedQuery]:
-    """All images of a source as queries, with their labels where it has them; for one that cannot be read, why.
+    """All images of a source as queries, as `each_query` has them one by one."""
+    return [*each_query(source, shape, prefix=prefix)]
+
+
+def each_query(source: ImageSource, shape: Target, *, prefix: str = "") -> Iterator[Query | FailedQuery]:
+    """Every image of a source as a query, with its label where it has one; for one that cannot be read, why.
 
     Labels that have names are names: their numbers in the source are not those of the index.
 
@@ -85,13 +91,11 @@ def queries_from(source: ImageSource, shape: Target, *, prefix: str = "") -> lis
         shape: What the index's classifier looks at (`Classifier.target`).
         prefix: Put before their ids to make names.
     """
-    queries: list[Query | FailedQuery] = []
     for record in source.read(shape):
         name = prefix + record.id
         if isinstance(record, ImageRecord):
             names, label = source.class_names, record.label
             own = label if label is None or names is None else names[label]
-            queries.append(Query(name, record.image.astype(np.float32) / np.float32(255.0), own))
+            yield Query(name, record.image.astype(np.float32) / np.float32(255.0), own)
         else:
-            queries.append(FailedQuery(name, record.reason))
-    return queries
+            yield FailedQuery(name, record.reason)

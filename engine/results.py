@@ -56,6 +56,37 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why the model decided so: a few exemplars of each kind, as hits. Their `Hit.score` is said with each.
+
+    An exemplar's class is its label where that is a class of the model's, else the class predicted for it.
+
+    Attributes:
+        class_name: The class decided for, which is explained: the model's prediction on the query.
+        unlike: The nearest exemplars of another class (nearest unlike neighbours); scores as in the search.
+        prototypes: The medoid of the class decided for and, second, that of the nearest unlike neighbour's; scores are
+            their similarity to the query by what ranks (for tmm the cosine similarity of features).
+        pulled_towards: The exemplars whose training pulled most towards the decision; scores are the influence (TracIn
+            of the last layer on one checkpoint; `tmm_engine.influence`), above 0.
+        pulled_away: Those that pulled most away from it; scores below 0.
+        notes: What there is none of, and why.
+    """
+
+    class_name: str
+    unlike: tuple[Hit, ...]
+    prototypes: tuple[Hit, ...]
+    pulled_towards: tuple[Hit, ...]
+    pulled_away: tuple[Hit, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pixels."""
+        kinds = ("unlike", "prototypes", "pulled_towards", "pulled_away")
+        hits = {kind: [hit.to_json() for hit in getattr(self, kind)] for kind in kinds}
+        return {"class_name": self.class_name, **hits, "notes": list(self.notes)}
+
+
+@dataclass(frozen=True, slots=True)
 class FailedQuery:
     """In the place of an answer: a query that cannot be answered.
 
@@ -97,6 +128,7 @@ class SearchResult(Exports):
             (`rerank.recognise`); None where recognition is off.
         trigger: float32 (c, h, w) in pixel units, τ (tmm only).
         triggered_query: float32 (c, h, w), the blended query (tmm only).
+        explanation: Examples and counter-examples, where they were asked for.
     """
 
     query: str
@@ -117,6 +149,7 @@ class SearchResult(Exports):
     recognised_share: float | None = None
     trigger: Float[np.ndarray, "c h w"] | None = None
     triggered_query: Float[np.ndarray, "c h w"] | None = None
+    explanation: Explanation | None = None
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{hit.id} ({hit.class_name}, {hit.score:.4g})" for hit in self.hits[:SHOWN])
@@ -160,9 +193,10 @@ class SearchResult(Exports):
 
     def to_json(self) -> dict[str, Any]:
         """Everything but pixel arrays; one JSON line of ``engine search --json``."""
-        pixels = ("hits", "query_image", "trigger", "triggered_query")
+        pixels = ("hits", "query_image", "trigger", "triggered_query", "explanation")
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in pixels}
-        return fields | {"hits": [hit.to_json() for hit in self.hits]}
+        explained = {} if self.explanation is None else {"explanation": self.explanation.to_json()}
+        return fields | {"hits": [hit.to_json() for hit in self.hits]} | explained
 
     def to_arrow(self) -> "pyarrow.Table":
         """A table with a row per hit: what it says of the query, the hit's attributes but the image, its metadata.

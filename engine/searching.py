@@ -1,11 +1,14 @@
 """A search: from queries and options to answers, by descriptors, by TMM-NN or by plain neighbours."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
+from tmm_engine.explaining import Asked, Explainer
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.descriptors.columns import COPY_FEATURE, ROBUST_FEATURE, Describer
@@ -19,7 +22,7 @@ from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.exemplars import ExemplarStore
-from tmm_engine.nearest import Gate, NearestSearch
+from tmm_engine.nearest import Gate, Nearest, NearestSearch
 from tmm_engine.options import Mode, Prefilter, SearchOptions
 from tmm_engine.query import Query
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
@@ -29,7 +32,8 @@ from tmm_engine.rerank.settings import TunedHead
 from tmm_engine.rerank.timing import Timings
 from tmm_engine.rerank.tmm import Choose, TmmNN
 from tmm_engine.rerank.view import QueryView
-from tmm_engine.results import Hit, SearchResult
+from tmm_engine.results import Explanation, Hit, SearchResult
+from tmm_engine.scanning import ByRanking, ByVector, RankedBy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +46,8 @@ class _Found:
         predicted: The model's prediction on the query.
         scored: How many exemplars were scored.
         recognised: The exemplar that the query may be a copy of, where that was asked.
+        features: φ(x_q), of the stretched image where the search stretches.
+        ranked_by: What all exemplars were ranked by.
         ranking: Of TMM-NN, if it was that.
     """
 
@@ -50,6 +56,8 @@ class _Found:
     predicted: int
     scored: int
     recognised: Recognised | None
+    features: Float32[np.ndarray, "d"]
+    ranked_by: RankedBy
     ranking: Ranking | None = None
 
 
@@ -111,17 +119,56 @@ class Searcher:
         Raises:
             InputError: the index lacks what the options need; or as `TmmNN.rank_many`.
         """
+        return [result for result, _ in self.search_ranked(queries, options, progress)]
+
+    def search_ranked(
+        self, queries: list[Query], options: SearchOptions, progress: Progress, *, whole: bool = False
+    ) -> list[tuple[SearchResult, RankedBy]]:
+        """As `search`, and what every answer's exemplars were ranked by.
+
+        Args:
+            queries: As for `search`.
+            options: As for `search`.
+            progress: As for `search`.
+            whole: Of TMM-NN all exemplars that were scored, not only the k best.
+        """
         timings = Timings(len(queries))
         if options.mode == Mode.TMM:
-            found = self._by_tmm(queries, options, timings, progress)
+            found = self._by_tmm(queries, options, timings, progress, whole=whole or options.explain)
         elif options.mode == Mode.ROBUST:
             found = self._by_descriptor(queries, options, timings)
         else:
             found = self._by_metric(queries, options, timings)
+        explanations: list[Explanation | None] = [None] * len(queries)
+        if options.explain:
+            with timings.step("explanation"):
+                explanations = [*self._explanations(found)]
         return [
-            self._result(query, own, options, timings.of(position))
-            for position, (query, own) in enumerate(zip(queries, found, strict=True))
+            (self._result(query, own, explanation, options, timings.of(position)), own.ranked_by)
+            for position, (query, own, explanation) in enumerate(zip(queries, found, explanations, strict=True))
         ]
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self._store, self._tmm.classes, self._classifier.head)
+
+    def _explanations(self, found: list[_Found]) -> Iterator[Explanation]:
+        asked = [Asked(own.features, own.ranked_by, own.predicted) for own in found]
+        for own, reasons in zip(found, self._explainer.explained(asked), strict=True):
+            name = self._vocabulary.class_names[own.predicted]
+            notes = (
+                [] if len(reasons.unlike.rows) else [f"no exemplar that was scored is of another class than {name!r}"]
+            )
+            if own.predicted not in self._tmm.classes.numbers:
+                notes.append(f"no exemplar is of the class {name!r}, so that it has no prototype")
+            yield Explanation(
+                class_name=name,
+                unlike=self._hits(*reasons.unlike),
+                prototypes=self._hits(*reasons.prototypes),
+                pulled_towards=self._hits(*reasons.towards),
+                pulled_away=self._hits(*reasons.away),
+                notes=tuple(notes),
+            )
 
     def _by_metric(self, queries: list[Query], options: SearchOptions, timings: Timings) -> list[_Found]:
         """By L2 or cosine; queries are embedded one by one, so that none depends on its neighbours in the list."""
@@ -142,8 +189,15 @@ class Searcher:
             timings=timings,
         )
         return [
-            _Found(own.rows, own.scores, said, len(self._store), own.recognised)
-            for own, said in zip(nearest, predicted, strict=True)
+            _of_nearest(
+                own,
+                predicted=said,
+                features=plain,
+                column=column,
+                metric=Metric(str(options.mode)),
+                scored=len(self._store),
+            )
+            for own, said, plain in zip(nearest, predicted, queried, strict=True)
         ]
 
     def _by_descriptor(self, queries: list[Query], options: SearchOptions, timings: Timings) -> list[_Found]:
@@ -154,13 +208,14 @@ class Searcher:
                 "the index has no descriptors, which the mode 'robust' needs: build it again with `views=…` of 1 "
                 "or more (as by default), or search in another mode"
             )
-        copies, robust, predicted = [], [], []
+        copies, robust, predicted, plain = [], [], [], []
         for position, query in enumerate(queries):
             with timings.step("embedding", [position]), torch.inference_mode():
                 views = describer.views(self._pixels([query]))
                 copies.append(_finite(describer.described(views, describer.descriptors.recogniser), query))
                 robust.append(_finite(describer.described(views, describer.descriptors.robust), query))
                 predicted.append(describer.predicted(views))
+                plain.append(views[0].features[0].float().cpu().numpy())
         threshold = options.threshold
         nearest = self._nearest.search(
             np.concatenate(robust),
@@ -171,18 +226,25 @@ class Searcher:
             timings=timings,
         )
         return [
-            _Found(own.rows, own.scores, said, len(self._store), own.recognised)
-            for own, said in zip(nearest, predicted, strict=True)
+            _of_nearest(
+                own,
+                predicted=said,
+                features=features,
+                column=ROBUST_FEATURE,
+                metric=Metric.COSINE,
+                scored=len(self._store),
+            )
+            for own, said, features in zip(nearest, predicted, plain, strict=True)
         ]
 
     def _by_tmm(
-        self, queries: list[Query], options: SearchOptions, timings: Timings, progress: Progress
+        self, queries: list[Query], options: SearchOptions, timings: Timings, progress: Progress, *, whole: bool
     ) -> list[_Found]:
         """By TMM-NN, over all exemplars or over candidates."""
         gate = self._gate(queries, options, timings)
         rankings = self._tmm.rank_many(
             self._pixels(queries),
-            k=options.k,
+            k=len(self._store) if whole else options.k,
             config=options.tmm,
             candidates=self._chooser(queries, options, timings),
             labels=[options.label] * len(queries),
@@ -191,7 +253,19 @@ class Searcher:
             progress=progress,
             timings=timings,
         )
-        return [_Found(own.rows, own.scores, own.view.predicted, own.scored, own.recognised, own) for own in rankings]
+        return [
+            _Found(
+                own.rows[: options.k],
+                own.scores[: options.k],
+                own.view.predicted,
+                own.scored,
+                own.recognised,
+                own.view.features[1].float().cpu().numpy(),
+                ByRanking(own.rows, own.scores),
+                own,
+            )
+            for own in rankings
+        ]
 
     def _gate(self, queries: list[Query], options: SearchOptions, timings: Timings) -> Gate | None:
         """What recognises copies in any mode, where that is asked for and the index has descriptors."""
@@ -240,7 +314,14 @@ class Searcher:
             rankings = self._tmm.rank_many(self._pixels(queries), k=count, config=config, labels=labels)
         return [ranking.rows for ranking in rankings]
 
-    def _result(self, query: Query, found: _Found, options: SearchOptions, timings: dict[str, float]) -> SearchResult:
+    def _result(
+        self,
+        query: Query,
+        found: _Found,
+        explanation: Explanation | None,
+        options: SearchOptions,
+        timings: dict[str, float],
+    ) -> SearchResult:
         ranking, recognised = found.ranking, found.recognised
         original = None if recognised is None or recognised.share < 0.5 else str(self._store.ids[recognised.row])
         true_label, true_class = self._true(query)
@@ -258,7 +339,7 @@ class Searcher:
         return SearchResult(
             query=query.name,
             mode=str(options.mode),
-            hits=self._hits(found),
+            hits=self._hits(found.rows, found.scores, None if ranking is None else ranking.confidences),
             predicted_label=found.predicted,
             predicted_class=self._vocabulary.class_names[found.predicted],
             true_label=true_label,
@@ -274,6 +355,7 @@ class Searcher:
             query_image=np.rint(query.pixels * 255.0).astype(np.uint8),
             trigger=ranking.view.found.trigger.cpu().numpy() if ranking else None,
             triggered_query=ranking.view.triggered.cpu().numpy() if ranking else None,
+            explanation=explanation,
         )
 
     def _true(self, query: Query) -> tuple[int | None, str | None]:
@@ -289,11 +371,15 @@ class Searcher:
         """Whether the query is the exemplar itself, pixel by pixel."""
         return np.array_equal(np.rint(query.pixels * 255.0), self._store.images(np.array([row]))[0])
 
-    def _hits(self, found: _Found) -> tuple[Hit, ...]:
+    def _hits(
+        self,
+        rows: Int64[np.ndarray, "k"],
+        scores: Float[np.ndarray, "k"],
+        confidences: Float[np.ndarray, "_"] | None = None,
+    ) -> tuple[Hit, ...]:
         store = self._store
-        images, metadata = store.images(found.rows), store.metadata(found.rows)
-        names, predicted = self._vocabulary.names, store.predictions(found.rows).tolist()
-        confidences = None if found.ranking is None else found.ranking.confidences
+        images, metadata = store.images(rows), store.metadata(rows)
+        names, predicted = self._vocabulary.names, store.predictions(rows).tolist()
         return tuple(
             Hit(
                 rank=rank,
@@ -304,13 +390,20 @@ class Searcher:
                 label_is_class=self._vocabulary.is_class(int(store.labels[row])),
                 predicted_label=predicted[rank],
                 predicted_class=names[predicted[rank]],
-                score=float(found.scores[rank]),
+                score=float(scores[rank]),
                 confidence=None if confidences is None else float(confidences[rank]),
                 metadata=metadata[rank],
                 image=images[rank],
             )
-            for rank, row in enumerate(found.rows)
+            for rank, row in enumerate(rows)
         )
+
+
+def _of_nearest(
+    own: Nearest, *, predicted: int, features: Float32[np.ndarray, "d"], column: str, metric: Metric, scored: int
+) -> _Found:
+    ranked_by = ByVector(own.query, column, metric)
+    return _Found(own.rows, own.scores, predicted, scored, own.recognised, features, ranked_by)
 
 
 def _own_gate(column: str, features: Float32[np.ndarray, "q d"], options: SearchOptions) -> Gate | None:

@@ -1,0 +1,1 @@
+"""Classes by neighbours, with a measure of doubt: conformal prediction over an index."""
