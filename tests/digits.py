@@ -22,9 +22,10 @@ def make_classifier(*, seed: int = 0) -> Classifier:
     return Classifier.from_architecture("resnet18", image_shape=(1, 8, 8), seed=seed, num_classes=10, small_stem=True)
 
 
-def write_photos(folder: Path, *, count: int = 120) -> Path:
+def write_photos(folder: Path, *, count: int = 120, start: int = 0) -> Path:
     """`count` digits in folders named by class."""
-    for number, (image, label) in enumerate(zip(IMAGES[:count], LABELS[:count], strict=True)):
+    for number in range(start, start + count):
+        image, label = IMAGES[number], LABELS[number]
         path = folder / f"digit-{label}" / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)

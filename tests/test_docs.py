@@ -31,6 +31,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the README's reader has: photos/, query.png, resnet18.safetensors — and photos.idx, which it makes."""
     folder = tmp_path_factory.mktemp("readme")
     write_photos(folder / "photos")
+    write_photos(folder / "held-out", count=40, start=400)
     write_queries(folder, count=1)
     (folder / "query-200.png").rename(folder / "query.png")
     make_classifier().save(folder / "resnet18.safetensors")

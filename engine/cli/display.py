@@ -1,7 +1,7 @@
 """What a person sees in a terminal: progress on stderr, tables on stdout."""
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from rich.text import Text
 
 from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.progress import Progress
-from tmm_engine.results import FailedQuery, SearchResult
+from tmm_engine.results import Explanation, FailedQuery, SearchResult
+from tmm_engine.views.reasons import reasons
 
 if TYPE_CHECKING:
+    from tmm_engine.classifying.classification import Classification
     from tmm_engine.index.store.changes import ChangeReport
     from tmm_engine.index.store.embedding import BuildReport
     from tmm_engine.index.store.syncing import SyncReport
@@ -142,7 +144,43 @@ def print_result(result: SearchResult) -> None:
     console.print(f"[dim]{'; '.join(filter(None, meanings))}[/dim]", highlight=False)
     for note in result.notes:
         console.print(f"[dim]note: {escape(note)}[/dim]")
+    if result.explanation is not None:
+        _print_explanation(console, result.explanation)
     console.print()
+
+
+def _print_explanation(console: Console, explanation: Explanation) -> None:
+    """A line for each kind of exemplar."""
+    for title, _, hits in reasons(explanation):
+        found = ", ".join(f"{escape(hit.id)} ({escape(hit.class_name)}, {hit.score:.4g})" for hit in hits)
+        console.print(f"{escape(title)}: {found or '–'}", highlight=False)
+    for note in explanation.notes:
+        console.print(f"[dim]note: {escape(note)}[/dim]")
+
+
+def print_classified(answers: "Sequence[Classification | FailedQuery]") -> None:
+    """Classifications as one table on stdout, and beneath it what is to be known of them, each once."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FALLBACK_WIDTH)
+    table = Table("image", "class", box=None, header_style="dim", pad_edge=False)
+    for heading in ("credibility", "confidence"):
+        table.add_column(heading, justify="right")
+    table.add_column("set")
+    table.add_column("no answer, because")
+    for answer in answers:
+        if isinstance(answer, FailedQuery):
+            table.add_row(escape(answer.query), "", "", "", "", escape(answer.error))
+            continue
+        inside = ", ".join(answer.prediction_set) or "–"
+        doubt = escape(answer.abstains or "")
+        numbers = (f"{answer.credibility:.3f}", f"{answer.confidence:.3f}")
+        table.add_row(escape(answer.query), escape(answer.class_name), *numbers, escape(inside), doubt)
+    console.print(table)
+    known = [answer for answer in answers if not isinstance(answer, FailedQuery)]
+    told = dict.fromkeys([answer.guarantee for answer in known] + [note for answer in known for note in answer.notes])
+    for note in told:
+        console.print(f"[dim]note: {escape(note)}[/dim]", highlight=False)
 
 
 def print_descriptors(descriptors: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import click
 
 from tmm_engine.cli.audit import audit
 from tmm_engine.cli.build import build_index
+from tmm_engine.cli.classify import classify
 from tmm_engine.cli.living import add, compact, delete, print_versions, relabel, repair, verify
 from tmm_engine.cli.options import model_option
 from tmm_engine.cli.output import as_output_can, echo_json
@@ -63,7 +64,7 @@ def main() -> None:
     """
 
 
-for command in (build_index, search, audit, add, sync, delete, relabel, compact, verify, repair):
+for command in (build_index, search, classify, audit, add, sync, delete, relabel, compact, verify, repair):
     main.add_command(command)
 
 

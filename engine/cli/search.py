@@ -104,6 +104,12 @@ FLAGS = {"settings": "set"}
     help="Answer for a query as for the nearest exemplar, if its distance is below this part of the second nearest's. "
     "Default: 0.8 for robust, as the preset says for tmm (fast: 0.8), off for l2 and cosine.",
 )
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Say why: the nearest exemplars of another class, prototypes, and what pulled the decision most; on the page "
+    "(--html) and in --json.",
+)
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
@@ -121,6 +127,7 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
       engine search photos.idx query.png -k 5
       engine search photos.idx query.png --where "label = 'cat'" --version 2
       engine search photos.idx queries/ --mode robust,l2,cosine --html answer.html --png answer.png
+      engine search photos.idx query.png --explain --html why.html
       engine search photos.idx --id cat/001.png --mode tmm --candidates 2000 --json
       engine search mnist.idx --source mnist --root data --split test --limit 3 --mode tmm --set blend=added
     """
@@ -171,7 +178,7 @@ def _asked(options: dict[str, Any]) -> "list[SearchOptions]":
     if given and "tmm" not in options["modes"]:
         flag = f"--{FLAGS.get(given[0], given[0])}"
         raise click.UsageError(f"{flag} has no effect with --mode {','.join(options['modes'])}: it is an option of tmm")
-    shared = {name: options[name] for name in ("k", "stretch", "recognition", "where")}
+    shared = {name: options[name] for name in ("k", "stretch", "recognition", "where", "explain")}
     tmm = {name: options[name] for name in ("candidates", "prefilter", "together")} | {"config": _config(options)}
     return [SearchOptions(mode=mode, **shared, **(tmm if mode == "tmm" else {})) for mode in options["modes"]]
 
@@ -194,6 +201,25 @@ def _config(options: dict[str, Any]) -> "TmmConfig":
 def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any]) -> "list[Query | FailedQuery]":
     """Every query of a search, decoded, or what is wrong with it; a bad one that is alone is an error at once."""
     from tmm_engine.cli.display import say_remarks
+    from tmm_engine.index.errors import ImageError
+    from tmm_engine.index.sources.records import remarks_of
+    from tmm_engine.query import queries_from
+    from tmm_engine.results import FailedQuery
+
+    queries = queries_of(engine, paths, limit=options["limit"])
+    queries += [engine.exemplar(id_) for id_ in options["ids"]]
+    if options["source"]:
+        source = opened_source(options["source"], options)
+        queries += queries_from(source, engine.classifier.target)
+        say_remarks(remarks_of(source))
+    if len(queries) == 1 and isinstance(queries[0], FailedQuery):
+        raise ImageError(queries[0].error)
+    return queries
+
+
+def queries_of(engine: "Engine", paths: tuple[Path, ...], *, limit: int | None) -> "list[Query | FailedQuery]":
+    """The images of files and folders, decoded, or what is wrong with them."""
+    from tmm_engine.cli.display import say_remarks
     from tmm_engine.index.errors import ImageError, printable
     from tmm_engine.index.sources.opening import open_source
     from tmm_engine.index.sources.records import remarks_of
@@ -204,7 +230,7 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
     queries: list[Query | FailedQuery] = []
     for path in paths:
         if path.is_dir():
-            source = open_source(path, limit=options["limit"])
+            source = open_source(path, limit=limit)
             queries += queries_from(source, shape, prefix=f"{printable(path)}/")
             say_remarks(remarks_of(source))
             continue
@@ -212,13 +238,6 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
             queries.append(as_query(path, shape=shape, name=printable(path)))
         except ImageError as error:
             queries.append(FailedQuery(printable(path), str(error)))
-    queries += [engine.exemplar(id_) for id_ in options["ids"]]
-    if options["source"]:
-        source = opened_source(options["source"], options)
-        queries += queries_from(source, shape)
-        say_remarks(remarks_of(source))
-    if len(queries) == 1 and isinstance(queries[0], FailedQuery):
-        raise ImageError(queries[0].error)
     return queries
 
 

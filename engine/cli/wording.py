@@ -4,6 +4,8 @@ import re
 
 FLAGS = {
     "against=…": "--against",
+    "calibration='leave-one-out'": "--leave-one-out",
+    "calibration=…": "--calibration",
     "channels=…": "--channels",
     "class_names=…": "--class-names",
     "delete=True": "--delete",

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.files import write_file
 from tmm_engine.results import FailedQuery, Hit, SearchResult
+from tmm_engine.views.reasons import reasons
 from tmm_engine.views.showing import (
     agrees,
     as_picture,
@@ -72,6 +73,7 @@ def environment() -> Environment:
         "facts": facts,
         "metadata": _metadata,
         "number": number,
+        "reasons": reasons,
         "seconds": seconds,
         "tmm_views": tmm_views,
     }
