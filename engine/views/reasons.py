@@ -9,22 +9,22 @@ def reasons(explanation: Explanation) -> list[tuple[str, str, tuple[Hit, ...]]]:
     return [
         (
             f"Nearest that are not {name}",
-            "the nearest exemplars of another class: how near the alternative is; scores as above",
+            "the likeliest other answer, if these look closer; scores as above",
             explanation.unlike,
         ),
         (
-            "Typical of these classes",
-            f"the middle of {name}, and that of the class of the nearest that is not; similarity to the query",
+            "Typical of each",
+            f"in the middle of all {name}, and of all of the nearest other class; similarity to the query",
             explanation.prototypes,
         ),
         (
             f"Pulled towards {name}",
-            "a training step on these makes the decision firmer most (TracIn, last layer); influence",
+            f"training on these makes the model surest that it is {name}; influence (TracIn, last layer)",
             explanation.pulled_towards,
         ),
         (
             f"Pulled away from {name}",
-            "a training step on these makes the decision weaker most; influence",
+            "training on these makes it least sure; influence, below 0",
             explanation.pulled_away,
         ),
     ]
