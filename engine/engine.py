@@ -408,6 +408,7 @@ class Engine:
         snapshot = self._snapshot
         queries = [_query(item, snapshot, position) for position, item in enumerate(images)]
         return find_known(snapshot, Others.of_queries(queries, snapshot), memory=memory, progress=progress)
+
     # -------------------------------------------------------------------------------------------- classifying
 
     @overload
@@ -479,6 +480,7 @@ class Engine:
         found = classified(current, answers, known or calibrate_on_itself(current, asked), doubt, k=asked.k)
         return found if isinstance(query, list) else found[0]
 
+    @checked
     def calibrate(
         self,
         source: SourceLike,

@@ -27,8 +27,8 @@ WRONG = (
     Classifier, object(),
 )  # fmt: skip
 OURS = (
-    "BuildReport", "ExemplarStore", "ImageSource", "MemoryStore", "Metric", "Mode", "Neighbours", "Prefilter",
-    "SearchResults", "Classifier.features", "Classifier.known_as", "Classifier.logits",
+    "BuildReport", "Classifications", "ExemplarStore", "ImageSource", "MemoryStore", "Metric", "Mode", "Neighbours",
+    "Prefilter", "SearchResults", "Classifier.features", "Classifier.known_as", "Classifier.logits",
 )  # fmt: skip
 """Public names that nobody calls with values of their own, or that are called too often to look at each time."""
 
@@ -64,6 +64,8 @@ def calls() -> Calls:
         "Classifier.to": (classifier.to, {"device": "cpu"}),
         "Engine.add": (engine.add, {"source": source, "replace": True}),
         "Engine.audit": (engine.audit, {"kinds": ["labels"]}),
+        "Engine.calibrate": (engine.calibrate, {"source": ArraySource(images[:, :, ::-1], labels), "mode": "l2"}),
+        "Engine.classify": (engine.classify, {"query": images[0], "mode": "l2"}),
         "Engine.compact": (engine.compact, {}),
         "Engine.copies_of": (engine.copies_of, {"images": [images[0]]}),
         "Engine.delete": (engine.delete, {"where": "label = 3"}),

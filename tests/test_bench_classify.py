@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.digits import IMAGES, LABELS, make_classifier
+from tmm_engine import Engine
 from tmm_engine.bench.benchmarks.classify import KEY, OURS, OWN, SOFTMAX, VOTES, figures, measure_classify
 from tmm_engine.bench.loading import HeldOut
 from tmm_engine.bench.noise import parse
@@ -41,6 +42,21 @@ def test_every_query_has_a_record_of_every_method(measured: tuple[Path, list[Rec
     assert all(0 <= record["p_right"] <= 1 for record in sets)
     assert all(record["size_01"] >= record["size_05"] >= record["size_10"] for record in sets)
     assert {record["method"] for record in sets} == {OURS, OWN, "cosine"}
+
+
+def test_mode_robust_is_measured_as_it_answers(measured: tuple[Path, list[Record]]):
+    _, records = measured
+    with Engine.from_arrays(IMAGES[:N, None], LABELS[:N], make_classifier()) as engine:
+        held = ArraySource(IMAGES[N + QUERIES :][:HELD, None], LABELS[N + QUERIES :][:HELD])
+        for method in (OURS, "cosine"):
+            engine.calibrate(held, mode=method, k=3)
+            answers = engine.classify([*IMAGES[N : N + QUERIES, None]], mode=method, k=3)
+            own = [record for record in records if record["method"] == method and record["family"] == "clean"]
+            assert [record["trust"] for record in own] == pytest.approx([one.credibility for one in answers])
+            right = LABELS[N : N + QUERIES].tolist()
+            assert [record["correct"] for record in own] == [
+                one.label == label for one, label in zip(answers, right, strict=True)
+            ]
 
 
 def test_figures_are_counts_of_records(measured: tuple[Path, list[Record]], tmp_path: Path):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
 from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few
@@ -22,22 +22,26 @@ from tmm_engine.bench.records import Record, RecordFile
 from tmm_engine.bench.selective import binomial_bounds, selective
 from tmm_engine.bench.statistics import Interval, wilson_interval
 from tmm_engine.bench.tables import NONE, grouped, mean, rate, table
-from tmm_engine.classifying.calibrating import calibrate, calibrate_on_itself
-from tmm_engine.classifying.calibration import Calibration
-from tmm_engine.classifying.classification import Classification
-from tmm_engine.classifying.classifying import Doubt, classified
+from tmm_engine.classifying.calibrating import calibrate_on_itself
+from tmm_engine.classifying.conformal import margins, p_values
+from tmm_engine.classifying.labels import PresentLabels
+from tmm_engine.classifying.nearness import class_scores
 from tmm_engine.cli.display import progress_bar
 from tmm_engine.cli.output import echo_json
 from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.batches import forward_batch_size
+from tmm_engine.index.columns import FEATURE
+from tmm_engine.index.descriptors.columns import COPY_FEATURE, ROBUST_FEATURE
 from tmm_engine.index.labels import Vocabulary
-from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.metric import Metric
+from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.options import SearchOptions
-from tmm_engine.query import Query
-from tmm_engine.results import SearchResult
+from tmm_engine.nearest import Gate, NearestSearch
+from tmm_engine.options import RECOGNITION, SearchOptions
+from tmm_engine.rerank.timing import Timings
+from tmm_engine.scanning import ByVector
 from tmm_engine.snapshot import Snapshot
 
 KEY = ("query", "perturbation", "method")
@@ -45,6 +49,7 @@ CLEAN = Perturbation(Family.CLEAN, 0.0)
 ALPHAS = {"01": 0.01, "05": 0.05, "10": 0.1}
 COVERAGE = 0.9
 OURS, OWN, VOTES, SOFTMAX = "robust", "robust, leave-one-out", "robust, votes", "softmax"
+MODES = (OURS, "cosine")
 DEFAULT = (
     "brightness 0.4,contrast 0.4,gaussian 2.5,gaussian 5,blur 1,jpeg 15,shift 2,shift 4,rotation 10,crop 0.85,"
     "occlusion 0.25,saturation 0,hue 30,dark-noise 1,crop-blur 0.5"
@@ -95,39 +100,88 @@ def command(source: str, **options: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Searched:
-    """An index in memory, and the two calibrations of each mode that is measured.
+class Seen:
+    """What the engine's searches and the model make of some images, all passes in batches.
 
     Attributes:
-        snapshot: The index.
-        options: How it is searched, by method.
-        calibrations: On held-out images, by method.
-        own: On the exemplars themselves, of mode robust.
+        ranked_by: Of each image, by mode.
+        nearest: The rows of its k nearest exemplars in mode robust, and their scores.
+        probabilities: The model's own.
     """
 
-    snapshot: Snapshot
-    options: dict[str, SearchOptions]
-    calibrations: dict[str, Calibration]
-    own: Calibration
+    ranked_by: dict[str, list[ByVector]]
+    nearest: list[tuple[Int64[np.ndarray, "k"], Float64[np.ndarray, "k"]]]
+    probabilities: Float64[np.ndarray, "q classes"]
 
-    @classmethod
-    def of(cls, held: HeldOut, *, queries: int, k: int, progress: Progress) -> "_Searched":
-        """Built as an index of the exemplars would be; the images after the queries calibrate."""
-        store, classifier = held.suite.store, held.suite.classifier
-        names = classifier.class_names
-        source = ArraySource(store.images(np.arange(len(store))), store.labels, class_names=names, name="exemplars")
+
+class Searched:
+    """An index of the exemplars in memory, searched in the modes robust and cosine as the engine does.
+
+    Args:
+        held: Exemplars, and images that are queries first, then calibration images.
+        queries: How many are queries.
+        k: Exemplars of each class that are looked at.
+        progress: Told of images embedded.
+    """
+
+    def __init__(self, held: HeldOut, *, queries: int, k: int, progress: Progress = silent) -> None:
+        store, self._classifier = held.suite.store, held.suite.classifier
+        source = ArraySource(store.images(np.arange(len(store))), store.labels, name="exemplars")
         made = describe(
-            source, classifier, views=DEFAULT_VIEWS, recogniser=None, global_trigger=None, progress=progress
+            source, self._classifier, views=DEFAULT_VIEWS, recogniser=None, global_trigger=None, progress=progress
         )
-        exemplars = MemoryStore.of(source, classifier, columns=made.columns, progress=progress)
-        snapshot = Snapshot.of(classifier, exemplars, vocabulary=Vocabulary(names), describer=made.describer)
-        images = np.rint(held.queries[queries:] * 255.0).astype(np.uint8)
-        others = ArraySource(images, held.labels[queries:], class_names=names, name=held.source)
-        options = {mode: SearchOptions(mode=mode, k=k) for mode in (OURS, "cosine")}
-        calibrations = {
-            mode: calibrate(snapshot, others, asked, name=mode, progress=progress) for mode, asked in options.items()
-        }
-        return cls(snapshot, options, calibrations, calibrate_on_itself(snapshot, options[OURS]))
+        assert made.describer is not None
+        self._describer, self._k = made.describer, k
+        self.store = MemoryStore.of(source, self._classifier, columns=made.columns, progress=progress)
+        self._nearest = NearestSearch(self.store, factory=EXACT, cache=None)
+        vocabulary = Vocabulary(self._classifier.class_names)
+        self.present = PresentLabels.of(self.store, vocabulary)
+        snapshot = Snapshot.of(self._classifier, self.store, vocabulary=vocabulary, describer=self._describer)
+        own = calibrate_on_itself(snapshot, SearchOptions(mode=OURS, k=k)).margins
+        images = np.rint(held.queries[queries:] * 255.0).astype(np.float32) / np.float32(255.0)
+        seen, labels = self.see(images, progress=progress), held.labels[queries:]
+        self.calibrated = {mode: self._right(self.strange(seen, mode), labels) for mode in MODES} | {OWN: own}
+
+    def see(self, images: Float32[np.ndarray, "q c h w"], *, progress: Progress = silent) -> Seen:
+        """Embedded in batches, then searched."""
+        step = max(1, forward_batch_size(self._classifier.image_shape) // self._describer.descriptors.views)
+        parts = []
+        for start in range(0, len(images), step):
+            parts.append(self._passed(images[start : start + step]))
+            progress("embedding queries", min(start + step, len(images)), len(images))
+        plain, robust, copies, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+        gate, timings = Gate(COPY_FEATURE, copies, RECOGNITION), Timings(len(images))
+        ours = self._nearest.search(robust, Metric.COSINE, column=ROBUST_FEATURE, k=self._k, gate=gate, timings=timings)
+        return Seen(
+            {
+                OURS: [ByVector(one.query, ROBUST_FEATURE, Metric.COSINE) for one in ours],
+                "cosine": [ByVector(one, FEATURE, Metric.COSINE) for one in plain],
+            },
+            [(one.rows, one.scores) for one in ours],
+            probabilities,
+        )
+
+    def strange(self, seen: Seen, mode: str) -> Float64[np.ndarray, "q classes"]:
+        """The margin of every class, numbered as the model's; infinite for one without exemplars."""
+        scores = class_scores(self.store, seen.ranked_by[mode], self.present.places, k=self._k)
+        whole = np.full((len(scores), self._classifier.num_classes), np.inf)
+        whole[:, self.present.numbers] = margins(scores)
+        return whole
+
+    def _passed(self, images: Float32[np.ndarray, "b c h w"]) -> tuple[np.ndarray, ...]:
+        descriptors = self._describer.descriptors
+        with torch.inference_mode():
+            pixels = torch.from_numpy(images).to(self._classifier.device)
+            plain = self._classifier.features(pixels)
+            probabilities = torch.softmax(self._classifier.logits(plain).double(), dim=1)
+            views = self._describer.views(pixels)
+            both = [self._describer.described(views, which) for which in (descriptors.robust, descriptors.recogniser)]
+            return plain.float().cpu().numpy(), *both, probabilities.cpu().numpy()
+
+    def _right(
+        self, strange: Float64[np.ndarray, "q classes"], labels: Int64[np.ndarray, "q"]
+    ) -> Float64[np.ndarray, "q"]:
+        return np.sort(strange[np.arange(len(labels)), labels])
 
 
 def measure_classify(
@@ -143,8 +197,8 @@ def measure_classify(
     """Append a record for every query × perturbation × method that has none yet; the clean queries come first.
 
     A record holds ``correct``, ``trust`` (what the method would abstain by; larger is surer) and, where the method
-    makes sets, ``p_right``, the p-value of the right class (0 where it is below the smallest alpha), and the sizes
-    ``size_01``, ``size_05``, ``size_10``; else null.
+    makes sets, ``p_right``, the p-value of the right class, and the sizes ``size_01``, ``size_05``, ``size_10``; else
+    null.
 
     Args:
         held: Exemplars; its images are queries first, then calibration images.
@@ -159,7 +213,7 @@ def measure_classify(
     missing = [one for one in ordered if not record_file.done(query=0, perturbation=one.name, method=SOFTMAX)]
     if not missing:
         return
-    searched = _Searched.of(held, queries=queries, k=k, progress=progress)
+    searched = Searched(held, queries=queries, k=k, progress=progress)
     for done, perturbation in enumerate(missing, start=1):
         count = queries if perturbation == CLEAN else min(noisy, queries)
         seeds = [int(np.random.SeedSequence((held.suite.seed, one)).generate_state(1)[0]) for one in range(count)]
@@ -167,61 +221,46 @@ def measure_classify(
             [perturbation.apply(image, seed=seed) for image, seed in zip(held.queries[:count], seeds, strict=True)]
         )
         about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
-        for method, answers in _answers(searched, changed, held.labels[:count]):
+        for method, answers in _answers(searched, searched.see(changed), held.labels[:count]):
             for query, answer in enumerate(answers):
                 if not record_file.done(query=query, perturbation=perturbation.name, method=method):
                     record_file.append({"query": query} | about | {"method": method} | answer)
         progress("classifying under noise", done, len(missing))
 
 
-def _answers(
-    searched: _Searched, images: Float32[np.ndarray, "q c h w"], labels: Int64[np.ndarray, "q"]
-) -> Iterator[tuple[str, list[Record]]]:
+def _answers(searched: Searched, seen: Seen, labels: Int64[np.ndarray, "q"]) -> Iterator[tuple[str, list[Record]]]:
     """Every method's, softmax last."""
-    snapshot = searched.snapshot
-    queries = [Query(f"query {place}", image) for place, image in enumerate(images)]
-    doubt = Doubt(alpha=min(ALPHAS.values()))
-    right = labels.tolist()
-    for mode, options in searched.options.items():
-        answers = snapshot.searcher.search_ranked(queries, options, silent)
-        calibrations = {mode: searched.calibrations[mode]} | ({OWN: searched.own} if mode == OURS else {})
-        for method, calibration in calibrations.items():
-            found = classified(snapshot, answers, calibration, doubt, k=options.k)
-            yield method, [_of_sets(one, label) for one, label in zip(found, right, strict=True)]
-        if mode == OURS:
-            yield VOTES, [_of_votes(result, label) for (result, _), label in zip(answers, right, strict=True)]
-    yield SOFTMAX, _of_softmax(snapshot.classifier, images, labels)
+    for mode in MODES:
+        strange = searched.strange(seen, mode)
+        for method in (mode, *([OWN] if mode == OURS else [])):
+            found = p_values(strange, searched.calibrated[method])
+            yield method, [_of_sets(*one) for one in zip(strange, found, labels.tolist(), strict=True)]
+    neighbours = [(searched.store.labels[rows], scores) for rows, scores in seen.nearest]
+    yield VOTES, [_of_votes(*found, label) for found, label in zip(neighbours, labels.tolist(), strict=True)]
+    said = zip(seen.probabilities, labels.tolist(), strict=True)
+    yield (
+        SOFTMAX,
+        [
+            {"correct": int(own.argmax()) == label, "trust": float(own.max()), "p_right": None} | _NO_SETS
+            for own, label in said
+        ],
+    )
 
 
-def _of_sets(answer: Classification, label: int) -> Record:
-    told = {each.label: each.p_value for each in answer.candidates}
-    sizes = {f"size_{name}": sum(p > alpha for p in told.values()) for name, alpha in ALPHAS.items()}
-    p_right = told.get(label, 0.0)
-    return {"correct": answer.label == label, "trust": answer.credibility, "p_right": p_right} | sizes
+def _of_sets(strange: Float64[np.ndarray, "classes"], found: Float64[np.ndarray, "classes"], label: int) -> Record:
+    sizes = {f"size_{name}": int((found > alpha).sum()) for name, alpha in ALPHAS.items()}
+    correct, trust = int(strange.argmin()) == label, float(found.max())
+    return {"correct": correct, "trust": trust, "p_right": float(found[label])} | sizes
 
 
-def _of_votes(result: SearchResult, label: int) -> Record:
+def _of_votes(labels: Int64[np.ndarray, "k"], scores: Float64[np.ndarray, "k"], label: int) -> Record:
     """The plain rival: the commonest label of the k neighbours, trusted by its share; where that ties, by nearness."""
-    labels = np.array([hit.label for hit in result.hits])
     names, counts = np.unique(labels, return_counts=True)
-    share = counts.max() / len(labels)
-    trust = share + 1e-3 * float(np.mean([hit.score for hit in result.hits]))
+    trust = float(counts.max() / len(labels) + 1e-3 * scores.mean())
     return {"correct": bool(names[counts.argmax()] == label), "trust": trust, "p_right": None} | _NO_SETS
 
 
 _NO_SETS: Record = {f"size_{name}": None for name in ALPHAS}
-
-
-def _of_softmax(
-    classifier: Classifier, images: Float32[np.ndarray, "q c h w"], labels: Int64[np.ndarray, "q"]
-) -> list[Record]:
-    """The model's own: its most probable class, trusted by its probability."""
-    with torch.inference_mode():
-        parts = torch.from_numpy(images).to(classifier.device).split(forward_batch_size(classifier.image_shape))
-        logits = torch.cat([classifier.logits(classifier.features(part)) for part in parts])
-        best, said = torch.softmax(logits.double(), dim=1).max(dim=1)
-    pairs = zip(best.tolist(), (said.cpu().numpy() == labels).tolist(), strict=True)
-    return [{"correct": correct, "trust": trust, "p_right": None} | _NO_SETS for trust, correct in pairs]
 
 
 def figures(records: Sequence[Record]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.descriptors.columns import ROBUST_FEATURE
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.labels import listed
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.wording import some
 from tmm_engine.options import Mode, SearchOptions
 from tmm_engine.query import Query, each_query
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
@@ -77,13 +77,13 @@ def calibrate(
     if read.inside:
         raise InputError(
             f"{len(read.inside):,} of the {len(read.labels):,} images of {source.name} are in the index "
-            f"({listed(read.inside)}): calibrate on images that it does not have"
+            f"({some(read.inside)}): calibrate on images that it does not have"
         )
     labels = np.array(read.labels, dtype=np.int64)
     if not (labels >= 0).any():
         raise InputError(
-            f"{source.name}: expected images with labels of the index ({listed(present.names)}), got "
-            f"{listed(read.unknown) or 'none that could be read'}"
+            f"{source.name}: expected images with labels of the index ({some(present.names)}), got "
+            f"{some(read.unknown) or 'none that could be read'}"
         )
     scores = class_scores(snapshot.store, read.ranked_by, present.places, k=options.k)
     notes = _notes(read, source.name)
@@ -178,7 +178,7 @@ def _notes(read: _Read, source: str) -> tuple[str, ...]:
     told = {
         f"{read.unread:,} images of {source} could not be read": read.unread,
         f"{read.unlabelled:,} images of {source} have no label and do not count": read.unlabelled,
-        f"{strangers:,} of the {images:,} images have labels that no exemplar has ({listed(read.unknown)}): no set "
+        f"{strangers:,} of the {images:,} images have labels that no exemplar has ({some(read.unknown)}): no set "
         f"holds these, and others are larger for it": strangers,
         f"{read.copies:,} of the {images:,} images are taken for copies of exemplars: if they are, new images are "
         f"covered less often": read.copies,

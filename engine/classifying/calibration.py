@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beartype.door import is_bearable
 from jaxtyping import Float64
 
 from tmm_engine.classifying.conformal import p_values
@@ -129,7 +128,7 @@ class Calibration:
             given = json.loads(text)
             arrays = {key: np.array(given[key], dtype=np.float64) for key in ("margins", "distances")}
             found = cls(**given | arrays | {"notes": tuple(given["notes"])})
-            if not is_bearable([found.name, found.source, *found.notes], list[str]) or not len(found):
+            if not all(isinstance(text, str) for text in (found.name, found.source, *found.notes)) or not len(found):
                 raise ValueError("its fields are of other kinds")
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise IndexStateError(f"{path}: damaged ({error}); delete it, and calibrate anew") from error

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from jaxtyping import Float64
@@ -38,10 +39,10 @@ class Doubt:
     outliers: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.alpha < 1.0:
-            raise InputError(f"alpha: expected a share above 0 and below 1, as in 0.05, got {self.alpha}")
-        if not 0.0 <= self.outliers < 1.0:
-            raise InputError(f"outliers: expected a share from 0 to below 1, as in 0.01, got {self.outliers}")
+        if not (isinstance(self.alpha, Real) and 0.0 < self.alpha < 1.0):
+            raise InputError(f"alpha: expected a share above 0 and below 1, as in 0.05, got {self.alpha!r}")
+        if not (isinstance(self.outliers, Real) and 0.0 <= self.outliers < 1.0):
+            raise InputError(f"outliers: expected a share from 0 to below 1, as in 0.01, got {self.outliers!r}")
 
 
 def classified(

@@ -32,6 +32,8 @@ class KeptCalibrations:
             InputError: there is none of this name, or it was made for another search.
             IndexStateError: it is damaged.
         """
+        if not isinstance(calibration, Calibration | str | None):
+            raise InputError(f"calibration: expected a name or what `calibrate` returned, got {calibration!r}")
         if calibration == OWN:
             return None
         if not isinstance(calibration, Calibration):
