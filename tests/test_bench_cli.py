@@ -153,6 +153,16 @@ def test_rivals(work: Path):
     assert {record["job"] for record in found} == {"the very image", "unseen"}
 
 
+def test_classify(work: Path):
+    options = (*held_out(work), "--perturbations", "blur 1", "-k", 3, "--calibration", 20, "--noisy", 2, "--json")
+    done = measured(work, "classify", *options, out="classify.jsonl")
+    assert done.exit_code == 0, done.stderr
+    assert {"coverage_01", "coverage_05", "coverage_10", "accuracy_90", "accuracy_90_softmax"} <= set(
+        json.loads(done.stdout)
+    )
+    assert len(records(work, "classify.jsonl", benchmark="classify")) == (3 + 2) * 5
+
+
 def test_oracle_by_ssim_and_its_estimate(work: Path):
     options = (*held_out(work), "--semantic", work / "semantic.jsonl")
     done = measured(work, "oracle", *options, "--judge", "ssim", out="oracle.jsonl")

@@ -87,7 +87,7 @@ class Calibration:
         if content != self.content:
             raise InputError(
                 f"the calibration {self.name!r} was made when the index held other exemplars: calibrate anew "
-                f"(`calibration=…`), or go without (`calibration='{OWN}'`)"
+                f"(`calibration=…`), or go without (`calibration='leave-one-out'`)"
             )
 
     def save(self, index: Path) -> None:
