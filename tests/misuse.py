@@ -27,8 +27,8 @@ WRONG = (
     Classifier, object(),
 )  # fmt: skip
 OURS = (
-    "BuildReport", "Classifications", "ExemplarStore", "ImageSource", "MemoryStore", "Metric", "Mode", "Neighbours",
-    "Prefilter", "SearchResults", "Classifier.features", "Classifier.known_as", "Classifier.logits",
+    "BuildReport", "Classifications", "ExemplarStore", "ImageSource", "Kind", "MemoryStore", "Metric", "Mode",
+    "Neighbours", "Prefilter", "SearchResults", "Classifier.features", "Classifier.known_as", "Classifier.logits",
 )  # fmt: skip
 """Public names that nobody calls with values of their own, or that are called too often to look at each time."""
 
