@@ -126,6 +126,7 @@ def measure_audit(
     """
     ways = {"duplicates": _duplicates, "leaks": _leaks, "foreign": _foreign}
     plan: list[tuple[str, float, int]] = [(fault, share, 0) for fault in ways for share in shares]
+    plan = [each for each in plan if each[0] != "leaks" or 2 * each[1] <= max(SHARES)]  # there are no more copies
     plan += [("labels", share, draw) for share in shares for draw in range(DRAWS)]
     plan.append(("time", 0.0, 0))
     records = []
@@ -207,7 +208,7 @@ def _duplicates(planted: Planted, share: float) -> Record:
 def _leaks(planted: Planted, share: float) -> Record:
     """One half of the exemplars against the other half, among which there are copies of the first."""
     half = planted.count // 2
-    rows = planted.with_copies(2 * share) if share <= max(SHARES) / 2 else planted.with_copies(share)
+    rows = planted.with_copies(2 * share)
     copies = rows[planted.count :]
     copies = copies[planted.copies.origin[copies - planted.count] < half]
     theirs = np.concatenate([np.arange(half, planted.count), copies])
