@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float32
 
 from tmm_engine.index.errors import ImageError, InputError, printable
+from tmm_engine.index.labels import Vocabulary, match_labels
 from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, decode_image, to_numpy
-from tmm_engine.index.sources.records import ImageRecord, ImageSource
+from tmm_engine.index.sources.records import ImageRecord, ImageSource, label_values_of
 from tmm_engine.index.types import ImageLike
 from tmm_engine.results import FailedQuery
 
@@ -76,12 +77,16 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
     return Query(name, pixels, None, tuple(assumed))
 
 
-def queries_from(source: ImageSource, shape: Target, *, prefix: str = "") -> list[Query | FailedQuery]:
+def queries_from(
+    source: ImageSource, shape: Target, *, prefix: str = "", vocabulary: Vocabulary | None = None
+) -> list[Query | FailedQuery]:
     """All images of a source as queries, as `each_query` has them one by one."""
-    return [*each_query(source, shape, prefix=prefix)]
+    return [*each_query(source, shape, prefix=prefix, vocabulary=vocabulary)]
 
 
-def each_query(source: ImageSource, shape: Target, *, prefix: str = "") -> Iterator[Query | FailedQuery]:
+def each_query(
+    source: ImageSource, shape: Target, *, prefix: str = "", vocabulary: Vocabulary | None = None
+) -> Iterator[Query | FailedQuery]:
     """Every image of a source as a query, with its label where it has one; for one that cannot be read, why.
 
     Labels that have names are names: their numbers in the source are not those of the index.
@@ -90,12 +95,19 @@ def each_query(source: ImageSource, shape: Target, *, prefix: str = "") -> Itera
         source: Where they come from.
         shape: What the index's classifier looks at (`Classifier.target`).
         prefix: Put before their ids to make names.
+        vocabulary: The index's: by it a table's numbers are names, or not, as they are of exemplars.
     """
+    values = label_values_of(source)
+    are_names = bool(
+        values and vocabulary and match_labels(source.name, None, vocabulary, values=values).numbers is not None
+    )
     for record in source.read(shape):
         name = prefix + record.id
         if isinstance(record, ImageRecord):
             names, label = source.class_names, record.label
-            own = label if label is None or names is None else names[label]
+            own: int | str | None = label if label is None or names is None else names[label]
+            if are_names and label is not None:
+                own = str(label)
             yield Query(name, record.image.astype(np.float32) / np.float32(255.0), own)
         else:
             yield FailedQuery(name, record.reason)

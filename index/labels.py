@@ -9,7 +9,7 @@ import difflib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,14 +58,15 @@ class Matched:
 
     Attributes:
         vocabulary: The index's, with what the source adds to it.
-        numbers: For each class of the source its label's number; None where records have that number already.
+        numbers: For each class of the source its label's number; of a table's numbers that are names, by the number;
+            None where records have that number already.
         notes: What was guessed, and what is no class of the model's, in sentences.
         otherwise: Where names that are numbers can be read in two ways: for each class of the model's the class that
             the label of its number would be in the other one.
     """
 
     vocabulary: Vocabulary
-    numbers: tuple[int, ...] | None
+    numbers: tuple[int, ...] | Mapping[int, int] | None
     notes: tuple[str, ...] = ()
     otherwise: tuple[int, ...] | None = None
 
@@ -88,6 +89,8 @@ class Matched:
         """
         if number is None:
             return None
+        if isinstance(self.numbers, Mapping):
+            return self.numbers[number]
         classes = len(self.vocabulary.class_names) if self.numbers is None else len(self.numbers)
         if not 0 <= number < classes:
             raise InputError(
@@ -98,7 +101,13 @@ class Matched:
 
 
 def match_labels(
-    source: str, names: Sequence[str] | None, vocabulary: Vocabulary, *, adopt: bool = False, named: bool = False
+    source: str,
+    names: Sequence[str] | None,
+    vocabulary: Vocabulary,
+    *,
+    values: Sequence[int] | None = None,
+    adopt: bool = False,
+    named: bool = False,
 ) -> Matched:
     """What the labels of a source that has some are in an index.
 
@@ -106,12 +115,16 @@ def match_labels(
         source: Its name, for what is said.
         names: Of its classes; None where labels are numbers: those of the model's classes.
         vocabulary: The index's.
+        values: Of a table whose labels are numbers without names, each once: they are names where all of them are
+            known as such, or some are beyond the numbers of the model's classes.
         adopt: For a new index, of a model that brings no names: take those of a source with as many classes, in their
             order; those of fewer that are numbers are the numbers of its classes.
         named: The model's names were given, even if they look like none: match them.
     """
     classes = vocabulary.class_names
     named = named or bring_names(classes)
+    if names is None and values is not None:
+        return _of_a_table(source, values, vocabulary, named=named)
     if names is None:
         return Matched(vocabulary, None, (_numbers_taken(source, classes),) if named else ())
     if tuple(names) == classes:
@@ -184,6 +197,26 @@ def _two_readings(names: Sequence[str], taken: Sequence[int], otherwise: Sequenc
 
 def _numbers_taken(source: str, classes: Sequence[str]) -> str:
     return f"labels of {source} are numbers: they are taken for those of the model's classes (0 is {classes[0]!r})"
+
+
+def _of_a_table(source: str, values: Sequence[int], vocabulary: Vocabulary, *, named: bool) -> Matched:
+    """Numbers of a table, which may be those of the model's classes, or names, as years are."""
+    classes, known, names = vocabulary.class_names, vocabulary.numbers(), [str(value) for value in values]
+    beyond = [value for value in values if value >= len(classes)]
+    if not beyond and not (named and all(name in known for name in names)):
+        return Matched(vocabulary, None, (_numbers_taken(source, classes),) if named else ())
+    why = (
+        f"{some(map(str, beyond))} {'is no number' if len(beyond) == 1 else 'are no numbers'} of the model's "
+        f"{len(classes):,} classes (0 to {len(classes) - 1})"
+        if beyond
+        else "all are names that the index knows"
+    )
+    found = _by_name(source, names, vocabulary, named=named)
+    assert isinstance(found.numbers, tuple)
+    note = f"labels of {source} are numbers: they are taken for names, not for positions, since {why}"
+    if beyond and len(beyond) < len(values):
+        note = f"warning: {note}; if they are positions, count them from 0"
+    return replace(found, numbers=dict(zip(values, found.numbers, strict=True)), notes=(note, *found.notes))
 
 
 def _as_numbers(names: Sequence[str]) -> list[int] | None:

@@ -242,3 +242,32 @@ def test_an_unknown_name_in_a_filter_is_an_error_with_the_nearest():
 
 def test_a_column_of_metadata_that_is_called_predicted_is_left_alone():
     assert in_numbers("predicted = 'rain'", {"label": NAMED["label"]}) == "predicted = 'rain'"
+
+
+def test_numbers_of_a_table_are_names_where_the_models_names_are_these_numbers():
+    model = Vocabulary(("1", "2", "3", "4"))
+    found = match_labels("list.csv", None, model, values=[1, 2, 3], adopt=True)
+    assert [found.label(number, "x") for number in (1, 2, 3, None)] == [0, 1, 2, None]
+    assert found.notes == (
+        "labels of list.csv are numbers: they are taken for names, not for positions, since all are names that the "
+        "index knows",
+    )
+    given = match_labels("list.csv", None, Vocabulary(("2", "1", "0")), values=[0, 2], adopt=True, named=True)
+    assert [given.label(number, "x") for number in (0, 2)] == [2, 0]
+    positions = match_labels("list.csv", None, ANIMALS, values=[0, 2], adopt=True)
+    assert (positions.numbers, len(positions.notes)) == (None, 1)
+    assert match_labels("list.csv", None, NUMBERS, values=[0, 2], adopt=True).notes == ()
+
+
+@pytest.mark.parametrize("model", [ANIMALS, NUMBERS])
+def test_numbers_of_a_table_beyond_the_models_classes_are_names(model: Vocabulary):
+    found = match_labels("list.csv", None, model, values=[2019, 2020], adopt=True)
+    classes = len(model.class_names)
+    assert found.vocabulary.others == ("2019", "2020")
+    assert [found.label(number, "x") for number in (2019, 2020)] == [classes, classes + 1]
+    assert "2019, 2020 are no numbers of the model's" in found.notes[0]
+    again = match_labels("more.csv", None, found.vocabulary, values=[2020, 2021])
+    assert again.vocabulary.others == ("2019", "2020", "2021")
+    counted = match_labels("list.csv", None, model, values=list(range(1, classes + 1)), adopt=True)
+    assert counted.notes[0].startswith("warning: ")
+    assert "count them from 0" in counted.notes[0]

@@ -11,10 +11,12 @@ from PIL import Image
 from tests.builders import tiny_classifier
 from tmm_engine import build_index
 from tmm_engine.index.errors import InputError
+from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.hugging_face import SavedDatasetSource
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
 from tmm_engine.index.sources.text_tables import read_text_table
+from tmm_engine.query import queries_from
 
 SHAPE = (3, 4, 4)
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -151,3 +153,34 @@ def test_a_label_that_is_missing_is_none_in_every_table_and_counted(tmp_path):
 def test_a_column_of_csv_is_of_numbers_where_nothing_is_lost(tmp_path, written, expected):
     (tmp_path / "list.csv").write_text("path,value\n" + "".join(f"{n}.png,{text}\n" for n, text in enumerate(written)))
     assert read_text_table(tmp_path / "list.csv")["value"].to_pylist() == expected
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tar"])
+def test_numbers_of_a_table_are_names_where_the_model_knows_them_and_where_they_are_beyond_its_classes(tmp_path, form):
+    names = pictures(tmp_path)
+    path, numbers = tmp_path / f"list.{form}", [1, 2, 3, 1, 2, 3]
+    for first, model, expected in ((0, ("1", "2", "3", "4"), "123123"), (2018, tuple("abcd"), None)):
+        labels = [first + number for number in numbers]
+        if form == "csv":
+            rows = [f"{name},{label}" for name, label in zip(names, labels, strict=True)]
+            path.write_text("\n".join(["file_name,label", *rows]))
+        elif form == "jsonl":
+            rows = [f'{{"file_name": "{name}", "label": {label}}}' for name, label in zip(names, labels, strict=True)]
+            path.write_text("\n".join(rows))
+        elif form == "parquet":
+            pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            images = [{"bytes": (tmp_path / name).read_bytes(), "path": None} for name in names]
+            pq.write_table(pa.table({"image": images, "label": labels}), path)
+        else:
+            with tarfile.open(path, "w") as tar:
+                for row, (name, label) in enumerate(zip(names, labels, strict=True)):
+                    for suffix, content in (("png", (tmp_path / name).read_bytes()), ("cls", str(label).encode())):
+                        member = tarfile.TarInfo(f"{row:04d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        adapted = AdaptedSource.of_new_index(open_source(path), model)
+        found = [adapted.labels.vocabulary.names[record.label] for record in adapted.read(SHAPE)]
+        assert found == ([*expected] if expected else [str(label) for label in labels])
+        assert "they are taken for names" in adapted.remarks[0]
+        queries = queries_from(open_source(path), SHAPE, vocabulary=adapted.labels.vocabulary)
+        assert [query.label for query in queries] == found

@@ -144,7 +144,7 @@ def _read(
     snapshot: Snapshot, source: ImageSource, options: SearchOptions, present: PresentLabels, progress: Progress
 ) -> _Read:
     read, done = _Read(), 0
-    queries = each_query(source, snapshot.classifier.target)
+    queries = each_query(source, snapshot.classifier.target, vocabulary=snapshot.vocabulary)
     for group in _groups(queries, forward_batch_size(snapshot.classifier.image_shape)):
         done += len(group)
         read.unread += sum(isinstance(query, FailedQuery) for query in group)

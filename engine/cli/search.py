@@ -202,6 +202,7 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
     """Every query of a search, decoded, or what is wrong with it; a bad one that is alone is an error at once."""
     from tmm_engine.cli.display import say_remarks
     from tmm_engine.index.errors import ImageError
+    from tmm_engine.index.labels import Vocabulary
     from tmm_engine.index.sources.records import remarks_of
     from tmm_engine.query import queries_from
     from tmm_engine.results import FailedQuery
@@ -210,7 +211,8 @@ def _queries(engine: "Engine", paths: tuple[Path, ...], options: dict[str, Any])
     queries += [engine.exemplar(id_) for id_ in options["ids"]]
     if options["source"]:
         source = opened_source(options["source"], options)
-        queries += queries_from(source, engine.classifier.target)
+        vocabulary = Vocabulary(engine.class_names, engine.label_names[len(engine.class_names) :])
+        queries += queries_from(source, engine.classifier.target, vocabulary=vocabulary)
         say_remarks(remarks_of(source))
     if len(queries) == 1 and isinstance(queries[0], FailedQuery):
         raise ImageError(queries[0].error)

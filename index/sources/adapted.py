@@ -10,7 +10,14 @@ from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.labels import Matched, Vocabulary, match_labels
 from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.names import composed
-from tmm_engine.index.sources.records import ImageRecord, ImageSource, Metadata, UnreadableImage, remarks_of
+from tmm_engine.index.sources.records import (
+    ImageRecord,
+    ImageSource,
+    Metadata,
+    UnreadableImage,
+    label_values_of,
+    remarks_of,
+)
 from tmm_engine.index.types import ImageShape
 
 
@@ -75,7 +82,10 @@ class AdaptedSource:
         """
         labels = Matched(Vocabulary(class_names), None)
         if source.labelled:
-            labels = match_labels(source.name, source.class_names, labels.vocabulary, adopt=True, named=named)
+            values = label_values_of(source)
+            labels = match_labels(
+                source.name, source.class_names, labels.vocabulary, values=values, adopt=True, named=named
+            )
         return cls(source, labels=labels, metadata_types=source.metadata_types)
 
     def __len__(self) -> int:

@@ -19,10 +19,12 @@ class Labels:
     Attributes:
         class_names: In label order; None where integers have no names.
         numbers: Value -> label; None where the values are the labels.
+        values: Of integers without names, each once, in order.
     """
 
     class_names: tuple[str, ...] | None
     numbers: Mapping[Any, int] | None
+    values: tuple[int, ...] | None = None
 
     def of(self, value: Any) -> int | None:
         """The label of a value; None where it is null or empty."""
@@ -84,7 +86,9 @@ class Labels:
                 f"{source}: expected labels {expected}, got {got} in row {wrong[0]} and "
                 f"{wrong.size} such rows; drop these rows, or choose another column (`label_column=…`)"
             )
-        return cls(tuple(map(str, names)) if names else None, None)
+        if names:
+            return cls(tuple(map(str, names)), None)
+        return cls(None, None, tuple(np.unique(numbers[given]).tolist()))
 
 
 def numbered(names: Iterable[str], class_names: Sequence[str] | None) -> tuple[tuple[str, ...], list[int]]:

@@ -125,6 +125,11 @@ def remarks_of(source: ImageSource) -> tuple[str, ...]:
     return source.remarks if isinstance(source, Remarking) else ()
 
 
+def label_values_of(source: ImageSource) -> tuple[int, ...] | None:
+    """The numbers that a table has as labels, which may be names; None where labels have names, or are positions."""
+    return source.label_values if isinstance(source, EncodedSource) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """An image still to be decoded; `source` is None where there are no bytes."""
@@ -143,6 +148,8 @@ class EncodedSource(ABC):
     labelled: bool
     metadata_types: Mapping[str, type]
     remarks: tuple[str, ...] = ()
+    label_values: tuple[int, ...] | None = None
+    """Of a table whose labels are numbers without names, each once, in order: they may be names."""
     limited = False
     """Whether a limit was given: what comes after it is not missing."""
 

@@ -105,6 +105,7 @@ class TableSource(EncodedSource):
         self._remark(*filter(None, [roles.said]))
         self._label, self._labels = roles.label, self._read_labels(roles.label, readable, features)
         self.class_names = self._labels.class_names if self._labels else None
+        self.label_values = self._labels.values if self._labels else None
         self.labelled = self._labels is not None
         self._columns: dict[str, str] = {}  # metadata name -> the table's column
         self._converted: dict[str, Callable[[Any], str | float]] = {}

@@ -98,6 +98,7 @@ class WebDatasetSource(EncodedSource):
         numbering = Labels.read(self.name, pa.chunked_array([column]), None, rows=self._length)
         if numbering is None:
             return None, None
+        self.label_values = numbering.values
         return numbering.class_names, [numbering.of(value) for value in column.to_pylist()[: self._length]]
 
     def _metadata(self) -> tuple[dict[str, type], dict[str, list[Any]]]:

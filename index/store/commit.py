@@ -21,7 +21,7 @@ from tmm_engine.index.errors import IndexStateError, ModelError
 from tmm_engine.index.files import TEMPORARY, sync_folder
 from tmm_engine.index.labels import Matched, match_labels
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.sources.records import ImageSource, label_values_of
 from tmm_engine.index.store.lance_store import (
     ARROW_TYPES,
     LanceWriter,
@@ -88,7 +88,7 @@ class Change:
         """What a source's labels are in the index; those that are new are its labels with the next commit."""
         if not source.labelled:
             return Matched(self.vocabulary, None)
-        found = match_labels(source.name, source.class_names, self.vocabulary)
+        found = match_labels(source.name, source.class_names, self.vocabulary, values=label_values_of(source))
         self.vocabulary = found.vocabulary
         return found
 
