@@ -54,7 +54,7 @@ NEIGHBOUR = 50  # whose distance is the rival (Sun et al., ICML 2022)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @out_option
 def command(source: str, *, as_json: bool, **options: Any) -> None:
-    """Does an audit find what is wrong? Plants copies, leaks, flipped labels, foreign images; counts what is found.
+    """Does an audit find planted copies, leaks, wrong labels and foreign images?
 
     Take images that the classifier was not trained on: it knows the labels of the others by heart.
 
