@@ -184,3 +184,62 @@ def test_numbers_of_a_table_are_names_where_the_model_knows_them_and_where_they_
         assert "they are taken for names" in adapted.remarks[0]
         queries = queries_from(open_source(path), SHAPE, vocabulary=adapted.labels.vocabulary)
         assert [query.label for query in queries] == found
+
+
+@pytest.mark.parametrize(("yes", "no"), [("true", "false"), ("True", "False"), ("TRUE", "FALSE")])
+def test_labels_that_are_true_and_false_keep_their_spelling(tmp_path, yes, no):
+    names = pictures(tmp_path)
+    rows = [f"{name},{yes if row % 2 else no},{yes}" for row, name in enumerate(names)]
+    (tmp_path / "list.csv").write_text("\n".join(["file_name,label,checked", *rows]))
+    source = open_source(tmp_path / "list.csv")
+    assert (source.class_names, source.metadata_types["checked"]) == ((no, yes), bool)
+    assert [record.label for record in source.read(SHAPE)] == [0, 1] * 3
+    (tmp_path / "list.jsonl").write_text(f'{{"path": "{names[0]}", "label": true}}\n{{"path": "x", "label": false}}')
+    assert open_source(tmp_path / "list.jsonl").class_names == ("false", "true")
+    (tmp_path / "mixed.csv").write_text(f"path,label\n{names[0]},true\n{names[1]},True\n")
+    assert open_source(tmp_path / "mixed.csv").class_names == ("True", "true")
+
+
+def test_what_else_could_be_meant_is_said(tmp_path):
+    [name, other, *_] = pictures(tmp_path)
+    (tmp_path / "list.csv").write_text(f"image,file_name,target,label\n{other},{name},x,cat\n")
+    source = open_source(tmp_path / "list.csv")
+    assert source.remarks == (
+        "images are the column 'file_name' (`image_column=…`), labels the column 'label' (`label_column=…`); image "
+        "could be images; target could be labels",
+    )
+    assert open_source(tmp_path / "list.csv", image_column="image", label_column="label").remarks == ()
+
+
+def test_separators_spaces_and_the_mark_at_the_beginning_of_a_file(tmp_path):
+    [name, *_] = pictures(tmp_path)
+    path = tmp_path / "list.csv"
+    path.write_text(f"file_name;label\n{name};cat\n")
+    with pytest.raises(InputError, match=r"separated by commas, got semicolons in the header 'file_name;label'; write"):
+        open_source(path)
+    path.write_text(f"file_name, label, rank\n{name}, cat, 3\n")
+    source = open_source(path)
+    assert (source.class_names, source.metadata_types) == (("cat",), {"path": str, "rank": int})
+    lines = tmp_path / "list.jsonl"
+    lines.write_text(f'\ufeff{{"file_name": "{name}", "label": "cat"}}', "utf-8")
+    assert open_source(lines).class_names == ("cat",)
+
+
+@pytest.mark.parametrize("kind", ["struct", "text", "null bytes"])
+def test_paths_in_parquet_are_relative_to_the_file(tmp_path, kind):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = [*pictures(tmp_path)[:2], "img/none.png"]
+    values = {
+        "struct": [{"path": name} for name in names],
+        "text": names,
+        "null bytes": pa.array(
+            [{"bytes": None, "path": name} for name in names], pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        ),
+    }
+    pq.write_table(pa.table({"image": values[kind], "label": ["a", "b", "c"]}), tmp_path / "list.parquet")
+    source = open_source(tmp_path / "list.parquet")
+    *read, missing = source.read(SHAPE)
+    assert [(record.label, record.image[2, 0, 0]) for record in read] == [(0, 255), (1, 255)]
+    assert f"{tmp_path / 'img/none.png'}: expected an image file, got no such file" in missing.reason
+    said = f"images are files: the column 'image' has their paths, relative to {tmp_path}"
+    assert (said in source.remarks) == (kind != "null bytes")

@@ -89,6 +89,12 @@ def test_labels_in_json_and_none(tmp_path):
         open_source(path, label_column="x")
 
 
+def test_suffixes_in_capitals(tmp_path):
+    source = open_source(write_tar(tmp_path / "a.tar", {"0.PNG": png(0), "0.CLS": b"cat", "0.JSON": b'{"page": 3}'}))
+    [record] = source.read(SHAPE)
+    assert (source.class_names, record.label, record.metadata) == (("cat",), 0, {"page": 3})
+
+
 def test_one_of_several_images_is_chosen(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"0.left.png": png(0), "0.right.png": png(1), "0.cls": b"0"})
     with pytest.raises(InputError, match=r"one image in a sample, got left\.png, right\.png in 0"):

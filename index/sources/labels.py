@@ -39,7 +39,7 @@ class Labels:
         Args:
             source: For messages.
             values: The column, whole: integers, floating point without fractions, booleans or text.
-            names: Of the integers, where they have names.
+            names: Of the integers, where they have names; of booleans how false and true are written.
             rows: So many are read, the first ones.
 
         Returns:
@@ -64,6 +64,8 @@ class Labels:
         if not distinct:
             return None
         numbers = {value: number for number, value in enumerate(distinct)}
+        if pa.types.is_boolean(kind) and names:
+            return cls(tuple(names[value] for value in distinct), numbers)
         return cls(tuple(map(str, distinct)), numbers)
 
     @classmethod

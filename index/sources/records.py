@@ -232,7 +232,7 @@ def _decode(chunk: Sequence[Encoded | UnreadableImage], shape: Target) -> _Decod
         assumed: list[str] = []
         try:
             if item.source is None:
-                raise ImageError("expected an image, got null; embed the image's bytes in the Parquet file")
+                raise ImageError("expected an image, got null; give its bytes, or its path, or leave it out")
             if printable(item.id) != item.id:
                 raise ImageError("expected a name in UTF-8; rename the file")
             image = decode_image(item.source, shape=shape, assumed=assumed)

@@ -45,7 +45,7 @@ def roles_of(
         features: What Hugging Face's metadata say of them.
         image: The images' column, where somebody says it.
         label: The labels' column, where somebody says it.
-        paths: Whether images may be paths in a column of text, as in CSV.
+        paths: Whether images are paths in a column of text, as in CSV; elsewhere that is looked for last.
 
     Raises:
         InputError: no such column, none that could hold images, or several that could be meant, which are listed.
@@ -90,8 +90,8 @@ def _is_image(kind: "pa.DataType") -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        position = kind.get_field_index("bytes")
-        return position >= 0 and is_binary(kind.field(position).type)
+        fields = {field.name: field.type for field in kind}
+        return is_binary(fields["bytes"]) if "bytes" in fields else "path" in fields and is_text(fields["path"])
     return is_binary(kind)
 
 
@@ -106,11 +106,12 @@ def _is_label(kind: "pa.DataType") -> bool:
 def _image_column(source: str, schema: "pa.Schema", features: Features, *, paths: bool) -> str:
     candidates = [field.name for field in schema if _is_image(field.type)]
     first, what = "image", "struct<bytes: binary, path: string>, or of bytes"
-    if paths and not candidates:
-        candidates = [field.name for field in schema if is_text(field.type) and field.name.lower() in PATH_NAMES]
-        if len(candidates) > 1:
+    if not candidates:
+        candidates = _path_columns(schema)
+        if len(candidates) > 1 or not paths:
             candidates = [name for name in candidates if name.lower() != "id"]
-        first, what = PATH_NAMES[0], f"of the images' paths ({', '.join(PATH_NAMES)})"
+        of_paths = f"of the images' paths ({', '.join(PATH_NAMES)})"
+        first, what = (PATH_NAMES[0], of_paths) if paths else (first, f"{what}, or {of_paths}")
     declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
     for group in (candidates, [name for name in candidates if name == first], declared):
         if len(group) == 1:
@@ -138,9 +139,35 @@ def _said(schema: "pa.Schema", image: str | None, label: str | None, chosen: str
         others = [field.name for field in schema if field.name != chosen and _is_label(field.type)]
         listed = f"; another can be chosen (`label_column=…`): {', '.join(others)}" if others else ""
         return f"images are the column {chosen!r}; no column is taken for labels{listed}" if others else None
-    if (image is None and chosen != "image") or (label is None and labels != "label"):
-        return f"images are the column {chosen!r} (`image_column=…`), labels the column {labels!r} (`label_column=…`)"
-    return None
+    rivals = [] if image is not None else [name for name in _could_be_images(schema, chosen) if name != labels]
+    beside = [] if label is not None else [name for name in _could_be_labels(schema) if name not in (chosen, labels)]
+    guessed = (image is None and chosen != "image") or (label is None and labels != "label")
+    if not guessed and not rivals and not beside:
+        return None
+    others = [
+        f"{', '.join(names)} could be {what}" for names, what in ((rivals, "images"), (beside, "labels")) if names
+    ]
+    return "; ".join(
+        (
+            f"images are the column {chosen!r} (`image_column=…`), labels the column {labels!r} (`label_column=…`)",
+            *others,
+        )
+    )
+
+
+def _could_be_images(schema: "pa.Schema", chosen: str) -> list[str]:
+    """Columns that hold what the chosen one does, by their type, or, of paths, by their name."""
+    if _is_image(schema.field(chosen).type):
+        return [field.name for field in schema if field.name != chosen and _is_image(field.type)]
+    return [name for name in _path_columns(schema) if name not in (chosen, "id")]
+
+
+def _path_columns(schema: "pa.Schema") -> list[str]:
+    return [field.name for field in schema if is_text(field.type) and field.name.lower() in PATH_NAMES]
+
+
+def _could_be_labels(schema: "pa.Schema") -> list[str]:
+    return [field.name for field in schema if field.name.lower() in LABEL_NAMES and _is_label(field.type)]
 
 
 def _listed(schema: "pa.Schema", names: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from tmm_engine.index.sources.records import (
     python_type,
 )
 from tmm_engine.index.sources.roles import Features, is_text, roles_of
+from tmm_engine.index.sources.text_tables import SPELLING
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +63,7 @@ class TableSource(EncodedSource):
         label_column: Where it is not called ``label``, nor the only one of its kind.
         limit: Only the first so many rows.
         folder: What paths are relative to; None: as they are.
-        paths: Whether images may be paths in a column of text that is called so, as in CSV.
+        paths: Whether images are paths in a column of text that is called so, as in CSV; elsewhere it is said.
 
     Raises:
         InputError: no rows, shards with different columns, columns that could be several, or labels that cannot be
@@ -103,6 +104,9 @@ class TableSource(EncodedSource):
         roles = roles_of(name, schema, features, image=image_column, label=label_column, paths=paths)
         self._image, self._image_type = roles.image, schema.field(roles.image).type
         self._remark(*filter(None, [roles.said]))
+        if not paths and not self._has_bytes():
+            where = f"relative to {folder}" if folder and folder != Path() else "relative to the current folder"
+            self._remark(f"images are files: the column {roles.image!r} has their paths, {where}")
         self._label, self._labels = roles.label, self._read_labels(roles.label, readable, features)
         self.class_names = self._labels.class_names if self._labels else None
         self.label_values = self._labels.values if self._labels else None
@@ -128,7 +132,10 @@ class TableSource(EncodedSource):
         values = pa.chunked_array(parts, shards[0].schema.field(column).type)
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
-        labels = Labels.read(self.name, values, features.get(column, {}).get("names"), rows=self._rows)
+        names, spelling = features.get(column, {}).get("names"), shards[0].schema.field(column).metadata or {}
+        if pa.types.is_boolean(values.type):
+            names = [spelling.get(key, key.title()).decode() for key in SPELLING]
+        labels = Labels.read(self.name, values, names, rows=self._rows)
         if labels is None:
             self._remark(f"the column {column!r} has no labels: null, empty, or -1, in all rows")
         return labels
@@ -152,6 +159,13 @@ class TableSource(EncodedSource):
             if columns:
                 self._remark(f"columns {what}: {', '.join(columns)}")
         return types
+
+    def _has_bytes(self) -> bool:
+        import pyarrow as pa
+
+        if not pa.types.is_struct(self._image_type):
+            return not is_text(self._image_type)
+        return bool(self._image_type.get_field_index("bytes") >= 0)
 
     def _has_path(self) -> bool:
         import pyarrow as pa
@@ -195,8 +209,7 @@ class TableSource(EncodedSource):
             if isinstance(image, Mapping):
                 content = image.get("bytes")
                 if content is None and image.get("path") and self._folder is not None:
-                    file = self._folder / image["path"]
-                    content = file if file.is_file() else None
+                    content = self._folder / image["path"]
                 if self._has_path():
                     metadata["path"] = image.get("path")
             elif isinstance(image, str):

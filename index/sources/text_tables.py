@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 TEXT_TABLES = {".csv": "CSV", ".tsv": "CSV", ".jsonl": "JSON Lines", ".ndjson": "JSON Lines"}
 """Suffix -> format of the tables that are read."""
 
+SPELLING = (b"false", b"true")
+"""In the metadata of a field of booleans: how each is written."""
+
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _MOST_DIGITS = 15  # that floating point holds exactly
 
 
@@ -21,8 +25,10 @@ def read_text_table(path: Path) -> "pa.Table":
     """The rows of a CSV file with a header line, or of JSON Lines.
 
     A column of CSV is of numbers or booleans where each of its values is written as its number would be, or all with as
-    many decimals: ``007`` is text, and so are ``1.1`` and ``1.10`` in one column. Only what is empty is null. A column
-    of JSON whose values are of several types becomes text.
+    many decimals: ``007`` is text, and so are ``1.1`` and ``1.10`` in one column. Only what is empty is null. Spaces
+    around a column's name are no part of it; one that stands before it and before all values, as after a comma, is no
+    part of them. How booleans are written is in their field's metadata (`SPELLING`). A column of JSON whose values are
+    of several types becomes text.
 
     Args:
         path: The file, in UTF-8.
@@ -47,15 +53,51 @@ def _read_csv(path: Path) -> "pa.Table":
     import pyarrow as pa
     from pyarrow import csv
 
-    parsing = csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    _check_separator(path, delimiter)
+    parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     nothing = {"null_values": [""]}
     guessed = csv.read_csv(path, parse_options=parsing, convert_options=csv.ConvertOptions(**nothing))
-    names = guessed.column_names
+    names = [name.strip() for name in guessed.column_names]
     if len(set(names)) != len(names):
         raise InputError(f"{path}: expected different columns, got {', '.join(names)[:200]}")
-    as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), **nothing)
-    written = csv.read_csv(path, parse_options=parsing, convert_options=as_text)
-    return pa.table([_exact(guessed[name], written[name]) for name in names], names=names)
+    as_text = csv.ConvertOptions(column_types=dict.fromkeys(guessed.column_names, pa.string()), **nothing)
+    table = csv.read_csv(path, parse_options=parsing, convert_options=as_text)
+    written = [_after_comma(name, column) for name, column in zip(table.column_names, table.columns, strict=True)]
+    columns = [_exact(*both) for both in zip(guessed.columns, written, strict=True)]
+    return pa.table(columns, schema=pa.schema(map(_field, names, columns, written)))
+
+
+def _check_separator(path: Path, expected: str) -> None:
+    """Refuse a header whose names are separated by another character; one name alone needs none."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline().strip()
+    found = [name for character, name in _SEPARATORS.items() if character in header]
+    if found and expected not in header:
+        advice = "call it .tsv" if found[0] == "tabs" else f"write it with {_SEPARATORS[expected]}"
+        raise InputError(
+            f"{path}: expected columns separated by {_SEPARATORS[expected]}, got {found[0]} in the header "
+            f"{header[:80]!r}; {advice}"
+        )
+
+
+def _after_comma(name: str, written: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """The values without the space that stands before all of them, and before the column's name."""
+    import pyarrow.compute as pc
+
+    spaced = name.startswith(" ") and pc.all(pc.starts_with(written, " ")).as_py() is not False
+    return pc.utf8_ltrim(written, " ") if spaced else written
+
+
+def _field(name: str, column: "pa.ChunkedArray", written: "pa.ChunkedArray") -> "pa.Field":
+    """A column's; of booleans with their spelling."""
+    import pyarrow as pa
+
+    if not pa.types.is_boolean(column.type):
+        return pa.field(name, column.type)
+    spelled = {value: text for value, text in zip(column.to_pylist(), written.to_pylist(), strict=True) if text}
+    told = {SPELLING[value]: text.strip().encode() for value, text in spelled.items() if value is not None}
+    return pa.field(name, column.type, metadata=told)
 
 
 def _exact(guessed: "pa.ChunkedArray", written: "pa.ChunkedArray") -> "pa.ChunkedArray":
@@ -64,10 +106,14 @@ def _exact(guessed: "pa.ChunkedArray", written: "pa.ChunkedArray") -> "pa.Chunke
     import pyarrow.compute as pc
 
     kind = guessed.type
-    if pa.types.is_null(kind) or pa.types.is_boolean(kind) or kind in (pa.string(), pa.large_string()):
+    if pa.types.is_null(kind):
         return guessed
+    if kind in (pa.string(), pa.large_string()):
+        return written
     written = pc.if_else(guessed.is_null(), pa.scalar(None, pa.string()), written)
     trimmed = pc.utf8_trim_whitespace(written)
+    if pa.types.is_boolean(kind):
+        return guessed if len(pc.unique(trimmed)) == len(pc.unique(guessed)) else written
     if pa.types.is_integer(kind):
         exact = pc.all(pc.equal(guessed.cast(pa.string()), trimmed)).as_py() is not False
     else:
@@ -89,7 +135,7 @@ def _read_json_lines(path: Path) -> "pa.Table":
     import pyarrow as pa
 
     rows = list[dict[str, Any]]()
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -99,7 +145,13 @@ def _read_json_lines(path: Path) -> "pa.Table":
                 raise InputError(f"{path}: expected an object in line {number}, got {line[:50]!r}; write it again")
             rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table([json_column([row.get(name) for row in rows]) for name in names], names=names)
+    columns = [json_column([row.get(name) for row in rows]) for name in names]
+    spelling = {key: key for key in SPELLING}
+    fields = [
+        pa.field(name, column.type, metadata=spelling if pa.types.is_boolean(column.type) else None)
+        for name, column in zip(names, columns, strict=True)
+    ]
+    return pa.table(columns, schema=pa.schema(fields))
 
 
 def json_column(values: Sequence[Any]) -> "pa.Array":

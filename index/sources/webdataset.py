@@ -174,9 +174,15 @@ def _read_samples(file: Path, image: str | None, source: str) -> list[_Sample] |
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A member's key and extension: before and after the first dot of its last part; hidden ones have no key."""
+    """A member's key and extension: before and after the first dot of its last part; hidden ones have no key.
+
+    What is no image has its last suffix in lower case.
+    """
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
+    rest, dot, kind = extension.rpartition(".")
+    if kind.lower() in (_LABEL_FILE, _JSON_FILE, _TEXT_FILE):
+        extension = f"{rest}{dot}{kind.lower()}"
     return (f"{folder}{slash}{stem}" if stem else "", extension)
 
 
