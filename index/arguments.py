@@ -52,10 +52,25 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, hint in hints().items():
             if name in given and not _fits(given[name], hint):
                 expected = " or ".join(dict.fromkeys(_in_words(hint)))
-                raise InputError(f"{function.__qualname__}: {name}: expected {expected}, got {_shown(given[name])}")
+                got = _shown(given[name])
+                if is_stream(given[name]):
+                    got += f", a stream, whose rows have no numbers; {how_to_collect(given[name])}"
+                raise InputError(f"{function.__qualname__}: {name}: expected {expected}, got {got}")
         return function(*args, **kwargs)
 
     return called
+
+
+def is_stream(value: object) -> bool:
+    """Whether something can be gone through, but has no length, as a generator or a data set that is streamed."""
+    return hasattr(value, "__iter__") and not hasattr(value, "__len__") and not isinstance(value, type)
+
+
+def how_to_collect(stream: object) -> str:
+    """What makes rows with numbers of a stream, as advice."""
+    if type(stream).__module__.split(".")[0] == "datasets":
+        return "make a data set of it: `datasets.Dataset.from_list(list(stream), features=stream.features)`"
+    return "make a list of it: `list(stream)`"
 
 
 def _fits(value: object, hint: Any) -> bool:

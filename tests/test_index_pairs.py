@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from tests.builders import tiny_classifier
 from tests.conftest import network
@@ -167,3 +167,60 @@ def test_an_index_is_built_of_rows_and_gets_more(tmp_path):
     assert (report.exemplars, report.remarks) == (6, ())
     with Engine.open(tmp_path / "idx", model=network(), device="cpu") as engine:
         assert engine.add([(IMAGES[0], 3)], id_prefix="more/").added == 1
+
+
+class _Named(TensorDataset):
+    """Rows with names for their classes, said in one of several ways."""
+
+    def __init__(self, **said: object) -> None:
+        super().__init__(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))
+        vars(self).update(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"classes": {"dog": 0, "cat": 1}}, {"classes": {0: "dog", 1: "cat"}}, {"class_to_idx": {"dog": 0, "cat": 1}}],
+)
+def test_names_of_classes_are_found_however_they_are_said(said):
+    assert PairSource(_Named(**said)).class_names == ("dog", "cat")
+    both = ConcatDataset([_Named(**said), Subset(_Named(classes=["dog", "cat"]), [1])])
+    source = PairSource(both)
+    assert (source.class_names, len(source)) == (("dog", "cat"), 3)
+    with pytest.raises(InputError, match=r"same classes in the same order, got .*'cat', 'dog'.*pairs \(image, name\)"):
+        PairSource(ConcatDataset([_Named(**said), _Named(classes=["cat", "dog"])]))
+    assert PairSource(_Named(class_to_idx={"dog": 3, "cat": 5})).class_names is None
+
+
+class _Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(3, 4, 4), 0
+
+
+class _LongStream(_Stream):
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("stream", [_Stream(), _LongStream(), (row for row in _Stream())])
+def test_a_stream_is_called_one_with_what_to_do(stream):
+    with pytest.raises(InputError, match=r"a stream.*make a list of it: `list\(stream\)`"):
+        open_source(stream)
+    assert len(open_source(list(stream))) == 1
+
+
+def test_a_stream_of_hugging_face_and_a_transform():
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [Image.new("RGB", (4, 4))] * 2, "label": [0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    stream = whole.to_iterable_dataset()
+    advice = r"datasets\.Dataset\.from_list\(list\(stream\), features=stream\.features\)"
+    for each in (stream, datasets.IterableDatasetDict({"train": stream})):
+        with pytest.raises(InputError, match=advice):
+            open_source(each)
+    collected = open_source(datasets.Dataset.from_list(list(stream), features=stream.features))
+    assert [record.label for record in collected.read((3, 4, 4))] == [0, 1]
+    assert collected.class_names == ("cat", "dog")
+    changed = open_source(whole.with_transform(lambda batch: batch))
+    assert "transform of the data set (with_transform, set_transform) is ignored" in changed.remarks[0]
+    assert collected.remarks == ()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmm_engine.index.arguments import checked
+from tmm_engine.index.arguments import checked, how_to_collect
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.sources.records import UnreadableImage
 from tmm_engine.index.sources.tables import ROWS, TableSource
@@ -91,6 +91,11 @@ class DatasetSource(TableSource):
             limit=limit,
             folder=Path(),
         )
+        if dataset.format["type"] == "custom":
+            self._remark(
+                "the transform of the data set (with_transform, set_transform) is ignored: images are taken as they "
+                "are stored; to apply it, pass a list of (image, label)"
+            )
 
 
 class ArrowShard:
@@ -158,6 +163,11 @@ def from_hugging_face(source: Any, split: str | None) -> "datasets.Dataset | Non
     package = sys.modules.get("datasets")
     if package is None:
         return None
+    if isinstance(source, package.IterableDatasetDict):
+        raise InputError(
+            f"expected a data set, got an IterableDatasetDict of the streams {', '.join(map(str, source))}; choose "
+            f"one, and {how_to_collect(source)}"
+        )
     if isinstance(source, package.DatasetDict):
         return source[_chosen(list(source), split, "the DatasetDict")]
     if not isinstance(source, package.Dataset):

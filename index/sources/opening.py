@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
-from tmm_engine.index.arguments import checked
+from tmm_engine.index.arguments import checked, how_to_collect
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.datasets import DATASET_ROOT, DATASETS, TorchvisionSource
@@ -113,6 +114,8 @@ def _rows_source(
 ) -> ImageSource:
     """A source as it is, or the one of rows in Python."""
     _refuse_given({"root": root}, "only with a data set's name", type(source).__name__)
+    if isinstance(source, IterableDataset):
+        raise InputError(f"expected rows with numbers, got {type(source).__name__}, a stream; {how_to_collect(source)}")
     dataset = from_hugging_face(source, split)
     if dataset is not None:
         return DatasetSource(dataset, limit=limit, **columns)

@@ -6,11 +6,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.labels import numbered
 from tmm_engine.index.sources.records import Encoded, EncodedSource, UnreadableImage
+from tmm_engine.index.wording import some
 
 
 @runtime_checkable
@@ -28,10 +29,11 @@ class PairSource(EncodedSource):
     """Rows of an image and its label, or of an image alone; they are asked for one by one, in order.
 
     Images are whatever `decode_image` takes: PIL images, arrays, tensors, paths. Labels are integers, named by the
-    attribute ``classes`` where the rows have one, or names, of which ``classes`` or else the sorted distinct ones are
-    the class names; a label that is None or empty is none. Where the first label is a name, all rows up to the
-    limit are looked at when the source is opened, else only those up to it. Ids are the row in eight digits; there is
-    no metadata. A row that raises an exception is an image that cannot be read.
+    attribute ``classes`` or ``class_to_idx`` where the rows, or what they are put together of, have one, or names, of
+    which these or else the sorted distinct ones are the class names; a label that is None or empty is none. Where the
+    first label is a name, all rows up to the limit are looked at when the source is opened, else only those up to it.
+    Ids are the row in eight digits; there is no metadata. A row that raises an exception is an image that cannot be
+    read.
 
     Args:
         rows: A torch `Dataset` with a length, or a list.
@@ -161,8 +163,33 @@ def _split(row: object) -> tuple[Any, Any]:
 
 
 def _class_names(rows: object) -> tuple[str, ...] | None:
-    """As torchvision's data sets have them; those of what a subset is of."""
+    """As torchvision's data sets have them; those of what a subset is of, or of what all parts have."""
     while isinstance(rows, Subset):
         rows = rows.dataset
-    names = getattr(rows, "classes", None)
-    return tuple(map(str, names)) if isinstance(names, list | tuple) else None
+    if isinstance(rows, ConcatDataset):
+        parts = {_class_names(part) for part in rows.datasets}
+        if len(parts) > 1:
+            raise InputError(
+                f"{type(rows).__name__}: expected parts with the same classes in the same order, got "
+                f"{' and '.join(_listed(part) for part in parts)}: a number would mean another class in each; give "
+                f"pairs (image, name)"
+            )
+        return parts.pop()
+    for names in (getattr(rows, "classes", None), getattr(rows, "class_to_idx", None)):
+        if isinstance(names, list | tuple):
+            return tuple(map(str, names))
+        if isinstance(names, Mapping) and (found := _by_number(names)):
+            return found
+    return None
+
+
+def _by_number(names: Mapping[Any, Any]) -> tuple[str, ...] | None:
+    """The names of classes 0 to n−1, of a mapping from names to numbers or from numbers to names; else None."""
+    for numbered_ in (names, {value: key for key, value in names.items() if isinstance(value, Integral)}):
+        if set(numbered_) == set(range(len(names))):
+            return tuple(str(numbered_[number]) for number in range(len(names)))
+    return None
+
+
+def _listed(names: tuple[str, ...] | None) -> str:
+    return "none" if names is None else some(map(repr, names))
