@@ -185,9 +185,10 @@ def _class_names(rows: object) -> tuple[str, ...] | None:
 
 def _by_number(names: Mapping[Any, Any]) -> tuple[str, ...] | None:
     """The names of classes 0 to n−1, of a mapping from names to numbers or from numbers to names; else None."""
-    for numbered_ in (names, {value: key for key, value in names.items() if isinstance(value, Integral)}):
-        if set(numbered_) == set(range(len(names))):
-            return tuple(str(numbered_[number]) for number in range(len(names)))
+    turned: dict[Any, Any] = {value: key for key, value in names.items() if isinstance(value, Integral)}
+    for by_number in (names, turned):
+        if set(by_number) == set(range(len(names))):
+            return tuple(str(by_number[number]) for number in range(len(names)))
     return None
 
 
