@@ -203,18 +203,19 @@ def _of_a_table(source: str, values: Sequence[int], vocabulary: Vocabulary, *, n
     """Numbers of a table, which may be those of the model's classes, or names, as years are."""
     classes, known, names = vocabulary.class_names, vocabulary.numbers(), [str(value) for value in values]
     beyond = [value for value in values if value >= len(classes)]
-    if not beyond and not (named and all(name in known for name in names)):
+    all_known = (named or bool(beyond)) and all(name in known for name in names)
+    if not beyond and not all_known:
         return Matched(vocabulary, None, (_numbers_taken(source, classes),) if named else ())
     why = (
-        f"{some(map(str, beyond))} {'is no number' if len(beyond) == 1 else 'are no numbers'} of the model's "
+        "all are names that the index knows"
+        if all_known
+        else f"{some(map(str, beyond))} {'is no number' if len(beyond) == 1 else 'are no numbers'} of the model's "
         f"{len(classes):,} classes (0 to {len(classes) - 1})"
-        if beyond
-        else "all are names that the index knows"
     )
     found = _by_name(source, names, vocabulary, named=named)
     assert isinstance(found.numbers, tuple)
     note = f"labels of {source} are numbers: they are taken for names, not for positions, since {why}"
-    if beyond and len(beyond) < len(values):
+    if not all_known and len(beyond) < len(values):
         note = f"warning: {note}; if they are positions, count them from 0"
     return replace(found, numbers=dict(zip(values, found.numbers, strict=True)), notes=(note, *found.notes))
 

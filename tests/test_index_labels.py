@@ -252,6 +252,8 @@ def test_numbers_of_a_table_are_names_where_the_models_names_are_these_numbers()
         "labels of list.csv are numbers: they are taken for names, not for positions, since all are names that the "
         "index knows",
     )
+    whole = match_labels("list.csv", None, Vocabulary(("1", "2", "3")), values=[1, 2, 3], adopt=True)
+    assert ([whole.label(number, "x") for number in (1, 2, 3)], whole.notes) == ([0, 1, 2], found.notes)
     given = match_labels("list.csv", None, Vocabulary(("2", "1", "0")), values=[0, 2], adopt=True, named=True)
     assert [given.label(number, "x") for number in (0, 2)] == [2, 0]
     positions = match_labels("list.csv", None, ANIMALS, values=[0, 2], adopt=True)
