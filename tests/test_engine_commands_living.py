@@ -114,7 +114,7 @@ def test_sync_brings_the_index_to_what_the_folder_is_now(work: Path):
 def test_sync_with_a_flat_folder_says_that_labels_are_predictions(work: Path):
     (work / "flat").mkdir()
     Image.fromarray(IMAGES[200]).save(work / "flat" / "new.png")
-    assert "are the model's predictions" in run("sync", work / "photos.idx", work / "flat").stderr
+    assert "what is added gets the model's predictions" in run("sync", work / "photos.idx", work / "flat").stderr
 
 
 def test_another_folder_of_the_same_names_takes_a_prefix(work: Path):
@@ -141,8 +141,8 @@ def test_filters_on_the_command_line(built: Path, mode: str):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("delete", "photos.idx"), 2, "either --id or --where"),
-        (("delete", "photos.idx", "--id", "x", "--where", "label = 1"), 2, "either --id or --where"),
+        (("delete", "photos.idx"), 2, "either --id or --from, or --where"),
+        (("delete", "photos.idx", "--id", "x", "--where", "label = 1"), 2, "either --id or --from, or --where"),
         (("delete", "photos.idx", "--id", "digit-3/0003.jpg"), 1, "did you mean 'digit-3/0003.png'"),
         (("delete", "photos.idx", "--where", "label >= 0"), 1, "delete its folder instead"),
         (("delete", "nothing.idx", "--id", "x"), 1, "does not exist"),

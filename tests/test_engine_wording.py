@@ -29,6 +29,7 @@ def code_of(*rooms: str) -> str:
         ),
         ("strict=True", "strict=True"),
         ("one ` alone, `head=…`", "one ` alone, `head=…`"),
+        ("a class \x1b[31mred\x07\n", "a class \\x1b[31mred\\x07\n"),
         ("", ""),
     ],
 )

@@ -193,14 +193,18 @@ def test_where_only_label_or_metadata_change_the_features_are_kept_bit_for_bit(i
     assert opened(index)[1].metadata(np.array([19])) == [{"page": 44}]
 
 
-def test_labels_that_go_become_predictions_and_labels_that_come_replace_them(index, tmp_path):
+def test_a_source_without_labels_leaves_those_that_there_are_and_labels_that_come_replace_predictions(index, tmp_path):
     state = plain(*range(20))
     report = synced(index, source(state, labelled=False), delete=True)
-    assert (report.replaced, report.embedded, report.labels_predicted) == (20, 0, True)
-    check_fresh(index, source(state, labelled=False), tmp_path)
-    report = synced(index, source(state), delete=True)
-    assert (report.replaced, report.embedded, report.labels_predicted) == (20, 0, False)
-    check_fresh(index, source(state), tmp_path)
+    assert (report.replaced, report.unchanged, report.labels_predicted) == (0, 20, True)
+    assert "20 exemplars keep the labels that they have" in report.remarks[-1]
+    report = synced(index, source(state | plain(20), labelled=False))
+    assert (report.added, report.replaced, report.embedded) == (1, 0, 1)
+    moved = {id_: (image, label, page + 100) for id_, (image, label, page) in state.items()}
+    assert synced(index, source(moved, labelled=False)).replaced == 20  # their metadata, not their labels
+    report = synced(index, source(moved | plain(20)), delete=True)
+    assert (report.replaced, report.embedded, report.labels_predicted) == (1, 0, False)
+    check_fresh(index, source(moved | plain(20)), tmp_path)
 
 
 def test_what_can_no_longer_be_read_stays_as_it_was(index):

@@ -12,6 +12,7 @@ from tests.builders import tiny_classifier
 from tmm_engine import build_index
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.sources.adapted import AdaptedSource
+from tmm_engine.index.sources.folders import FolderSource
 from tmm_engine.index.sources.hugging_face import SavedDatasetSource
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
@@ -107,6 +108,16 @@ def test_a_data_set_that_was_saved(tmp_path, saved):
     first, *rest = open_source(tmp_path / "one").read(SHAPE)
     assert isinstance(first, UnreadableImage)
     assert (first.id, len(rest)) == ("data-00000-of-00002.arrow", 3)
+
+
+def test_what_looks_saved_and_is_not_or_is_empty(tmp_path, saved):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photos" / "cat" / "a.png")
+    (tmp_path / "photos" / "state.json").write_text('{"epoch": 3}')  # somebody's own
+    assert isinstance(open_source(tmp_path / "photos"), FolderSource)
+    saved.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(InputError, match="at least one row, got"):
+        open_source(tmp_path / "none")
 
 
 def test_a_dict_of_data_sets_that_was_saved(tmp_path, saved):

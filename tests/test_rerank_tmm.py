@@ -246,10 +246,10 @@ def test_progress_is_told_to_the_end(classifier, make_store, make_queries, candi
     query = make_queries(1, dtype=torch.float32)[0]
     tmm.rank(query, k=1, config=config, candidates=candidates, progress=lambda *step: told.append(step))
     steps = {step: [(done, total) for name, done, total in told if name == step] for step, _, _ in told}
-    assert len(steps) == (2 if candidates is None else 1)
+    assert len(steps) == (3 if candidates is None else 2)
     for counts in steps.values():
         assert counts == sorted(counts)
-        assert counts[-1][0] == counts[-1][1] == counts[0][1] in (1100, 1500)
+        assert counts[-1][0] == counts[-1][1] == counts[0][1] in (QUICK.trigger.steps, 1100, 1500)
 
 
 # ---- refusals

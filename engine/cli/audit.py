@@ -8,6 +8,7 @@ import click
 
 from tmm_engine.cli.options import device_option, model_option, size_in_bytes
 from tmm_engine.cli.output import echo_json
+from tmm_engine.cli.wording import visible
 
 if TYPE_CHECKING:
     from tmm_engine.auditing.findings import Audit
@@ -86,7 +87,7 @@ def audit(index: Path, *, out: Path | None, images: tuple[str, ...], as_json: bo
             else:
                 best = each.evidence[0]
                 said = f"is there already, as {best.id}" if each.there else f"is new; the nearest is {best.id}"
-                click.echo(f"{each.image}: {said} ({best.label}, alike {best.similarity:.2f})")
+                click.echo(visible(f"{each.image}: {said} ({best.label}, alike {best.similarity:.2f})"))
         return
     _print(found, as_json=as_json)
     for path in written:
@@ -101,6 +102,6 @@ def _print(found: "Audit", *, as_json: bool) -> None:
         for kind, rule in found.rules.items():
             click.echo(f"{kind}: {len(found.of(kind)):,} found ({rule.text})")
             for finding in found.of(kind)[:3]:
-                click.echo(f"  {finding.score:.3f} {finding.id}: {finding.why}")
+                click.echo(visible(f"  {finding.score:.3f} {finding.id}: {finding.why}"))
     for note in found.notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(visible(f"note: {note}"), err=True)

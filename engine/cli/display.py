@@ -6,15 +6,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from tmm_engine.cli.wording import for_command_line
+from tmm_engine.cli.wording import for_command_line, visible
 from tmm_engine.index.progress import Progress
 from tmm_engine.results import Explanation, FailedQuery, SearchResult
 from tmm_engine.views.reasons import reasons
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 FALLBACK_WIDTH = 120  # of a table that is not printed to a terminal
 LOG_SECONDS = 30.0  # between two lines of progress in a log file
+
+
+def escape(text: str) -> str:
+    """A text in which nothing is Rich's markup or steers the terminal."""
+    return markup.escape(visible(text))
 
 
 class _RateColumn(ProgressColumn):
@@ -106,7 +111,7 @@ def say_remarks(remarks: Iterable[str], *, said: Container[str] = ()) -> None:
 def say_skipped(report: "BuildReport | ChangeReport | SyncReport") -> None:
     """On stderr, which images were left out."""
     for image in report.skipped:
-        click.echo(f"skipped {image.id}: {image.reason}", err=True)
+        click.echo(visible(f"skipped {image.id}: {image.reason}"), err=True)
     if report.skipped_count:
         click.echo(f"{report.skipped_count} images could not be read and were skipped", err=True)
 

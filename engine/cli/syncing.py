@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tmm_engine.cli.options import device_option, model_option, opened_source, source_options
+from tmm_engine.cli.wording import visible
 
 if TYPE_CHECKING:
     from tmm_engine.index.store.syncing import SyncReport
@@ -69,7 +70,7 @@ def _print_notes(report: "SyncReport", *, delete: bool) -> None:
     if report.unreadable_ids:
         click.echo(f"{len(report.unreadable_ids):,} of them are in the index and stay as they were", err=True)
     if report.labels_predicted and (report.added or report.replaced):
-        click.echo("the source has no labels: those of what is added or replaced are the model's predictions", err=True)
+        click.echo("the source has no labels: what is added gets the model's predictions", err=True)
     if report.missing_ids and not delete:
         click.echo(f"{len(report.missing_ids):,} exemplars are missing from the source and stay (--delete)", err=True)
 
@@ -81,4 +82,4 @@ def _print_plan(report: "SyncReport") -> None:
         ("delete", report.missing_ids if report.deleted else ()),
     ):
         for id_ in ids:
-            click.echo(f"{what} {id_}")
+            click.echo(visible(f"{what} {id_}"))

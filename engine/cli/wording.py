@@ -1,4 +1,4 @@
-"""Messages are written for Python; what they name in backticks is said here as it is called on the command line."""
+"""What a terminal is told: messages are written for Python, and name in backticks what is said here as an option."""
 
 import re
 
@@ -39,11 +39,19 @@ COMMANDS = {
 }
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are spelled out: in the name of a file or a class they could steer a terminal."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def for_command_line(message: str) -> str:
-    """A message with flags and commands instead of arguments and functions."""
+    """A message with flags and commands instead of arguments and functions, its control characters spelled out."""
 
     def said(found: re.Match[str]) -> str:
         name = found[1]
         return FLAGS.get(name) or (f"`{COMMANDS[name]}`" if name in COMMANDS else found[0])
 
-    return re.sub(r"`([^`]*)`", said, message)
+    return visible(re.sub(r"`([^`]*)`", said, message))

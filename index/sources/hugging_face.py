@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DICT_FILE = "dataset_dict.json"
 STATE_FILE = "state.json"
+INFO_FILE = "dataset_info.json"
 
 
 class SavedDatasetSource(TableSource):
@@ -151,7 +152,7 @@ class DatasetShard:
 
 def is_saved(path: Path) -> bool:
     """Whether a folder is one that `save_to_disk` wrote."""
-    return (path / DICT_FILE).is_file() or (path / STATE_FILE).is_file()
+    return (path / DICT_FILE).is_file() or all((path / file).is_file() for file in (STATE_FILE, INFO_FILE))
 
 
 def from_hugging_face(source: Any, split: str | None) -> "datasets.Dataset | None":

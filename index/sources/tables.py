@@ -86,7 +86,7 @@ class TableSource(EncodedSource):
         readable = [shard for shard in shards if not isinstance(shard, UnreadableImage)]
         if not readable:
             reasons = [shard.reason for shard in shards if isinstance(shard, UnreadableImage)]
-            raise InputError(f"{name}: {reasons[0]}")
+            raise InputError(f"{name}: {reasons[0] if reasons else 'expected at least one row, got no shard'}")
         schema = readable[0].schema
         for shard in readable:
             if not shard.schema.equals(schema):

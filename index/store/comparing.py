@@ -1,7 +1,7 @@
 """What a source's images are beside an index's exemplars: new, changed or the same, by the digests of their rows."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, UInt64
@@ -86,6 +86,7 @@ class Comparison:
         differs: For each exemplar whether that image, its label or its metadata are others.
         new: Ids of the source that the index does not have.
         embed: How many images have to pass the model.
+        kept_labels: How many exemplars keep a label of their own because the source has none at all.
     """
 
     def __init__(self, change: Change, source: WatchedSource) -> None:
@@ -99,12 +100,12 @@ class Comparison:
         self._places = {id_: place for place, id_ in enumerate(self.ids)}
         self.met, self.differs = np.zeros((2, len(self.ids)), dtype=np.bool_)
         self.new: list[str] = []
-        self.embed = 0
+        self.embed = self.kept_labels = 0
 
     def differing(self, records: Iterator[ImageRecord]) -> Iterator[Differing]:
         """What differs of a source's records, for a few of them after the other."""
         for group in grouped(records, forward_batch_size(self._change.manifest.image_shape)):
-            known = [record for record in group if record.id in self._places]
+            known = [self._with_known_label(record) for record in group if record.id in self._places]
             new = [record for record in group if record.id not in self._places]
             others = self._others(known)
             same = self._same_pixels(others)
@@ -132,6 +133,14 @@ class Comparison:
         """For each exemplar of such an id whether the source has no image of it, not even an unreadable one."""
         own = [id_.startswith(id_prefix) and id_ not in self._source.unreadable for id_ in self.ids]
         return np.array(own, dtype=np.bool_) & ~self.met
+
+    def _with_known_label(self, record: ImageRecord) -> ImageRecord:
+        """Of a source that has no labels at all, which says nothing of them: with the exemplar's own, if it has one."""
+        place = self._places[record.id]
+        if self._source.labelled or self.predicted[place]:
+            return record
+        self.kept_labels += 1
+        return replace(record, label=int(self._labels[place]))
 
     def _others(self, records: list[ImageRecord]) -> list[ImageRecord]:
         """Those that would make another row than there is; what the model predicted, it predicts of the same pixels."""

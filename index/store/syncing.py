@@ -44,7 +44,7 @@ class SyncReport:
         deleted: How many of the missing are gone: all with ``delete``, else none.
         unchanged: How many images are as they were.
         embedded: How many images passed the model: the added, and the replaced with other pixels.
-        labels_predicted: Whether the source has no labels: what is added or replaced has predictions for them.
+        labels_predicted: Whether the source has no labels: what is added has predictions for them.
         skipped: Images that could not be read, with reasons; the first of them.
         skipped_count: How many in all.
         dry_run: Whether nothing was done.
@@ -93,9 +93,10 @@ def sync_index(
     """Bring an index to what its source is now, as one new version, or none where nothing has changed.
 
     An image is compared with the exemplar of its id. It is unchanged where its pixels in the index's shape, its label
-    and its metadata are: of a source without labels, where the label is a prediction. A label that is new becomes one
-    of the index's. With ``delete`` the row digests are then those of an index built of the source anew, in the classes
-    and columns of this one. What was measured when the index was built (descriptors, a global trigger) stays as it is.
+    and its metadata are. A label that is new becomes one of the index's. A source that has no labels at all says
+    nothing of them: exemplars keep theirs, and what is added gets predictions. With ``delete`` the row digests are then
+    those of an index built of the source anew, with these labels, in the classes and columns of this one. What was
+    measured when the index was built (descriptors, a global trigger) stays as it is.
     An exemplar whose image can no longer be read stays too, and is reported: an unreadable image is not a missing one.
     A shard that cannot be read is refused: nobody knows which images are in it.
 
@@ -224,6 +225,8 @@ def _report(
     dry_run: bool,
 ) -> SyncReport:
     deleted = int(missing.sum()) if delete else 0
+    kept = comparison.kept_labels
+    said = [f"{source.name} has no labels: {kept:,} exemplars keep the labels that they have"] if kept else []
     return SyncReport(
         version=manifest.version,
         exemplars=manifest.exemplars + len(comparison.new) - deleted,
@@ -238,5 +241,5 @@ def _report(
         skipped=tuple(reading.skipped),
         skipped_count=reading.skipped_count,
         dry_run=dry_run,
-        remarks=reading.remarks,
+        remarks=(*reading.remarks, *said),
     )

@@ -107,8 +107,10 @@ def in_numbers(where: str, named: Mapping[str, Sequence[str]]) -> str:
         texts = [text[1:-1].replace("''", "'") for text in TEXT.findall(found["texts"] or found["first"])]
         numbers = ", ".join(map(str, _numbers(column, operator, texts, named[column]))) or "-1"
         negated = "NOT " if operator.startswith(("NOT", "<>", "!=")) else ""
-        given = "NOT label_is_predicted AND " if column == "label" else ""
-        return f"({given}{column} {negated}IN ({numbers}))"
+        compared = f"{column} {negated}IN ({numbers})"
+        if column == "label":  # of a label that is only predicted neither true nor false
+            compared = f"({compared} AND NOT label_is_predicted) OR (label_is_predicted AND NULL)"
+        return f"({compared})"
 
     return COMPARISON.sub(translated, where)
 
