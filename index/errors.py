@@ -1,6 +1,7 @@
 """The exceptions a caller may see. Each message says what was expected, what was found, and what to do."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TypeVar
 from tmm_engine.index.names import composed
 
 Choice = TypeVar("Choice", bound=StrEnum)
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 class TmmEngineError(Exception):
@@ -34,6 +37,11 @@ class IndexStateError(TmmEngineError):
 def printable(name: str | Path) -> str:
     """A name with whatever is not UTF-8 in it escaped."""
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are spelled out: in a name they could steer a terminal, or hide."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

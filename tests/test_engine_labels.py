@@ -114,6 +114,11 @@ def test_filters_by_label_and_by_predicted_class(engine: Engine, predicted: list
     assert {hit.metadata["page"] for hit in hits} == expected
 
 
+def test_a_filter_that_would_see_a_labels_number_as_a_text_is_refused(engine: Engine):
+    with pytest.raises(InputError, match="expected label in a plain comparison"):
+        engine.matching("cast(label as string) = '0'")
+
+
 def test_eq_3_uses_the_label_where_it_is_a_class_else_the_prediction_and_the_answer_says_so(
     engine: Engine, classifier: Classifier, predicted: list[int]
 ):

@@ -13,8 +13,10 @@ from tests.made_results import HOSTILE, make_result, make_wordy
 from tests.page import Page
 from tmm_engine.rerank import TmmConfig
 from tmm_engine.results import FailedQuery, SearchResult
+from tmm_engine.views.notebook import notebook_html
 from tmm_engine.views.page import write_html
 from tmm_engine.views.showing import MAX_TEXT
+from tmm_engine.views.tiles import drawable
 
 
 def html_of(results: Sequence[SearchResult | FailedQuery], folder: Path, **options: str) -> str:
@@ -122,6 +124,16 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.of_class("id") == [HOSTILE]
     assert any(attributes.get("title") == HOSTILE for _, attributes in page.tags)
+
+
+def test_control_characters_in_names_are_spelled_out(tmp_path: Path) -> None:
+    steering = "a \x1b[31mred\x07\x9b one & more"
+    result = make_wordy(steering)
+    page = html_of([result], tmp_path, title=steering, index_name=steering)
+    for source in (page, notebook_html([result])):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", source)
+        assert r"a \x1b[31mred\x07\x9b one &amp; more" in source
+    assert r"\x1b[31mred\x07" in drawable(steering)
 
 
 def test_page_reaches_for_nothing_outside(tmp_path: Path) -> None:

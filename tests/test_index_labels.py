@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tmm_engine.index.agreement import Agreement, Tally
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.labels import Vocabulary, bring_names, match_labels, nearest_names
-from tmm_engine.index.store.where import in_numbers
+from tmm_engine.index.store.where import check_comparisons, in_numbers
 
 ANIMALS = Vocabulary(("tabby", "dog", "owl"))
 NUMBERS = Vocabulary(("0", "1", "2"))
@@ -241,6 +241,51 @@ def test_an_unknown_name_in_a_filter_is_an_error_with_the_nearest():
         in_numbers("label = 'Mitens'", NAMED)
     with pytest.raises(InputError, match="no class of the model's is called 'Mittens'"):
         in_numbers("predicted IN ('dog', 'Mittens')", NAMED)
+
+
+NUMERIC = ("label", "predicted", "page", "odd name")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "label = 3 AND page > 10",
+        "NOT (`label` <> 'dog') OR label is null",
+        "(label = 'dog') IS NULL AND predicted = 'owl' IS NOT TRUE",
+        "3 <= label AND label<5 and NOT predicted NOT IN ( 1,2 )",
+        "label BETWEEN -1 AND 3 OR label IS NOT DISTINCT FROM 2",
+        "label = predicted AND label <> page AND `odd name` = label",
+        "label = 1 IS NOT TRUE OR coalesce(predicted != 2, false)",
+        "path = 'cast(label' OR `cast(label` = 1 OR my_label || '' = 'x' OR info.label = 'y' OR label_is_predicted",
+        "label IN (" + ", ".join(["1"] * 20_000) + ")",
+    ],
+)
+def test_plain_comparisons_of_labels_are_taken(where: str):
+    check_comparisons(where, in_numbers(where, NAMED), NAMED, NUMERIC)
+
+
+@pytest.mark.parametrize(
+    ("where", "column"),
+    [
+        ("label || '' = 'dog'", "label"),
+        ("cast(label as string) = '0'", "label"),
+        ("'0' = cast(`label` AS string)", "label"),
+        ("label::string = '0'", "label"),
+        ("concat(predicted, '') = 'dog'", "predicted"),
+        ("coalesce(label, 0) = 0", "label"),
+        ("page > 1 AND label + 1 = 2", "label"),
+        ("1 + label = 2", "label"),
+        ("label = 0 || ''", "label"),
+        ("label > 'a'", "label"),
+        ("label = path", "label"),  # numbers with texts
+        ("label IN (path)", "label"),
+        ("(label) = 'dog'", "label"),
+        ("path = 'x' OR lower(predicted) = 'dog'", "predicted"),
+    ],
+)
+def test_other_expressions_on_labels_are_refused_in_words(where: str, column: str):
+    with pytest.raises(InputError, match=f"where: expected {column} in a plain comparison"):
+        check_comparisons(where, in_numbers(where, NAMED), NAMED, NUMERIC)
 
 
 def test_a_column_of_metadata_that_is_called_predicted_is_left_alone():

@@ -8,7 +8,7 @@ import click
 
 from tmm_engine.cli.options import device_option, model_option, size_in_bytes
 from tmm_engine.cli.output import echo_json
-from tmm_engine.cli.wording import visible
+from tmm_engine.index.errors import visible
 
 if TYPE_CHECKING:
     from tmm_engine.auditing.findings import Audit

@@ -14,7 +14,8 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
-from tmm_engine.cli.wording import for_command_line, visible
+from tmm_engine.cli.wording import for_command_line
+from tmm_engine.index.errors import visible
 from tmm_engine.index.progress import Progress
 from tmm_engine.results import Explanation, FailedQuery, SearchResult
 from tmm_engine.views.reasons import reasons

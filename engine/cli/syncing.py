@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tmm_engine.cli.options import device_option, model_option, opened_source, source_options
-from tmm_engine.cli.wording import visible
+from tmm_engine.index.errors import visible
 
 if TYPE_CHECKING:
     from tmm_engine.index.store.syncing import SyncReport

@@ -2,6 +2,8 @@
 
 import re
 
+from tmm_engine.index.errors import visible
+
 FLAGS = {
     "against=…": "--against",
     "calibration='leave-one-out'": "--leave-one-out",
@@ -37,14 +39,6 @@ COMMANDS = {
     "repair_index": "engine repair",
     "verify_index": "engine verify",
 }
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
-
-
-def visible(text: str) -> str:
-    """A text whose control characters are spelled out: in the name of a file or a class they could steer a terminal."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def for_command_line(message: str) -> str:

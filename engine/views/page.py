@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from jinja2 import Environment, StrictUndefined
 
 from tmm_engine.index.arguments import checked
+from tmm_engine.index.errors import visible
 from tmm_engine.index.files import write_file
 from tmm_engine.results import FailedQuery, Hit, SearchResult
 from tmm_engine.views.reasons import reasons
@@ -65,7 +66,9 @@ def write_html(
 
 def environment() -> Environment:
     """Templates of ours, with the filters that they use."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
     environment.filters |= {
         "clip": clip,
         "confidence": confidence,
@@ -79,6 +82,11 @@ def environment() -> Environment:
     }
     environment.tests["agreeing_with"] = agrees
     return environment
+
+
+def _visible(value: object) -> object:
+    """Texts with their control characters spelled out; what is HTML already was made of such."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _data_uri(image: UInt8[np.ndarray, "c h w"]) -> str:

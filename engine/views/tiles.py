@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from tmm_engine.index.errors import visible
 from tmm_engine.views.showing import as_picture, clip
 
 CELL = 128
@@ -85,8 +86,8 @@ def text_block(text: str, *, width: int, size: int, colour: str = FAINT) -> Imag
 
 
 def drawable(text: str) -> str:
-    """What the built-in font can draw: no accents, no line breaks, no lone surrogates."""
-    decomposed = unicodedata.normalize("NFKD", clip(text).translate(_DRAWN_AS)).replace("...", "…")
+    """What the built-in font can draw: no accents, line breaks or lone surrogates; control characters spelled out."""
+    decomposed = unicodedata.normalize("NFKD", clip(visible(text)).translate(_DRAWN_AS)).replace("...", "…")
     return "".join(c if c.isprintable() else " " for c in decomposed if not unicodedata.combining(c))
 
 

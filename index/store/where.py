@@ -2,11 +2,11 @@
 
 Labels and predicted classes are stored as numbers. Compared with a number, ``label`` is a class of the model's, given
 or predicted; compared with texts, by ``=``, ``<>``, ``IN`` or ``LIKE``, it is the name of a label that was given, which
-is NULL where there is none.
+is NULL where there is none. Any other expression on them is refused: it would see the numbers, as in ``label || ''``.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,7 @@ COMPARISON = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """A comparison with names; or a text or a name in backticks, within which there is none."""
+NUMBER = r"-?\d+(?:\.\d+)?"
 LITERALS = re.compile(r"'(?:[^']|'')*'|`[^`]*`")
 LISTED = re.compile(r"-?[\d.]+\s*,")  # a number in a list
 WORDS = re.compile(r"\w+|[^\w\s,()]+")
@@ -52,7 +53,9 @@ def matching_positions(dataset: "lance.LanceDataset", where: str, vocabulary: Vo
     """
     check_where(where)
     numbers = {"label": vocabulary.names, "predicted": vocabulary.class_names}
-    own = in_numbers(where, {name: numbers[name] for name in numbers if _is_number(dataset.schema, name)})
+    named = {name: numbers[name] for name in numbers if _is_number(dataset.schema, name)}
+    own = in_numbers(where, named)
+    check_comparisons(where, own, named, [column.name for column in dataset.schema if _is_numeric(column.type)])
     try:
         found = dataset.to_table(columns=["_rowaddr"], filter=own)["_rowaddr"].to_numpy()
         everything = dataset.to_table(columns=["_rowaddr"])["_rowaddr"].to_numpy()
@@ -115,6 +118,48 @@ def in_numbers(where: str, named: Mapping[str, Sequence[str]]) -> str:
     return COMPARISON.sub(translated, where)
 
 
+def check_comparisons(where: str, own: str, named: Collection[str], numeric: Collection[str]) -> None:
+    """Refuse what does anything to a label or a predicted class but compare it.
+
+    Args:
+        where: SQL, as it was given.
+        own: The same in numbers, of `in_numbers`.
+        named: The columns whose numbers stand for names: ``label``, ``predicted``.
+        numeric: All columns of numbers, which these may be compared with.
+
+    Raises:
+        InputError: an expression that would see the numbers without saying so.
+    """
+    if not named:
+        return
+    plain = _plain_comparison(named, numeric).sub(" ", own)
+    columns = "|".join(named)
+    for found in re.finditer(rf"{TEXT.pattern}|(?<![\w.`])(?P<quote>`?)({columns})(?P=quote)(?![\w.`])|`[^`]*`", plain):
+        if column := found[2]:
+            raise InputError(
+                f"where: expected {column} in a plain comparison, with names in quotes (=, <>, IN, LIKE) or numbers "
+                f"of classes (=, <>, <, >, IN, BETWEEN), got {shortened(where)}; {column} is stored as a number, which "
+                f"other expressions would take for a text or a quantity"
+            )
+
+
+def _plain_comparison(named: Collection[str], numeric: Collection[str]) -> re.Pattern[str]:
+    """Of a column of ``named`` with numbers or columns of numbers, between the words that may stand around it."""
+
+    def one_of(columns: Collection[str]) -> str:
+        names = "|".join(re.escape(name) for name in columns)
+        return rf"(?:`(?:{names})`|(?:{names})(?![\w.(`]))"
+
+    column, value = one_of(named), rf"(?:{NUMBER}(?![\w.])|{one_of(numeric)})"
+    operator = r"(?:[=<>]|[<>!=]=|<>)"
+    comparison = rf"""{column}\s*(?: {operator}\s*{value}
+        | (?i:(?:NOT\s+)?IN)\s*\(\s*{NUMBER}(?:\s*,\s*{NUMBER})*\s*\)
+        | (?i:(?:NOT\s+)?BETWEEN)\s+{NUMBER}\s+(?i:AND)\s+{NUMBER}(?![\w.])
+        | (?i:IS\s+(?:NOT\s+)?(?:NULL\b|DISTINCT\s+FROM\s+{value})))
+      | {value}\s*{operator}\s*{column}"""
+    return re.compile(rf"(?:^|[(,]|\b(?i:AND|OR|NOT)\b)\s*(?:{comparison})\s*(?=$|[),]|(?i:AND|OR|IS)\b)", re.VERBOSE)
+
+
 def _numbers(column: str, operator: str, texts: list[str], names: Sequence[str]) -> list[int]:
     """Of the names that a comparison means, or excludes."""
     if "LIKE" in operator:
@@ -133,6 +178,10 @@ def _numbers(column: str, operator: str, texts: list[str], names: Sequence[str])
 
 def _is_number(schema: pa.Schema, column: str) -> bool:
     return column in schema.names and pa.types.is_int64(schema.field(column).type)
+
+
+def _is_numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def shortened(text: str) -> str:
