@@ -123,6 +123,7 @@ def test_gradients_flow_to_the_pixels(retrievers: dict[str, Retriever], name: st
 # --------------------------------------------------------------------------------------------- attacks
 
 
+@pytest.mark.slow
 def test_the_adaptive_attack_moves_what_robust_ranks_by_farther_than_pgd_does(
     suite: Suite, retrievers: dict[str, Retriever]
 ):

@@ -174,6 +174,7 @@ def test_a_ranking_tells_how_long_its_trigger_took(classifier, make_store, make_
 # ---- a run
 
 
+@pytest.mark.slow
 def test_every_path_is_recorded_as_often_as_asked_without_the_warm_up(measured):
     latency = read_back(measured.content)
     expected = {(path, exemplars): times for path, (exemplars, times) in PATHS.items()}
@@ -186,6 +187,7 @@ def test_every_path_is_recorded_as_often_as_asked_without_the_warm_up(measured):
     assert all(record.trigger_seconds < record.seconds for record in latency.records)
 
 
+@pytest.mark.slow
 def test_figures_are_what_the_records_say(measured):
     latency = read_back(measured.content)
     figures = latency.figures
@@ -229,6 +231,7 @@ def test_figures_are_what_the_records_say(measured):
     assert all(figures[name] > 0.0 for name in figures if "mib" in name)
 
 
+@pytest.mark.slow
 def test_every_path_and_figure_is_printed_with_its_bar(measured):
     printed = measured.result.stdout
     figures = measured.content["figures"]
@@ -244,6 +247,7 @@ def test_every_path_and_figure_is_printed_with_its_bar(measured):
             assert f"{'≥' if lower else '≤'} {bound:g}" in line
 
 
+@pytest.mark.slow
 def test_the_record_names_the_machine_and_the_time(measured):
     machine, here = measured.content["machine"], describe_machine()
     assert machine == json.loads(json.dumps(here))
@@ -253,6 +257,7 @@ def test_the_record_names_the_machine_and_the_time(measured):
     assert measured.content["started"].endswith("+00:00")
 
 
+@pytest.mark.slow
 def test_the_picture_is_written(measured):
     with Image.open(measured.plot) as picture:
         assert picture.format == "PNG"
