@@ -69,6 +69,7 @@ def test_it_is_the_cosine_similarity_of_whitened_features(*, seed, n, d, offset,
 
 @settings(deadline=None, max_examples=50)
 @given(seed=SEEDS, n=st.integers(2, 60), d=st.integers(1, 24), offset=st.floats(0.0, 30.0), shrinkage=SHRINKAGES)
+@example(seed=11286, n=2, d=1, offset=0.5, shrinkage=10.0)  # two numbers that are nearly the same
 def test_float32_is_close_to_float64(*, seed, n, d, offset, shrinkage):
     exemplars = torch.from_numpy(features_of(seed, n, d, offset=offset)).float()
     query = exemplars[0] + torch.from_numpy(features_of(seed + 1, 1, d)[0]).float()
@@ -77,7 +78,8 @@ def test_float32_is_close_to_float64(*, seed, n, d, offset, shrinkage):
     precise = similarities(query.double(), exemplars.double(), shrinkage)
     lengths = Discriminant.fit([exemplars], shrinkage=shrinkage).lengths(exemplars)
     error = (found - precise).abs() * lengths / lengths.max()  # the direction of what lies at the mean is all rounding
-    assert float(error.max()) < 1e-5 * (1.0 + offset) / shrinkage**0.5  # features far from 0 lose digits
+    spread = min(1.0, float(exemplars.double().std()))
+    assert float(error.max()) < 1e-5 * (1.0 + offset) / spread / shrinkage**0.5  # far from 0, or close together
 
 
 @pytest.mark.parametrize("n", [1, 7])
