@@ -41,7 +41,7 @@ from tmm_engine.index.store.where import shortened
 from tmm_engine.index.types import ImageLike
 from tmm_engine.opening import Opening
 from tmm_engine.options import SearchKeywords, SearchOptions
-from tmm_engine.query import Query, as_query
+from tmm_engine.query import Query, answered, as_query
 from tmm_engine.relabelling import relabelled
 from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
@@ -269,8 +269,8 @@ class Engine:
             options: What is asked for; None: the defaults.
             progress: Told of exemplars scored.
             keywords: Instead of `options` or beside them, one by one: ``k``, ``mode``, ``candidates``, ``prefilter``,
-                ``config``, ``label``, ``together``, ``stretch``, ``recognition``, ``where``, as `SearchOptions`
-                describes them.
+                ``config``, ``label``, ``together``, ``stretch``, ``recognition``, ``where``, ``explain``, as
+                `SearchOptions` describes them.
 
         Raises:
             InputError: an unreadable image, an unknown mode, or an option out of range or without effect; raised before
@@ -310,8 +310,8 @@ class Engine:
                 found.append(
                     FailedQuery(printable(item) if isinstance(item, str | Path) else f"query {position}", str(error))
                 )
-        good: list[ImageLike | Query] = [item for item in found if isinstance(item, Query)]
-        answers = iter(self._each(good, asked, progress))
+        good = [item for item in found if isinstance(item, Query)]
+        answers = iter(answered(good, lambda some: self.search([*some], asked, progress=progress)))
         return SearchResults(next(answers) if isinstance(item, Query) else item for item in found)
 
     @checked
@@ -594,15 +594,19 @@ class Engine:
     def relabel(self, labels: Mapping[str, str], *, progress: Progress = silent) -> ChangeReport:
         """Give exemplars other labels, as the next version; names that are new become labels of the index.
 
+        Nothing passes the network: features stay as they are stored.
+
         Args:
             labels: Names by id.
-            progress: Told of images done; their features are computed again.
+            progress: Told of exemplars looked at.
 
         Raises:
-            InputError: no exemplar has one of the ids, or as `add`.
+            InputError: no exemplar has one of the ids, or as `sync`.
         """
-        source = relabelled(self.store, self._snapshot.rows, labels)
-        return self.add(source, replace=True, strict=True, progress=progress)
+        done = self.sync(relabelled(self.store, self._snapshot.rows, labels), progress=progress)
+        return ChangeReport(
+            done.version, done.exemplars, replaced=done.replaced, remarks=done.remarks, agreement=done.agreement
+        )
 
     @checked
     def compact(self, *, discard_versions: bool = False) -> ChangeReport:
@@ -664,20 +668,6 @@ class Engine:
         if kept is None or kept[0] is not snapshot or kept[1] != where:
             self._last_filter = kept = (snapshot, where, snapshot.matching(where))
         return kept[2]
-
-    def _each(
-        self, queries: list[ImageLike | Query], options: SearchOptions, progress: Progress
-    ) -> list[SearchResult | FailedQuery]:
-        """All at once; where one of them cannot be searched with, one by one."""
-        if not queries:
-            return []
-        try:
-            return [*self.search(queries, options, progress=progress)]
-        except ImageError as error:
-            if len(queries) == 1:
-                [query] = queries
-                return [FailedQuery(query.name if isinstance(query, Query) else "query", str(error))]
-        return [answer for query in queries for answer in self._each([query], options, progress)]
 
     def _on_disk(self, why: str = "has one version and stays as it is") -> tuple[Path, Opening]:
         snapshot = self._snapshot

@@ -1,8 +1,9 @@
 """A query: pixels in [0, 1] of the index's shape, with a name for the answer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from tmm_engine.index.sources.images import channels_first, decode_image, to_num
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, label_values_of
 from tmm_engine.index.types import ImageLike
 from tmm_engine.results import FailedQuery
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +78,25 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
         values = channels_first(to_numpy(image)[None], shape=expected)[0]
         pixels = np.array(values, dtype=np.float32, order="C").clip(0, 1)
     return Query(name, pixels, None, tuple(assumed))
+
+
+def answered(
+    queries: Sequence[Query], ask: Callable[[Sequence[Query]], Iterable[Answer]]
+) -> list[Answer | FailedQuery]:
+    """The answers to all queries at once; where one of them cannot be searched with, one by one.
+
+    Args:
+        queries: Any number.
+        ask: Answers some of them, in their order.
+    """
+    if not queries:
+        return []
+    try:
+        return [*ask(queries)]
+    except ImageError as error:
+        if len(queries) == 1:
+            return [FailedQuery(queries[0].name, str(error))]
+    return [answer for query in queries for answer in answered([query], ask)]
 
 
 def queries_from(

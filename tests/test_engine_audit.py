@@ -161,10 +161,14 @@ def test_commands(tmp_path: Path) -> None:
     assert "1 deleted; version 2" in deleted.stdout
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("id", "label"), ("digit-0/0000.png", "zero"), ("digit-1/0001.png", "digit-3")])
+    with Engine.open(index) as engine:
+        before = dict(zip(engine.store.ids, engine.store.features(np.arange(len(engine))), strict=True))
     relabelled = run("relabel", index, "--from", tmp_path / "labels.csv")
     assert "2 relabelled; version 3, 40 exemplars" in relabelled.stdout
     with Engine.open(index) as engine:
         table = engine.to_arrow().to_pylist()
+        after = dict(zip(engine.store.ids, engine.store.features(np.arange(len(engine))), strict=True))
+    assert all(np.array_equal(after[id_], feature) for id_, feature in before.items())
     labels = {row["id"]: (row["class_name"], row["path"]) for row in table}
     assert labels["digit-0/0000.png"][0] == "zero"
     assert labels["digit-1/0001.png"][0] == "digit-3"

@@ -13,21 +13,23 @@ from typing import Any
 import click
 import faiss
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
+from scipy.special import softmax
 
+from tmm_engine.auditing.findings import Kind
+from tmm_engine.auditing.foreign import energies, logits_of
 from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
 from tmm_engine.bench.loading import opened
 from tmm_engine.bench.options import check_folders, classifier_options, out_option
 from tmm_engine.bench.planting.cleanlab import cleanlab_scores
 from tmm_engine.bench.planting.data import Planted, drawn, plant
 from tmm_engine.bench.planting.faults import CHANGES, flipped
-from tmm_engine.bench.planting.measures import auroc, average_precision, probabilities
+from tmm_engine.bench.planting.measures import auroc, average_precision
 from tmm_engine.bench.records import Record, RecordFile, describe_run
 from tmm_engine.bench.rivals.hashes import HASHES, hashed
 from tmm_engine.bench.statistics import wilson_interval
 from tmm_engine.bench.tables import NONE, grouped, table
 from tmm_engine.cli.display import progress_bar
-from tmm_engine.engine import Engine
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.search import normalised
@@ -166,12 +168,12 @@ def _duplicates(planted: Planted, share: float) -> Record:
     engine, n = planted.part(rows), len(rows)
     origin = planted.copies.origin[rows[planted.count :] - planted.count]
     audit = engine.audit(kinds=["duplicates"])
-    pairs, scores = audit.pairs, audit.scores["duplicates"]  # type: ignore[index]
+    pairs, scores = audit.pairs, audit.scores[Kind.DUPLICATES]
     assert pairs is not None
     truth = dict(zip(range(planted.count, n), origin.tolist(), strict=True))
     right = np.array([truth.get(second) == first for first, second in zip(pairs.first, pairs.second, strict=True)])
     missing = len(origin) - int(right.sum())
-    flagged = scores >= audit.rules["duplicates"].threshold  # type: ignore[index]
+    flagged = scores >= audit.rules[Kind.DUPLICATES].threshold
     changes = np.array([planted.copies.change[row - planted.count] for row in rows[planted.count :]])
     of = np.array([changes[second - planted.count] if second >= planted.count else "" for second in pairs.second])
     by_change = {
@@ -230,9 +232,9 @@ def _labels(planted: Planted, share: float, *, seed: int, cleanlab: Path | None)
     given, wrong = flipped(planted.labels[rows], share=share, classes=classes, seed=seed)
     engine = planted.part(rows, given)
     audit = engine.audit(kinds=["labels"])
-    scores = audit.scores["labels"]  # type: ignore[index]
-    flagged = scores >= audit.rules["labels"].threshold  # type: ignore[index]
-    model = probabilities(_logits(engine))
+    scores = audit.scores[Kind.LABELS]
+    flagged = scores >= audit.rules[Kind.LABELS].threshold
+    model = softmax(logits_of(engine.store, engine.classifier), axis=1)
     own = 1 - model[rows, given]
     others = None if cleanlab is None else cleanlab_scores(cleanlab, given, model)
     suggested = {finding.id: finding.suggestion for finding in audit.of("labels")}
@@ -255,18 +257,17 @@ def _foreign(planted: Planted, share: float) -> Record:
     engine = planted.part(rows)
     foreign = rows >= planted.count
     audit = engine.audit(kinds=["foreign"])
-    scores = audit.scores["foreign"]  # type: ignore[index]
+    scores = audit.scores[Kind.FOREIGN]
     flagged = np.isin(engine.store.ids, [finding.id for finding in audit.of("foreign")])
-    logits = _logits(engine).astype(np.float64)
+    logits = logits_of(engine.store, engine.classifier)
     features = normalised(engine.store.features(np.arange(len(rows))))
     k = min(NEIGHBOUR, len(rows) - 1)
     similar, _ = faiss.knn(features, features, k + 1, metric=faiss.METRIC_INNER_PRODUCT)
-    energy = -np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)) - logits.max(axis=1)
     ways = {
         "": scores,
         "_knn": -similar[:, -1],
-        "_softmax": -probabilities(logits).max(axis=1),
-        "_energy": energy,
+        "_softmax": -softmax(logits, axis=1).max(axis=1),
+        "_energy": energies(logits),
     }
     figures = {f"auroc{name}": auroc(foreign, each) for name, each in ways.items()}
     figures |= {f"ap{name}": average_precision(foreign, each) for name, each in ways.items()}
@@ -298,12 +299,6 @@ def _counts(truth: Bool[np.ndarray, "n"], flagged: Bool[np.ndarray, "n"], plante
         "precision_interval": None if precision is None else [precision.low, precision.high],
         "recall": right / planted,
     }
-
-
-def _logits(engine: Engine) -> Float[np.ndarray, "n c"]:
-    from tmm_engine.auditing.foreign import logits_of
-
-    return logits_of(engine.store, engine.classifier)
 
 
 def section(run: Run, _: Sheet) -> list[str]:

@@ -3,7 +3,7 @@
     python cleanlab_scores.py IN.npz OUT.npz
 
 IN holds `labels` (n) and `probabilities` (n, c); OUT `scores` (n): cleanlab's label quality, smaller is more likely
-wrong, `issue` (n): whether it takes the label for wrong, and `version`.
+wrong.
 """
 
 import sys
@@ -13,15 +13,10 @@ import numpy as np
 
 def main(source: str, target: str) -> None:
     """Score labels by cleanlab's defaults."""
-    import cleanlab
-    from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
     content = np.load(source)
-    labels, probabilities = content["labels"], content["probabilities"]
-    scores = get_label_quality_scores(labels, probabilities)
-    issues = find_label_issues(labels, probabilities, n_jobs=1)
-    np.savez(target, scores=scores, issues=issues, version=cleanlab.__version__)
+    np.savez(target, scores=get_label_quality_scores(content["labels"], content["probabilities"]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How well a ranking finds what was planted: area under the ROC curve, average precision."""
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float
 from scipy import stats
 
 
@@ -27,9 +27,3 @@ def average_precision(planted: Bool[np.ndarray, "n"], scores: Float[np.ndarray, 
     precision = (found / np.arange(1, len(found) + 1))[last]
     recall = found[last] / (int(planted.sum()) + missing)
     return float((np.diff(recall, prepend=0.0) * precision).sum())
-
-
-def probabilities(logits: Float[np.ndarray, "n c"]) -> Float64[np.ndarray, "n c"]:
-    """Softmax."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)

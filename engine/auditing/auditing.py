@@ -14,6 +14,7 @@ from tmm_engine.auditing.options import AuditOptions
 from tmm_engine.auditing.others import Others
 from tmm_engine.index.descriptors.columns import COPY_FEATURE
 from tmm_engine.index.errors import InputError
+from tmm_engine.index.neighbours.graph import nearest_exemplars
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.snapshot import Snapshot
 
@@ -70,7 +71,7 @@ def find_known(snapshot: Snapshot, images: Others, *, memory: int, progress: Pro
     found = []
     for batch in images.described(column, progress):
         pairs = detector.across(batch.features, batch.images)
-        rows, similarity = batch.nearest(snapshot.store, column, SHOWN, memory)
+        rows, similarity = nearest_exemplars(snapshot.store, batch.features, k=SHOWN, column=column, memory=memory)
         for place, name in enumerate(batch.ids):
             own = np.flatnonzero(pairs.first == place)
             scores = 1 - detector.tail.chance(pairs.statistic[own])

@@ -31,8 +31,7 @@ def logits_of(store: ExemplarStore, classifier: Classifier) -> Float64[np.ndarra
 
 def energies(logits: Float64[np.ndarray, "n c"]) -> Float64[np.ndarray, "n"]:
     """−log Σ exp; larger is less known."""
-    largest = logits.max(axis=1)
-    return -(largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1)))
+    return -torch.logsumexp(torch.from_numpy(logits), dim=1).numpy()
 
 
 def strangeness(energy: Float64[np.ndarray, "n"], graph: NeighbourGraph) -> Float64[np.ndarray, "n"]:

@@ -5,17 +5,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, UInt8
 
 from tmm_engine.auditing.findings import Evidence
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FEATURE, embed
 from tmm_engine.index.descriptors.columns import CopyColumn
 from tmm_engine.index.models.preprocessing import shape_of
-from tmm_engine.index.neighbours.graph import nearest_exemplars
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.images import decode_image
-from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.query import Query
 from tmm_engine.snapshot import Snapshot
 from tmm_engine.views.showing import as_picture
@@ -50,12 +48,6 @@ class Described:
         """One of them as evidence."""
         image = self.kept.get(place)
         return Evidence(self.ids[place], self.labels[place], self.predicted[place], similarity, image=image)
-
-    def nearest(
-        self, store: ExemplarStore, column: str, k: int, memory: int
-    ) -> tuple[Int64[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """The exemplars nearest to each, and their similarities."""
-        return nearest_exemplars(store, self.features, k=k, column=column, memory=memory)
 
 
 class Others:
@@ -120,8 +112,7 @@ class Others:
         """All of them, by batches."""
         start, classifier, names = 0, self._own.classifier, self._own.vocabulary.class_names
         describer = self._own.searcher.describer
-        for images in self._images:
-            images = np.ascontiguousarray(images)  # noqa: PLW2901
+        for images in map(np.ascontiguousarray, self._images):
             plain = embed(images, classifier)
             if column == FEATURE or describer is None:
                 features = plain

@@ -1,5 +1,6 @@
 """The command classify. Nothing heavy is imported early."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,10 @@ from tmm_engine.cli.options import (
     source_options,
 )
 from tmm_engine.cli.output import echo_json
-from tmm_engine.index.errors import ImageError, InputError
+from tmm_engine.index.errors import InputError
 
 if TYPE_CHECKING:
-    from tmm_engine.classifying.classification import Classification
+    from tmm_engine.classifying.classification import Classification, Classifications
     from tmm_engine.engine import Engine
     from tmm_engine.index.progress import Progress
     from tmm_engine.query import Query
@@ -144,34 +145,25 @@ def _answers(
     """In the order of the images; what cannot be classified has its error in its place."""
     from tmm_engine.cli.display import say_remarks
     from tmm_engine.cli.search import queries_of
-    from tmm_engine.query import Query
+    from tmm_engine.query import Query, answered
 
     limit = None if options["calibration"] else options["limit"]
     queries = queries_of(engine, paths, limit=limit)
-    good: list[Any] = [query for query in queries if isinstance(query, Query)]
+    together: list[str] = []  # what is to be said of all answers
     told = {
         "alpha": options["alpha"],
         "outliers": options["outliers"],
         "calibration": "leave-one-out" if options["leave_one_out"] else options["name"],
     }
-    found = _each(engine, good, asked, told, progress)
-    say_remarks(getattr(found, "notes", ()))
-    answers = iter(found)
+
+    def ask(some: "Sequence[Query]") -> "Classifications":
+        found = engine.classify([*some], asked, progress=progress, **told)
+        together.extend(found.notes)
+        return found
+
+    answers = iter(answered([query for query in queries if isinstance(query, Query)], ask))
+    say_remarks(together)
     return [next(answers) if isinstance(query, Query) else query for query in queries]
-
-
-def _each(
-    engine: "Engine", queries: "list[Query]", asked: Any, told: dict[str, Any], progress: "Progress"
-) -> "list[Classification | FailedQuery]":
-    """All at once; where the model makes no finite numbers of one of them, one by one."""
-    from tmm_engine.results import FailedQuery
-
-    try:
-        return engine.classify([*queries], asked, progress=progress, **told)  # type: ignore[return-value]
-    except ImageError as error:
-        if len(queries) == 1:
-            return [FailedQuery(queries[0].name, str(error))]
-    return [answer for query in queries for answer in _each(engine, [query], asked, told, progress)]
 
 
 def _show(answers: "list[Classification | FailedQuery]", options: dict[str, Any]) -> None:

@@ -94,13 +94,14 @@ def relabel(index: Path, table: Path, model: str | None, device: str) -> None:
     Example:
       engine relabel photos.idx --from audit/decisions/relabel.csv
     """
-    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.cli.display import progress_bar, say_remarks
     from tmm_engine.engine import Engine
     from tmm_engine.relabelling import read_labels
 
     labels = read_labels(table)
     with Engine.open(index, model=model, device=device, backend="torch") as engine, progress_bar() as progress:
         report = engine.relabel(labels, progress=progress)
+    say_remarks(report.remarks)
     _say(index, report, f"{report.replaced:,} relabelled")
 
 

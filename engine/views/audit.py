@@ -57,7 +57,7 @@ def render_audit(audit: Audit, engine: "Engine", *, limit: int, decisions: Seque
         for kind in Kind
         if kind in audit.rules
     ]
-    shown = [finding for section in sections for finding in section["shown"]]  # type: ignore[attr-defined]
+    shown = [finding for kind in audit.rules for finding in audit.of(kind)[:limit]]
     templates = environment()
     templates.filters["picture"] = data_uri
     template = templates.from_string(Path(__file__).with_name("audit.html.j2").read_text(encoding="utf-8"))
