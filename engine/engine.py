@@ -15,7 +15,7 @@ from tmm_engine.auditing.findings import Audit, Kind, Known
 from tmm_engine.auditing.options import NEIGHBOURS, RATE, AuditOptions
 from tmm_engine.auditing.others import Others
 from tmm_engine.backends import Backend, compare_backends
-from tmm_engine.classifying.calibrating import calibrate, calibrate_on_itself
+from tmm_engine.classifying.calibrating import calibrate
 from tmm_engine.classifying.calibration import Calibration, check_name
 from tmm_engine.classifying.classification import Classification, Classifications
 from tmm_engine.classifying.classifying import Doubt, classified
@@ -477,7 +477,8 @@ class Engine:
             return Classifications()
         known = self._calibrations.asked_for(calibration, asked, everything)
         answers = current.searcher.search_ranked(queries, asked, progress, whole=True)
-        found = classified(current, answers, known or calibrate_on_itself(current, asked), doubt, k=asked.k)
+        known = known or self._calibrations.of_itself(current, asked, everything)
+        found = classified(current, answers, known, doubt, k=asked.k)
         return found if isinstance(query, list) else found[0]
 
     @checked

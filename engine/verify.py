@@ -12,6 +12,7 @@ from torch import nn
 import tmm_engine.index.descriptors.columns
 import tmm_engine.rerank.columns  # noqa: F401 - both make columns known
 from tmm_engine.backends import damaged_graphs
+from tmm_engine.classifying.kept import OwnCalibrations
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import is_registered, load_columns
@@ -273,8 +274,8 @@ def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _damaged_caches(index: Path, manifest: Manifest, done: Verification) -> list[Path]:
-    """FAISS files, neighbours and ONNX graphs that are not what was written; notes what could not be looked at."""
-    kinds = (FaissCache, GraphCache)
+    """FAISS files, neighbours, calibrations and ONNX graphs that are not what was written; notes what could not be looked at."""
+    kinds = (FaissCache, GraphCache, OwnCalibrations)
     damaged = [path for kind in kinds for path in kind(index / CACHE, manifest.content).check(manifest.exemplars)]
     try:
         return damaged + damaged_graphs(index)

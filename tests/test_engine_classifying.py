@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import SHAPE, classifier_of, network
 from tmm_engine import Calibration, Engine, build_index
+from tmm_engine.classifying import kept
+from tmm_engine.classifying.calibrating import calibrate_on_itself
 from tmm_engine.classifying.classifying import shift
 from tmm_engine.classifying.conformal import margins, p_values
 from tmm_engine.classifying.nearness import class_scores
@@ -17,8 +19,11 @@ from tmm_engine.index import ArraySource, Classifier
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import exact_scores
+from tmm_engine.options import SearchOptions
 from tmm_engine.rerank import preset
 from tmm_engine.scanning import ByRanking, ByVector
+from tmm_engine.snapshot import Snapshot
+from tmm_engine.verify import repair_index, verify_index
 
 NAMES = ("dark", "bright")
 N, HELD = 80, 60
@@ -254,6 +259,51 @@ def test_an_index_keeps_its_calibrations_until_it_changes(tmp_path: Path):
     kept.write_text(kept.read_text().replace("0.", "1.", 1))
     with Engine.open(index, model=network()) as engine, pytest.raises(IndexStateError, match="damaged"):
         engine.classify(query, mode="l2")
+
+
+def test_a_calibration_on_the_index_itself_is_computed_once_for_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    index, classifier = tmp_path / "a.idx", classifier_of(network())
+    build_index(source(40, seed=0, name="exemplars"), index, classifier, views=0)
+    queries = [*looks(3, seed=11)[0]]
+    computed: list[str] = []
+
+    def counted(snapshot: Snapshot, options: SearchOptions) -> Calibration:
+        computed.append(str(options.where))
+        return calibrate_on_itself(snapshot, options)
+
+    monkeypatch.setattr(kept, "calibrate_on_itself", counted)
+
+    def asked(engine: Engine, **options: object) -> list[tuple[float, float]]:
+        found = engine.classify(queries, mode="l2", **options)  # type: ignore[call-overload]
+        return [(one.credibility, one.familiarity) for one in found]
+
+    with Engine.open(index, model=network()) as engine:
+        first = asked(engine)
+        assert asked(engine) == first
+        assert len(computed) == 1
+        assert asked(engine, k=3) != first
+        for _ in range(2):
+            assert asked(engine, where="label = 'dark'") != first
+            asked(engine.matching("label = 'dark'"))  # another engine each time
+        assert computed == ["None", "None", "label = 'dark'", "None", "None"]
+    with Engine.open(index, model=network()) as engine:  # another process
+        computed.clear()
+        assert asked(engine) == first
+        assert computed == []
+        engine.delete(ids=[str(id_) for id_ in engine.store.ids[:15]])
+        changed = asked(engine)
+        assert len(computed) == 1
+        assert changed != first
+        assert verify_index(index, model=network()).findings == []
+        for path in (index / "cache").glob("*.calibration"):
+            path.write_text("{}")
+        assert "calibration is damaged; searches ignore it" in str(verify_index(index, model=network()).findings)
+        repair_index(index, model=network())
+        assert not list((index / "cache").glob("*.calibration"))
+    with Engine.open(index, model=network(), version=1) as engine:
+        assert asked(engine) == first
 
 
 def test_a_filter_leaves_its_exemplars_alone_to_answer(engine: Engine):

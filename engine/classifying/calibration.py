@@ -96,8 +96,7 @@ class Calibration:
         Raises:
             IndexStateError: the folder cannot be written to.
         """
-        arrays = {"margins": self.margins.tolist(), "distances": self.distances.tolist()}
-        text = json.dumps(asdict(self) | arrays)
+        text = self.to_text()
         sealed = {"format": FORMAT, "sha256": hashlib.sha256(text.encode()).hexdigest(), "calibration": text}
         try:
             (index / FOLDER).mkdir(exist_ok=True)
@@ -125,13 +124,27 @@ class Calibration:
             text = sealed["calibration"]
             if sealed["format"] != FORMAT or hashlib.sha256(text.encode()).hexdigest() != sealed["sha256"]:
                 raise ValueError("its SHA-256 or its format is another")
-            given = json.loads(text)
-            arrays = {key: np.array(given[key], dtype=np.float64) for key in ("margins", "distances")}
-            found = cls(**given | arrays | {"notes": tuple(given["notes"])})
-            if not all(isinstance(text, str) for text in (found.name, found.source, *found.notes)) or not len(found):
-                raise ValueError("its fields are of other kinds")
+            return cls.of_text(text)
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise IndexStateError(f"{path}: damaged ({error}); delete it, and calibrate anew") from error
+
+    def to_text(self) -> str:
+        """Everything, as JSON."""
+        arrays = {"margins": self.margins.tolist(), "distances": self.distances.tolist()}
+        return json.dumps(asdict(self) | arrays)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Calibration":
+        """The inverse of `to_text`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        given = json.loads(text)
+        arrays = {key: np.array(given[key], dtype=np.float64) for key in ("margins", "distances")}
+        found = cls(**given | arrays | {"notes": tuple(given["notes"])})
+        if not all(isinstance(text, str) for text in (found.name, found.source, *found.notes)) or not len(found):
+            raise ValueError("its fields are of other kinds")
         return found
 
 
