@@ -274,7 +274,7 @@ def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _damaged_caches(index: Path, manifest: Manifest, done: Verification) -> list[Path]:
-    """FAISS files, neighbours, calibrations and ONNX graphs that are not what was written; notes what could not be looked at."""
+    """Caches that are not what was written; notes what could not be looked at."""
     kinds = (FaissCache, GraphCache, OwnCalibrations)
     damaged = [path for kind in kinds for path in kind(index / CACHE, manifest.content).check(manifest.exemplars)]
     try:

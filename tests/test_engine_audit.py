@@ -151,8 +151,26 @@ def test_commands(tmp_path: Path) -> None:
     assert {path.suffix for path in (index / "cache").iterdir()} == {".graph", ".json"}
     looked = run("audit", index, "--image", tmp_path / "photos" / "digit-3" / "0003.png", "--json")
     assert json.loads(looked.stdout)["there"]
-    assert run("audit", index, "--rate", 1.5).exit_code == 2
-    assert "unknown kind" in run("audit", index, "--only", "nothing").stderr
+    among = run("audit", index, "--image", tmp_path / "photos" / "digit-3" / "0003.png", "--where", "label = 'digit-2'")
+    assert "0003.png: is new; the nearest is digit-2/" in among.stdout
+    for options, said in (
+        (["--rate", 1.5], "above 0 and below 1, got 1.5"),
+        (["--rate", "nan"], "above 0 and below 1, got nan"),
+        (["--only", "nothing"], "unknown kind"),
+        (["--image", "q.png", "--out", "x", "-k", 20], "--out, -k have no effect with --image"),
+        (["--image", "q.png", "--only", "labels"], "--only has no effect with --image"),
+        (["--overwrite"], "--overwrite has no effect without --out"),
+        (["--limit", 5, "--json"], "--limit has no effect without --out"),
+        (["--only", "labels,foreign", "--sources", "path"], "--sources has no effect with --only labels,foreign"),
+        (["--only", "unsure", "--rate", 0.1], "--rate has no effect with --only unsure"),
+    ):
+        refused = run("audit", index, *options)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert said in " ".join(refused.stderr.split())
+    for target, said in ((out, "is there already"), (tmp_path / "gone" / "audit", "create it first")):
+        refused = run("audit", index, "--out", target)
+        assert (refused.exit_code, said in refused.stderr) == (1, True)
+        assert "comparing" not in refused.stderr  # before anything is computed
 
     decided = out / "decisions" / "delete-duplicates.txt"
     assert decided.read_text().splitlines()[0] == "digit-3/0003.png"

@@ -44,11 +44,7 @@ def write_audit(
     Raises:
         InputError: the folder cannot be written, or something else is there.
     """
-    target = Path(folder)
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} is there already; name another folder, or replace it with `overwrite=True`")
-    if target.exists() and not (target / PAGE).is_file() and any(target.iterdir() if target.is_dir() else [target]):
-        raise InputError(f"{target} is no audit (it has no {PAGE}), so it is not replaced; name another folder")
+    target = check_target(folder, overwrite=overwrite)
     try:
         with replacing(target) as written:
             written.mkdir()
@@ -62,6 +58,22 @@ def write_audit(
             f"folder, or name another)"
         ) from error
     return [target / name for name in names]
+
+
+def check_target(folder: str | Path, *, overwrite: bool) -> Path:
+    """The folder, where an audit can be written: to be asked before one is made.
+
+    Raises:
+        InputError: something is there, or its folder is not.
+    """
+    target = Path(folder)
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} is there already; name another folder, or replace it with `overwrite=True`")
+    if target.exists() and not (target / PAGE).is_file() and any(target.iterdir() if target.is_dir() else [target]):
+        raise InputError(f"{target} is no audit (it has no {PAGE}), so it is not replaced; name another folder")
+    if not target.absolute().parent.is_dir():
+        raise InputError(f"{target}: its folder does not exist; create it first")
+    return target
 
 
 def _files(audit: Audit, engine: Engine, limit: int) -> dict[str, Callable[[], bytes]]:
