@@ -46,7 +46,7 @@ def kinds(context: click.Context, parameter: click.Parameter, text: str | None) 
 @device_option
 @click.pass_context
 def audit(
-    context: click.Context, index: Path, *, out: Path | None, images: tuple[str, ...], as_json: bool, **options: Any
+    context: click.Context, /, index: Path, *, out: Path | None, images: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
     """Find what is wrong with INDEX: near-duplicates, leaks, likely wrong labels, foreign images, unsure predictions.
 
