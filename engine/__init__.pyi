@@ -13,6 +13,8 @@ from .views.page import write_html
 from .views.picture import write_png
 from .views.table import write_parquet
 
+__version__: str
+
 __all__ = [
     "Audit",
     "Calibration",

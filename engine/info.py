@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from tmm_engine import __version__
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.descriptors.columns import DESCRIPTORS, ROBUST_FEATURE, Descriptors
 from tmm_engine.index.models.architectures import ModelSpec
 from tmm_engine.index.models.preprocessing import Preprocessing, Resize
 from tmm_engine.index.store.manifest import Manifest
 
-LIBRARIES = ("tmm-engine", "torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
+LIBRARIES = ("torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
 
 
 @checked
@@ -98,6 +99,7 @@ def describe_system() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "tmm-engine": __version__,
         **{name: version(name) for name in LIBRARIES},
         "threads": torch.get_num_threads(),
         "onnx_runtime": _onnx_runtime(),

@@ -1,18 +1,23 @@
 """What is installed: one import name with all its folders and files, also beside packages named like our folders."""
 
-import importlib.metadata
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+import tmm_engine
 from tests.digits import make_classifier, write_photos, write_queries
+from tmm_engine.cli.main import main
+from tmm_engine.info import describe_system
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("engine", "index", "rerank", "bench")
@@ -31,15 +36,29 @@ def test_every_folder_with_python_files_is_a_package_of_the_wheel():
     assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
 
 
-def test_every_kind_of_file_that_is_no_python_file_is_package_data():
+def test_every_kind_of_file_that_is_no_python_file_is_package_data(tracked: list[str]):
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
-    tracked = subprocess.run(["git", "ls-files", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=False)
-    if tracked.returncode:
-        pytest.skip("needs the repository")
-    files = [Path(name) for name in tracked.stdout.splitlines() if not name.startswith("bench/results/")]
+    files = [Path(name) for name in tracked if name.partition("/")[0] in FOLDERS]
     others = [file for file in files if file.suffix not in {".py", ".sh"}]
     assert others
     assert [file for file in others if not any(file.match(pattern) for pattern in patterns)] == []
+
+
+def test_the_version_is_said_in_one_place():
+    assert "version" not in PYPROJECT["project"]
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "tmm_engine.__version__"}}
+    assert CliRunner().invoke(main, ["--version"]).stdout == f"tmm-engine {tmm_engine.__version__}\n"
+    assert describe_system()["tmm-engine"] == tmm_engine.__version__
+
+
+def test_the_changelog_keeps_to_its_form():
+    lines = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    [first, *older] = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert first == "[Unreleased]"
+    assert [title for title in older if not re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", title)] == []
+    kinds = [line.removeprefix("### ") for line in lines if line.startswith("### ")]
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert older or len(kinds) == len(set(kinds))  # one section of a kind until there is a release
 
 
 def test_floors_are_those_of_all_dependencies():
@@ -58,18 +77,36 @@ def test_a_dependency_without_a_plain_floor_is_refused(requirement: str):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what git tracks, so that the checkout stays as it is and no earlier build/ gets in."""
-    folder = tmp_path_factory.mktemp("wheel")
+def tracked() -> list[str]:
+    """The files that git knows, but for the records of benchmarks, which are not shipped."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("needs the repository")
+    names = [name for name in listed.stdout.splitlines() if not name.startswith("bench/results/")]
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def sdist(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of what git tracks, so that no earlier build/ gets in; the links of `make check` beside it."""
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in names.splitlines():
-        if not name.startswith(("bench/results/", "tests/")) and (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    isolation = ["--no-build-isolation"] if can_build_here() else []  # else pip fetches setuptools
-    pip("wheel", source, "--no-deps", *isolation, "--wheel-dir", folder)
-    [built] = folder.glob("*.whl")
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run([source / ".ci" / "links"], check=True)
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [built] = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Built from the source distribution: what that lacks, the wheel lacks."""
+    pip("wheel", sdist, "--no-deps", "--no-build-isolation", "--wheel-dir", sdist.parent)
+    [built] = sdist.parent.glob("*.whl")
     return built
 
 
@@ -93,16 +130,6 @@ def work(tmp_path: Path) -> Path:
     write_queries(tmp_path / "queries", count=1)
     make_classifier().save(tmp_path / "weights.safetensors")
     return tmp_path
-
-
-def can_build_here() -> bool:
-    """Whether setuptools is as new as pyproject.toml asks: that of a fresh Python 3.11 is 65."""
-    [requirement] = PYPROJECT["build-system"]["requires"]
-    try:
-        found = importlib.metadata.version("setuptools")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return int(found.partition(".")[0]) >= int(requirement.removeprefix("setuptools>="))
 
 
 def pip(*arguments: str | Path) -> None:
@@ -134,18 +161,21 @@ def run(site: Path, work: Path, *arguments: str | Path) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_one_package_with_all_its_files(wheel: Path):
+def test_the_source_distribution_holds_every_file_but_records(sdist: Path, tracked: list[str]):
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    made = {name for name in held if name.startswith("tmm_engine.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert held - made == {name for name in tracked if not name.startswith((".git", ".docker"))}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_package_with_all_its_files(wheel: Path, tracked: list[str]):
     names = zipfile.ZipFile(wheel).namelist()
     [metadata] = {name.partition("/")[0] for name in names} - {"tmm_engine"}
-    assert metadata.endswith(".dist-info")
-    modules = {
-        f"{installed_name(file.parent).replace('.', '/')}/{file.name}"
-        for folder in FOLDERS
-        for file in (ROOT / folder).rglob("*.py")
-    }
-    assert {name for name in names if name.endswith(".py")} == modules
-    data = ("py.typed", "__init__.pyi", "index/__init__.pyi", "rerank/__init__.pyi", "digits.npz")
-    assert {f"tmm_engine/{name}" for name in (*data, "views/page.html.j2")} <= set(names)
+    assert metadata == f"tmm_engine-{tmm_engine.__version__}.dist-info"
+    paths = [ROOT / name for name in tracked if name.startswith(tuple(f"{folder}/" for folder in FOLDERS))]
+    files = {f"{installed_name(path.parent).replace('.', '/')}/{path.name}" for path in paths if path.suffix != ".sh"}
+    assert {name for name in names if name.startswith("tmm_engine/")} == files
     assert {f"{metadata}/licenses/{name}" for name in ("LICENSE", "NOTICE")} <= set(names)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from tmm_engine import __version__
 from tmm_engine.cli.audit import audit
 from tmm_engine.cli.build import build_index
 from tmm_engine.cli.classify import classify
@@ -52,7 +53,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="tmm-engine", message="%(package)s %(version)s")
+@click.version_option(__version__, message="tmm-engine %(version)s")
 def main() -> None:
     """Robust image retrieval: which known images does my classifier see as like this one?
 
