@@ -11,6 +11,7 @@ from jaxtyping import Float32
 
 from tmm_engine.index.errors import ImageError, InputError, printable
 from tmm_engine.index.labels import Vocabulary, match_labels
+from tmm_engine.index.limits import MAX_PIXELS
 from tmm_engine.index.models.preprocessing import Target, shape_of
 from tmm_engine.index.sources.images import channels_first, decode_image, to_numpy
 from tmm_engine.index.sources.records import ImageRecord, ImageSource, label_values_of
@@ -50,7 +51,7 @@ class Query:
             raise InputError(f"{self.name}: expected a label's name or number, got {type(self.label).__name__}")
 
 
-def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
+def as_query(image: ImageLike | Query, *, shape: Target, name: str, max_pixels: int = MAX_PIXELS) -> Query:
     """A query from anything that is an image.
 
     Files, bytes and PIL images are brought to `shape`; arrays must have it. Floating-point arrays keep their precision.
@@ -59,6 +60,7 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
         image: What to search for.
         shape: What the index's classifier looks at (`Classifier.target`).
         name: Used where the image brings none of its own.
+        max_pixels: Height × width beyond which a file is refused before it is decoded.
 
     Raises:
         ImageError: an unreadable image, or an array of another shape, dtype or range.
@@ -73,7 +75,8 @@ def as_query(image: ImageLike | Query, *, shape: Target, name: str) -> Query:
     if isinstance(image, str | Path):
         name = printable(image)
     assumed: list[str] = []
-    pixels = decode_image(image, shape=shape, assumed=assumed).astype(np.float32) / np.float32(255.0)
+    decoded = decode_image(image, shape=shape, assumed=assumed, max_pixels=max_pixels)
+    pixels = decoded.astype(np.float32) / np.float32(255.0)
     if isinstance(image, np.ndarray | torch.Tensor) and np.issubdtype(to_numpy(image).dtype, np.floating):
         values = channels_first(to_numpy(image)[None], shape=expected)[0]
         pixels = np.array(values, dtype=np.float32, order="C").clip(0, 1)

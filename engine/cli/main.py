@@ -17,6 +17,7 @@ from tmm_engine.cli.living import add, compact, delete, print_versions, relabel,
 from tmm_engine.cli.options import model_option
 from tmm_engine.cli.output import as_output_can, echo_json
 from tmm_engine.cli.search import search
+from tmm_engine.cli.serve import serve
 from tmm_engine.cli.syncing import sync
 from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.errors import TmmEngineError
@@ -65,7 +66,7 @@ def main() -> None:
     """
 
 
-for command in (build_index, search, classify, audit, add, sync, delete, relabel, compact, verify, repair):
+for command in (build_index, search, classify, audit, add, sync, delete, relabel, compact, verify, repair, serve):
     main.add_command(command)
 
 

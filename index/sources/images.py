@@ -31,7 +31,11 @@ _warning_filters = threading.Lock()
 
 
 def decode_image(
-    source: ImageLike, *, shape: Target | None = None, assumed: list[str] | None = None
+    source: ImageLike,
+    *,
+    shape: Target | None = None,
+    assumed: list[str] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "c h w"]:
     """One image as the index stores it.
 
@@ -49,6 +53,7 @@ def decode_image(
         shape: The expected shape, or a classifier's preprocessing, which says how pictures come to it. Default: the
             image's own size, 1 channel for grey modes, else 3.
         assumed: Takes what had to be assumed of the image, in sentences.
+        max_pixels: Height × width beyond which a file is refused before its pixels are decoded.
 
     Returns:
         uint8 (c, h, w), newly allocated, writable and contiguous.
@@ -63,7 +68,7 @@ def decode_image(
         array: UInt8[np.ndarray, "c h w"] = to_uint8(channels_first(to_numpy(source)[None], shape=expected))[0]
         return array
     bring = Preprocessing(shape) if isinstance(shape, tuple) else shape
-    with _opened(source) as image:
+    with _opened(source, max_pixels) as image:
         image.load()
         transparency = bring.transparency if bring else Transparency.WHITE
         pixels = _to_8_bits(_upright(image), transparency, [] if assumed is None else assumed)
@@ -163,18 +168,18 @@ def _pillow_silenced() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: ImageLike) -> Iterator[Image.Image]:
+def _opened(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The image, its header read and its size checked. Whatever Pillow raises inside becomes an ImageError."""
     name, stream = _described(source)
     try:
         if isinstance(stream, Image.Image):
-            _check_size(stream)
+            _check_size(stream, max_pixels)
             yield stream
             return
         with _pillow_silenced():
             image = Image.open(stream, formats=FORMATS)
         with image:
-            _check_size(image)
+            _check_size(image, max_pixels)
             yield image
     except UnidentifiedImageError:
         raise ImageError(f"{name}: expected an image ({', '.join(FORMATS)}), got something else") from None
@@ -229,10 +234,10 @@ def _content(stream: io.IOBase) -> bytes:
     return content
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"expected at most {MAX_PIXELS} pixels, got {width} × {height}; make the image smaller first")
+    if width * height > max_pixels:
+        raise ImageError(f"expected at most {max_pixels} pixels, got {width} × {height}; make the image smaller first")
     if width * height == 0:
         raise ImageError(f"expected at least one pixel, got {width} × {height}")
 

@@ -1,0 +1,106 @@
+"""The application: collections behind routes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic.json_schema import models_json_schema
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from tmm_engine.index.errors import TmmEngineError
+from tmm_engine.serving import problems
+from tmm_engine.serving.collection import Collections, UnknownCollectionError
+from tmm_engine.serving.lane import BusyError
+from tmm_engine.serving.problems import BodyLimit, Problem, problem
+from tmm_engine.serving.routes import collections as of_collections
+from tmm_engine.serving.routes import health, page, search
+from tmm_engine.serving.schemas import SearchBody, SearchForm
+from tmm_engine.serving.settings import REFRESH_SECONDS, Settings
+from tmm_engine.serving.state import State
+
+ABOUT = """\
+Which known images does a classifier see as like this one? Collections are indexes of `tmm-engine`.
+
+Errors are problems (RFC 9457), in the words of the command line. Where the server was started with keys, the header
+`api-key` has one.
+"""
+
+
+def make_app(collections: Collections, settings: Settings | None = None) -> FastAPI:
+    """An application over collections, which it closes when it ends.
+
+    Args:
+        collections: Open.
+        settings: Limits, keys and hosts.
+    """
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def living(app: FastAPI) -> AsyncIterator[None]:
+        app.state.serving = State(collections, settings, CapacityLimiter(settings.limits.decoding))
+        watching = asyncio.create_task(_watch(collections))
+        yield
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+        await to_thread.run_sync(collections.close)
+
+    app = FastAPI(
+        title="tmm-engine",
+        version=version("tmm-engine"),
+        description=ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=living,
+    )
+    problems.install(app)
+    _install_own_problems(app)
+    for router in (of_collections.router, search.router, health.router):
+        app.include_router(router)
+    page.mount(app)
+    app.add_middleware(BodyLimit, limit=settings.limits.body_bytes)
+    if settings.hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.hosts])
+    plain = app.openapi
+
+    def complete() -> dict[str, Any]:
+        schema = plain()
+        _add_schemas(schema)
+        return schema
+
+    app.openapi = complete  # type: ignore[method-assign]
+    return app
+
+
+def _install_own_problems(app: FastAPI) -> None:
+    @app.exception_handler(BusyError)
+    async def of_busy(_: Request, error: BusyError) -> JSONResponse:
+        return problem(503, str(error), headers={"Retry-After": f"{error.seconds:.0f}"})
+
+    @app.exception_handler(UnknownCollectionError)
+    async def of_unknown(_: Request, error: UnknownCollectionError) -> JSONResponse:
+        return problem(404, str(error))
+
+
+def _add_schemas(schema: dict[str, Any]) -> None:
+    """Of bodies that are read by hand, and of problems."""
+    models = [(model, "validation") for model in (SearchBody, SearchForm, Problem)]
+    _, found = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    known = schema["components"]["schemas"]
+    for name, own in found["$defs"].items():
+        known.setdefault(name, own)
+
+
+async def _watch(collections: Collections) -> None:
+    """Show what others have changed on disk."""
+    while True:
+        await asyncio.sleep(REFRESH_SECONDS)
+        for collection in collections.values():
+            if collection.changed:
+                with suppress(TmmEngineError):  # it says so itself
+                    await to_thread.run_sync(collection.refresh)

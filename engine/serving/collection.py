@@ -1,0 +1,174 @@
+"""A collection: an index under a name, as long as the server runs."""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tmm_engine.engine import Engine
+from tmm_engine.index.descriptors.columns import ROBUST_FEATURE
+from tmm_engine.index.errors import TmmEngineError, nearest
+from tmm_engine.index.store.manifest import MANIFEST
+from tmm_engine.info import describe_index
+from tmm_engine.options import Mode
+from tmm_engine.query import Query
+from tmm_engine.results import FailedQuery, SearchResult
+from tmm_engine.serving.lane import Lane
+from tmm_engine.serving.settings import Limits
+from tmm_engine.serving.thumbnails import Thumbnails
+
+SearchLane = Lane[Query, SearchResult | FailedQuery]
+
+
+class UnknownCollectionError(TmmEngineError):
+    """No collection is called so; the message suggests the nearest."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shown:
+    """One version of an index, open.
+
+    Attributes:
+        engine: At that version, where it stays.
+        version: As the index numbers it.
+        content: Digest of it.
+        facts: What `engine info` says of it, but for where it is.
+        modes: Those that it can be searched in; where the default is missing, it is not among them.
+        metadata: Names of the columns that a filter may use beside id, label and predicted.
+        rows: Of its exemplars, by id.
+        thumbnails: Of its exemplars.
+    """
+
+    engine: Engine
+    version: int
+    content: str
+    facts: dict[str, Any]
+    modes: tuple[str, ...]
+    metadata: tuple[str, ...]
+    rows: dict[str, int]
+    thumbnails: Thumbnails
+
+    @classmethod
+    def of(cls, engine: Engine) -> "Shown":
+        """What an engine on an index on disk stands at, ready to be searched: FAISS has read the features."""
+        manifest, store, path = engine.manifest, engine.store, engine.path
+        assert manifest is not None
+        assert path is not None
+        about = describe_index(path, version=manifest.version)
+        robust = ROBUST_FEATURE in store.feature_columns
+        modes = tuple(str(mode) for mode in Mode if robust or mode is not Mode.ROBUST)
+        engine.search(engine.exemplar(str(store.ids[0])), k=1, mode=Mode.ROBUST if robust else Mode.COSINE)
+        return cls(
+            engine,
+            manifest.version,
+            manifest.content,
+            {name: value for name, value in about.items() if name != "index"},
+            modes,
+            tuple(store.metadata(np.array([0]))[0]),
+            engine._snapshot.rows,
+            Thumbnails(store),
+        )
+
+
+class Collection:
+    """An index that is searched in two lanes: what is quick does not wait for what is not.
+
+    Args:
+        name: In addresses.
+        path: The index's folder.
+        model: For an index whose model is the user's own code.
+        device: As of `Engine.open`.
+        limits: Of requests.
+
+    Raises:
+        TmmEngineError: as `Engine.open`.
+    """
+
+    def __init__(
+        self, name: str, path: Path, *, model: str | None = None, device: str = "auto", limits: Limits | None = None
+    ) -> None:
+        self.name, self.path = name, path
+        self._model, self._device = model, device
+        self._opening = threading.Lock()
+        self._stamp: tuple[int, ...] = ()
+        self.trouble: str | None = None
+        """Why the newest version could not be opened."""
+        limits = limits or Limits()
+        self.quick = SearchLane(f"{name}: quick", limit=limits.waiting, together=limits.batch)
+        self.thorough = SearchLane(f"{name}: thorough", limit=limits.waiting, together=1)
+        self.shown = self._opened()
+
+    def refresh(self) -> bool:
+        """Show the newest version, which is opened and made ready first; requests under way end on the one before.
+
+        Returns:
+            Whether there was a newer one.
+
+        Raises:
+            TmmEngineError: the index is gone, or damaged; the collection stays where it was.
+        """
+        with self._opening:
+            try:
+                newest = self._opened()
+            except TmmEngineError as error:
+                self.trouble = str(error)
+                raise
+            self.trouble = None
+            if (newest.version, newest.content) == (self.shown.version, self.shown.content):
+                return False
+            self.shown = newest
+            return True
+
+    @property
+    def changed(self) -> bool:
+        """Whether the index on disk is not the one that was last looked at."""
+        return self._stamp != _stamp_of(self.path)
+
+    def close(self) -> None:
+        """Finish what was begun, and let go of the index."""
+        self.quick.close()
+        self.thorough.close()
+        self.shown.engine.close()
+
+    def _opened(self) -> Shown:
+        self._stamp = _stamp_of(self.path)
+        return Shown.of(Engine.open(self.path, model=self._model, device=self._device))
+
+
+class Collections(Mapping[str, Collection]):
+    """All of a server, by name."""
+
+    def __init__(self, collections: Iterable[Collection]) -> None:
+        self._named = {each.name: each for each in collections}
+
+    def __getitem__(self, name: str) -> Collection:
+        try:
+            return self._named[name]
+        except KeyError:
+            known = ", ".join(self._named)
+            raise UnknownCollectionError(
+                f"no collection is called {name!r}{nearest(name, self._named)}; there are: {known}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def close(self) -> None:
+        """Finish what was begun, and let go of all."""
+        for collection in self.values():
+            collection.close()
+
+
+def _stamp_of(path: Path) -> tuple[int, ...]:
+    """What changes with every change of an index."""
+    try:
+        found = (path / MANIFEST).stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ino, found.st_size

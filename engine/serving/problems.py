@@ -1,0 +1,101 @@
+"""Errors as RFC 9457 problems, in the words of the command line."""
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tmm_engine.cli.wording import for_command_line
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError, TmmEngineError, printable
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    title: str = Field(description="What kind of problem, the same for every one of its kind.")
+    status: int = Field(description="The HTTP status code.", ge=400, le=599)
+    detail: str = Field(description="What was expected, what was got, and what to do.")
+
+
+def problem(status: int, detail: str, *, headers: dict[str, str] | None = None) -> JSONResponse:
+    """A response that says what is wrong."""
+    text = printable(for_command_line(detail))
+    content = Problem(title=HTTPStatus(status).phrase, status=status, detail=text).model_dump()
+    return JSONResponse(content, status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: these statuses are answered with a problem."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in sorted(statuses)}
+
+
+def status_of(error: TmmEngineError) -> int:
+    """Of an error of ours: the request's fault, or that of what the server has."""
+    return HTTPStatus.UNPROCESSABLE_ENTITY if isinstance(error, InputError) else HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of an application with a problem."""
+
+    @app.exception_handler(HTTPException)
+    async def of_http(_: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def of_validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        return problem(422, "; ".join(_sentence(each) for each in error.errors()))
+
+    async def of_ours(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, TmmEngineError)
+        return problem(status_of(error), str(error))
+
+    for kind in (InputError, ModelError, IndexStateError):
+        app.add_exception_handler(kind, of_ours)
+
+
+class BodyLimit:
+    """Refuses a body that is too long: by its own account before anything of it is read, or as it comes.
+
+    Starlette's own answers in plain text, which is no problem.
+
+    Args:
+        app: What is asked otherwise.
+        limit: In bytes.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+        self._said = f"expected a body of at most {limit:,} bytes, got a longer one"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an application of ASGI."""
+        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        if declared.isdecimal() and int(declared) > self._limit:
+            await problem(413, self._said)(scope, receive, send)
+            return
+        length = 0
+
+        async def counted() -> Message:
+            nonlocal length
+            message = await receive()
+            length += len(message.get("body", b""))
+            if length > self._limit:
+                raise HTTPException(413, self._said)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One finding of pydantic's."""
+    place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "path"))
+    return f"{place}: {error['msg']}" if place else str(error["msg"])

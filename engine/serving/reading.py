@@ -1,0 +1,179 @@
+"""What a search is asked with: JSON, a form with files, or an image as the whole body; held to limits, then decoded."""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from tmm_engine.engine import Engine
+from tmm_engine.index.errors import ImageError
+from tmm_engine.query import Query, as_query
+from tmm_engine.results import FailedQuery
+from tmm_engine.serving.schemas import ExemplarQuery, ImageQuery, SearchBody, SearchForm, SearchParameters
+from tmm_engine.serving.settings import Limits
+
+Model = TypeVar("Model", bound=BaseModel)
+RAW = re.compile(r"image/.+|application/octet-stream")
+FORM = "multipart/form-data"
+DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
+MAX_FIELD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An image as it came, not decoded.
+
+    Attributes:
+        name: How answers refer to it.
+        content: Of the file.
+    """
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An exemplar, by its id."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A search as it was asked for.
+
+    Attributes:
+        queries: At least one.
+        parameters: Of the search.
+    """
+
+    queries: list[Upload | Named]
+    parameters: SearchParameters
+
+
+async def read_search(request: Request, limits: Limits) -> Asked:
+    """Whatever form it has.
+
+    Args:
+        request: Its address has parameters too; those in its body win.
+        limits: Of images.
+
+    Raises:
+        HTTPException: another kind of body, or too many images.
+        RequestValidationError: not what the schema says.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    address = _several(request.query_params.multi_items(), SearchParameters)
+    if kind == "application/json":
+        body = _valid(SearchBody, address | _object(await request.body()))
+        items = body.query if isinstance(body.query, list) else [body.query]
+        queries = [_of_json(each, position) for position, each in enumerate(items)]
+        asked = Asked(queries, body)
+    elif kind == FORM:
+        asked = await _of_form(request, address, limits)
+    elif RAW.fullmatch(kind):
+        asked = Asked([Upload("query 0", await request.body())], _valid(SearchParameters, address))
+    else:
+        raise HTTPException(
+            415, f"expected a body of application/json, {FORM}, or image/…, got {kind or 'no content-type'!r}"
+        )
+    if not 0 < len(asked.queries) <= limits.images:
+        few = "an image or the id of an exemplar, got none"
+        many = f"at most {limits.images} queries in a request, got {len(asked.queries)}; ask in several"
+        raise HTTPException(422 if not asked.queries else 413, f"expected {many if asked.queries else few}")
+    return asked
+
+
+def decoded(asked: Sequence[Upload | Named], engine: Engine, limits: Limits) -> list[Query | FailedQuery]:
+    """The queries, or what is wrong with them.
+
+    Args:
+        asked: What came.
+        engine: Whose exemplars are meant, and for whose classifier images are brought into shape.
+        limits: Of pixels, before they are decoded.
+
+    Raises:
+        InputError: no exemplar has such an id.
+    """
+    found: list[Query | FailedQuery] = []
+    for item in asked:
+        if isinstance(item, Named):
+            found.append(engine.exemplar(item.id))
+            continue
+        try:
+            target = engine.classifier.target
+            found.append(as_query(item.content, shape=target, name=item.name, max_pixels=limits.pixels))
+        except ImageError as error:
+            found.append(FailedQuery(item.name, str(error)))
+    return found
+
+
+async def _of_form(request: Request, address: dict[str, Any], limits: Limits) -> Asked:
+    async with request.form(
+        max_files=limits.images + 1, max_fields=limits.images + 100, max_part_size=MAX_FIELD_BYTES
+    ) as form:
+        items = form.multi_items()
+        fields = [(name, value) for name, value in items if isinstance(value, str)]
+        files = [(name, value) for name, value in items if isinstance(value, UploadFile)]
+        uploads = [
+            (name, Upload(file.filename or f"query {place}", await file.read()))
+            for place, (name, file) in enumerate(files)
+        ]
+    given = _several(fields, SearchForm)
+    named: dict[str, list[bytes]] = {}
+    for name, upload in uploads:
+        named.setdefault(name, []).append(upload.content)
+    body = _valid(SearchForm, address | given | named)
+    exemplars = [Named(each) for each in body.id]
+    return Asked([*(upload for _, upload in uploads), *exemplars], body)
+
+
+def _of_json(query: ImageQuery | ExemplarQuery, position: int) -> Upload | Named:
+    if isinstance(query, ExemplarQuery):
+        return Named(query.id)
+    name = query.name or f"query {position}"
+    try:
+        return Upload(name, base64.b64decode(DATA_URL.sub("", query.image, count=1), validate=True))
+    except (binascii.Error, ValueError):
+        raise HTTPException(422, f"{name}: expected an image file in base64, got other text") from None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """What a body of JSON says."""
+    from pydantic_core import from_json
+
+    try:
+        found = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise HTTPException(400, f"expected JSON, got something else: {error}") from None
+    if not isinstance(found, dict):
+        raise HTTPException(422, f"expected an object of JSON, got {type(found).__name__}")
+    return found
+
+
+def _several(pairs: Sequence[tuple[str, Any]], model: type[BaseModel]) -> dict[str, Any]:
+    """Values by name, of which those that a model takes several of are lists."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        field = model.model_fields.get(name)
+        if field is not None and isinstance(field.default, list):
+            found.setdefault(name, []).append(value)
+        else:
+            found[name] = value
+    return found
+
+
+def _valid(model: type[Model], values: Mapping[str, Any]) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None

@@ -1,0 +1,116 @@
+"""A server of HTTP around the application."""
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from tmm_engine.index.errors import InputError
+from tmm_engine.serving.app import make_app
+from tmm_engine.serving.collection import Collection, Collections
+from tmm_engine.serving.keys import WRITING
+from tmm_engine.serving.settings import Limits, Settings
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+PATIENCE = 30
+"""Seconds in which requests that have begun are finished when the server is stopped."""
+
+
+def named_indexes(given: Sequence[str]) -> dict[str, Path]:
+    """Of PATH and NAME=PATH, paths by name; an index is called as its folder without the suffix.
+
+    Raises:
+        InputError: a name that no address can have, or one of two indexes.
+    """
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = Path(text).resolve().stem, text
+        if not name or "/" in name or not name.isprintable():
+            raise InputError(f"expected a name without slashes for a collection, got {name!r}; say NAME={path}")
+        if name in found:
+            raise InputError(f"two indexes are called {name!r}: {found[name]} and {path}; say NAME={path}")
+        found[name] = Path(path)
+    return found
+
+
+def open_collections(
+    indexes: dict[str, Path], *, models: dict[str, str] | None = None, device: str = "auto", limits: Limits
+) -> Collections:
+    """Every index, open and ready.
+
+    Raises:
+        InputError: a model for an index that is not there.
+        TmmEngineError: as `Engine.open`.
+    """
+    models = models or {}
+    if unknown := models.keys() - indexes.keys():
+        raise InputError(f"a model is given for {sorted(unknown)[0]!r}, which is none of {', '.join(indexes)}")
+    return Collections(
+        Collection(name, path, model=models.get(name), device=device, limits=limits) for name, path in indexes.items()
+    )
+
+
+@contextmanager
+def listening(host: str, port: int, settings: Settings) -> Iterator[socket.socket]:
+    """A socket that clients can connect to: without keys on this machine alone.
+
+    Args:
+        host: An address or a name of this machine.
+        port: 0: any that is free.
+        settings: Of the server.
+
+    Raises:
+        InputError: without keys, an address that others can reach; or nobody can listen there.
+    """
+    if not settings.keys and not _is_loopback(host):
+        raise InputError(
+            f"without a key only this machine may ask: expected a loopback address such as 127.0.0.1, got {host}; "
+            f"give keys (the environment's {WRITING}, or a file), or leave the host out"
+        )
+    try:
+        found = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(
+            f"nobody can listen on {host}, port {port} ({error.strerror or error}); choose others"
+        ) from None
+    with found:
+        yield found
+
+
+def serving(collections: Collections, settings: Settings, listener: socket.socket) -> None:
+    """Answer until the process is told to stop; what has begun is finished.
+
+    Args:
+        collections: What is served; closed at the end.
+        settings: How.
+        listener: Where.
+    """
+    if not settings.keys and not settings.hosts:
+        settings = replace(settings, hosts=LOOPBACK)  # or a page elsewhere could ask through a visitor's browser
+    with suppress(KeyboardInterrupt):
+        server(make_app(collections, settings)).run(sockets=[listener])
+
+
+def server(app: FastAPI) -> uvicorn.Server:
+    """A server of HTTP that does not run yet."""
+    config = uvicorn.Config(
+        app, log_level=logging.WARNING, timeout_graceful_shutdown=PATIENCE, server_header=False, access_log=False
+    )
+    return uvicorn.Server(config)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
