@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.digits import IMAGES, LABELS, make_classifier, write_photos
+from tests.modes import quick
 from tmm_engine.bench.benchmarks.candidates import KEY, measure_candidates, summarise
 from tmm_engine.bench.noise import parse
 from tmm_engine.bench.records import read_records
@@ -15,9 +16,12 @@ from tmm_engine.bench.report import write_report
 from tmm_engine.bench.suite import Suite
 from tmm_engine.cli.main import main
 from tmm_engine.index import ArraySource
+from tmm_engine.rerank.settings import PRESETS
 
 SIZES = (15, 40)
-PERTURBATIONS = ["clean", "brightness 0.5", "gaussian 2.5", "gaussian 5"]
+QUICK = quick(trigger_steps=20, head_steps=20)
+FEW = ["clean", "gaussian 2.5"]
+PERTURBATIONS = ["clean", "brightness 0.5", "gaussian 2.5", "gaussian 5"]  # the command's
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +29,11 @@ def measured(tmp_path_factory):
     """The records of two queries, and what a second run of the same adds to the file."""
     path = tmp_path_factory.mktemp("candidates") / "c.jsonl"
     suite = Suite.load(ArraySource(IMAGES[:60], LABELS[:60], name="digits"), make_classifier(), exemplars=60)
-    perturbations = [parse(name) for name in PERTURBATIONS]
+    perturbations = [parse(name) for name in FEW]
     contents = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tmm_engine.bench.benchmarks.candidates.SIZES", SIZES)
+        patch.setitem(PRESETS, "paper", QUICK)
         for _ in range(2):
             with suite.records(path, "candidates", [], KEY) as file:
                 measure_candidates(suite, suite.queries(2), perturbations, file)
@@ -46,7 +51,7 @@ def test_a_rerun_adds_nothing(measured):
 
 
 def test_every_query_meets_every_perturbation(records):
-    assert [record["perturbation"] for record in records] == 2 * PERTURBATIONS
+    assert [record["perturbation"] for record in records] == 2 * FEW
     assert len({record["query"] for record in records}) == 2
 
 
@@ -68,6 +73,7 @@ def test_the_summary_is_the_mean_over_queries(records):
     assert clean["median rank, global"] == np.median([record["rank_global"] for record in chosen])
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_writes_records_and_is_reported(tmp_path: Path):
     write_photos(tmp_path / "photos", count=60)
     make_classifier().save(tmp_path / "w.safetensors")

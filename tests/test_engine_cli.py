@@ -108,7 +108,8 @@ def test_together_triggers_are_optimised_jointly_and_the_answer_hardly_changes(
         return make_trigger(classifier, queries, *how, **options)
 
     monkeypatch.setattr("tmm_engine.rerank.trigger.make_trigger", counted)
-    arguments = ("search", work / "photos.idx", work / "queries", "-k", 7, "--json", "--preset", "paper")
+    arguments = ("search", work / "photos.idx", work / "queries", "-k", 7, "--json")
+    arguments += ("--preset", "paper", "--set", "trigger.steps=60")
     apart, together = (answers(run(*arguments, *option)) for option in ((), ("--together",)))
     assert made == [1, 1, 2]
     for one, other in zip(apart, together, strict=True):
@@ -161,9 +162,15 @@ def test_a_source_gives_labelled_queries_in_order(work: Path):
 def test_settings_and_seed_reach_the_configuration(work: Path):
     query = work / "queries" / "query-200.png"
     options = ("--preset", "paper", "--candidates", 20, "--set", "blend=added", "--set", "head.min_steps=10")
+    options += ("--set", "trigger.steps=20")
     options += ("--seed", 5, "--json")
     [answer] = answers(run("search", work / "photos.idx", query, *options))
-    assert answer["config"] == preset("paper").to_json() | {"blend": "added", "head.min_steps": 10, "seed": 5}
+    assert answer["config"] == preset("paper").to_json() | {
+        "blend": "added",
+        "head.min_steps": 10,
+        "trigger.steps": 20,
+        "seed": 5,
+    }
     assert answer["scored"] == 20
     [again] = answers(run("search", work / "photos.idx", query, *options))
     assert ranked(answer) == ranked(again)
@@ -188,7 +195,7 @@ def test_stretched_a_darkened_query_is_the_original(work: Path, tmp_path: Path, 
     for name, image in (("bright", original * 2), ("dark", original), ("lifted", original + 40)):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     arguments = ("search", work / "photos.idx", tmp_path, "--mode", mode, "--json")
-    paper = ("--preset", "paper", "--set", "head.min_steps=10") if mode == "tmm" else ()
+    paper = ("--preset", "paper", "--set", "head.min_steps=10", "--set", "trigger.steps=20") if mode == "tmm" else ()
     without = ("--no-stretch", *paper)
     fast = ("--preset", "fast") if mode == "tmm" else ()
     for options, same in ((("--stretch", *fast), True), (without, False), (fast, mode == "tmm")):
@@ -208,7 +215,7 @@ def test_without_a_global_trigger_a_search_by_it_says_what_to_do(work: Path, tmp
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "no global trigger, which this configuration needs: build it with one (global_trigger" in refused.stderr
     assert "or search with the query's own (the preset 'paper', or trigger=query)" in refused.stderr
-    paper = ("--preset", "paper", "--set", "head.min_steps=10")
+    paper = ("--preset", "paper", "--set", "head.min_steps=10", "--set", "trigger.steps=20")
     assert run("search", index, work / "queries" / "query-200.png", *paper).exit_code == 0
 
 
@@ -326,6 +333,7 @@ def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
 
 def test_the_demo_compares_the_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tmm_engine.demo.EPOCHS", 1)
+    monkeypatch.setattr("tmm_engine.demo.EXEMPLARS", 500)
     result = run("demo", "--out", tmp_path / "out", "--queries", 1)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()

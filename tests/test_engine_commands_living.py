@@ -129,6 +129,7 @@ def test_another_folder_of_the_same_names_takes_a_prefix(work: Path):
 @pytest.mark.parametrize("mode", ["tmm", "l2", "cosine"])
 def test_filters_on_the_command_line(built: Path, mode: str):
     arguments = ("search", built / "photos.idx", built / "queries", "--mode", mode, "-k", 50, "--json")
+    arguments += ("--set", "trigger.steps=20") if mode == "tmm" else ()
     expected = {f"digit-{label}" for label in (3, 8)}
     for found in answers(run(*arguments, "--where", "label = 3 OR label = 8")):
         assert {hit["class_name"] for hit in found["hits"]} == expected
@@ -179,7 +180,7 @@ def test_one_bad_image_among_others_has_an_error_in_its_place(built: Path, tmp_p
     (queries / "query-200a.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(queries / "query-300.png")
     arguments = ("search", built / "photos.idx", queries, "--mode", "l2,tmm", "-k", 3, "--preset", "paper")
-    arguments += ("--set", "head.min_steps=10")
+    arguments += ("--set", "head.min_steps=10", "--set", "trigger.steps=20")
     done = run(*arguments, "--json", "--html", tmp_path / "page.html")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     names = [Path(line["query"]).stem for line in lines]
@@ -218,8 +219,9 @@ def wait_until_locked(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("command", [("search", "--preset", "paper", "--set", "head.min_steps=1000000"), ("add",)])
 def test_ctrl_c_ends_with_130_and_leaves_a_usable_index(work: Path, command: tuple[str, ...]):
-    write_photos(work / "many", count=1700)
     name, *options = command
+    if name == "add":
+        write_photos(work / "many", count=1700)
     paths = ["photos.idx", "queries" if name == "search" else "many", *([] if name == "search" else ["--replace"])]
     process = subprocess.Popen(
         [sys.executable, "-m", "tmm_engine.cli.main", name, *paths, *options],
