@@ -5,7 +5,7 @@ from pathlib import Path
 from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.search import EXACT
+from tmm_engine.index.neighbours.factories import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.opening import SourceLike, as_source
 from tmm_engine.index.store.building import check_build, write_index
@@ -40,7 +40,7 @@ def build_index(
         global_trigger: For mode ``tmm`` with the preset ``fast``: that name, or a recipe or configuration that is to be
             searched with, by which the trigger and the exemplars' features under it are made. None: without.
         overwrite: Replace an index that is there; it stays usable until the new one is whole.
-        neighbours: FAISS factory string.
+        neighbours: FAISS factory string, for every mode but `tmm` over all exemplars: ``Flat`` is exact.
         strict: Fail at an unreadable image instead of skipping it.
         progress: Told of images read and embedded, and of the trigger's optimisation.
 
@@ -51,7 +51,7 @@ def build_index(
         ModelError: the features of most images are not finite.
     """
     source, index = as_source(source), Path(index)
-    check_build(index, classifier, overwrite=overwrite, neighbours=neighbours)
+    check_build(index, classifier, exemplars=len(source), overwrite=overwrite, neighbours=neighbours)
     described = describe(
         source, classifier, views=views, recogniser=recogniser, global_trigger=global_trigger, progress=progress
     )

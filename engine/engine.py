@@ -22,10 +22,11 @@ from tmm_engine.classifying.classifying import Doubt, classified
 from tmm_engine.classifying.kept import KeptCalibrations
 from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.arguments import checked
-from tmm_engine.index.errors import ImageError, InputError, member, printable
+from tmm_engine.index.errors import ImageError, IndexStateError, InputError, member, printable
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.factories import EXACT
 from tmm_engine.index.neighbours.graph import DEFAULT_MEMORY
-from tmm_engine.index.neighbours.search import EXACT
+from tmm_engine.index.neighbours.tuned import Tuned
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.arrays import ArraySource
@@ -48,6 +49,7 @@ from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
 from tmm_engine.rerank.settings import GlobalRecipe, TmmConfig
 from tmm_engine.results import FailedQuery, SearchResult, SearchResults
 from tmm_engine.snapshot import Snapshot
+from tmm_engine.tuning import RECALL, SAMPLE
 from tmm_engine.versions import Version, versions_of
 
 if TYPE_CHECKING:
@@ -269,7 +271,7 @@ class Engine:
             options: What is asked for; None: the defaults.
             progress: Told of exemplars scored.
             keywords: Instead of `options` or beside them, one by one: ``k``, ``mode``, ``candidates``, ``prefilter``,
-                ``config``, ``label``, ``together``, ``stretch``, ``recognition``, ``where``, ``explain``, as
+                ``config``, ``label``, ``together``, ``stretch``, ``recognition``, ``where``, ``explain``, ``alone``, as
                 `SearchOptions` describes them.
 
         Raises:
@@ -654,6 +656,50 @@ class Engine:
         with locked(path):
             replace(Manifest.read(path), backend_speeds=speeds).write(path)
         return speeds
+
+    @checked
+    def tune_neighbours(
+        self,
+        *,
+        recall: float = RECALL,
+        k: int = 10,
+        factories: Sequence[str] = (),
+        sample: int = SAMPLE,
+        progress: Progress = silent,
+    ) -> Tuned:
+        """Choose FAISS's factory string and parameters by measurement on this index, and store them in it.
+
+        Exemplars are searched for, as they are and changed (`tuning`), in the mode ``robust`` where the index has
+        descriptors, else ``cosine``; what was chosen then serves every mode. Exact search is chosen where nothing
+        faster finds as much.
+
+        Args:
+            recall: The share of the exact answer that is to be found, above 0 and up to 1.
+            k: Of how many neighbours.
+            factories: FAISS factory strings to try; default: those that suit so many exemplars.
+            sample: How many exemplars are searched for.
+            progress: Told of what has been tried.
+
+        Raises:
+            InputError: the index is in memory only; a recall, k or sample out of range; or a factory string that FAISS
+                does not know or cannot train with so few exemplars.
+            IndexStateError: it was changed meanwhile, or cannot be written.
+        """
+        path = self._changeable()
+        snapshot, shown = self._snapshot, self.manifest
+        assert shown is not None
+        tuned, search = snapshot.tuned(recall=recall, k=k, factories=factories, sample=sample, progress=progress)
+        try:
+            with locked(path):
+                newest = Manifest.read(path)
+                if newest.content != shown.content:
+                    raise IndexStateError(f"{path} was changed meanwhile: open it again and tune it then")
+                replace(newest, neighbours=tuned.factory, tuned=tuned).write(path)
+        except OSError as error:
+            raise IndexStateError(f"{path} cannot be written: {error.strerror or error}; nothing was changed") from None
+        search.keep(snapshot.cache)
+        self._held = Snapshot.open(path, self._opening or Opening())
+        return tuned
 
     # -------------------------------------------------------------------------------------------- inside
 

@@ -49,6 +49,7 @@ def describe_index(path: str | Path, *, version: int | None = None) -> dict[str,
         "fingerprint": manifest.fingerprint,
         "descriptors": _descriptors(path, manifest),
         "neighbours": manifest.neighbours,
+        "tuned": _tuned(manifest),
         "backend": _backend(manifest.backend_speeds),
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
     }
@@ -76,6 +77,15 @@ def _agreement(manifest: Manifest) -> str:
     if manifest.agreement is None:
         return "not known: built before predictions were stored; build it again"
     return "; ".join(manifest.agreement.sentences())
+
+
+def _tuned(manifest: Manifest) -> str:
+    """What tuning measured, in words."""
+    tuned = manifest.tuned
+    if tuned is None:
+        return "no: engine tune-neighbours measures what suits"
+    later = "" if tuned.exemplars == manifest.exemplars else f"; {manifest.exemplars:,} exemplars now"
+    return tuned.sentence() + later
 
 
 def _descriptors(path: Path, manifest: Manifest) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Neighbours by FAISS over the columns of one store: the modes robust, l2 and cosine, and candidates for TMM-NN."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float32, Float64, Int64
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.neighbours.factories import EXACT, Effort
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
 from tmm_engine.index.neighbours.search import Neighbours
@@ -52,51 +53,81 @@ class Gate:
     threshold: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Compared:
+    """Queries as they are compared with the exemplars.
+
+    Attributes:
+        features: Of the queries, as in the column.
+        metric: What makes an exemplar near.
+        column: Of the store's features.
+        gate: What recognises copies; None: no query is recognised.
+        predicted: The model's class for each query.
+        plain: φ(x_q) of each, of the stretched image where the search stretches.
+    """
+
+    features: Float32[np.ndarray, "q d"]
+    metric: Metric
+    column: str
+    gate: Gate | None
+    predicted: list[int]
+    plain: Float32[np.ndarray, "q _"]
+
+    def only(self, place: int) -> "Compared":
+        """One of the queries."""
+        one = slice(place, place + 1)
+        gate = None if self.gate is None else replace(self.gate, features=self.gate.features[one])
+        return replace(
+            self,
+            features=self.features[one],
+            gate=gate,
+            predicted=self.predicted[one],
+            plain=self.plain[one],
+        )
+
+
 class NearestSearch:
     """Searches one store by metric; each FAISS index is made when it is first needed.
 
     Args:
         store: The exemplars.
         factory: FAISS factory string.
+        effort: How thoroughly an approximate index is searched.
         cache: Where FAISS indexes are kept, if anywhere.
     """
 
-    def __init__(self, store: ExemplarStore, *, factory: str, cache: FaissCache | None) -> None:
-        self._store, self._factory, self._cache = store, factory, cache
+    def __init__(
+        self,
+        store: ExemplarStore,
+        *,
+        factory: str = EXACT,
+        effort: Effort | None = None,
+        cache: FaissCache | None = None,
+    ) -> None:
+        self._store, self._factory, self._effort, self._cache = store, factory, effort, cache
         self._made: dict[tuple[Metric, str], Neighbours] = {}
 
-    def search(
-        self,
-        features: Float32[np.ndarray, "q d"],
-        metric: Metric,
-        *,
-        column: str,
-        k: int,
-        gate: Gate | None,
-        timings: Timings,
-    ) -> list[Nearest]:
+    def search(self, compared: Compared, *, k: int, timings: Timings) -> list[Nearest]:
         """The nearest exemplars of every query.
 
         A query that the gate takes for a copy is ranked, by the share to which it does, as that exemplar.
 
         Args:
-            features: Of the queries, as in the column.
-            metric: What makes an exemplar near.
-            column: Of the store's features.
+            compared: The queries.
             k: How many.
-            gate: What recognises copies; None: no query is recognised.
             timings: Of the search.
 
         Raises:
             InputError: the index has no features of stretched images, and they are asked for.
         """
-        neighbours = self._neighbours(metric, column, timings)
+        neighbours = self._neighbours(compared.metric, compared.column, timings)
+        features = compared.features
         recognised: Sequence[Recognised | None] = [None] * len(features)
-        if gate is not None:
-            recognised = self.recognised(gate, metric, timings)
+        if compared.gate is not None:
+            recognised = self.recognised(compared.gate, compared.metric, timings)
             with timings.step("recognition"):
                 pairs = zip(features, recognised, strict=True)
-                features = np.stack([self._moved(own, copy, column) for own, copy in pairs])
+                features = np.stack([self._moved(own, copy, compared.column) for own, copy in pairs])
         with timings.step("neighbours"):
             found = neighbours.search(features, k=k)
         return [
@@ -135,6 +166,22 @@ class NearestSearch:
             found = [[rows for rows, _ in searcher.search(features, k=count)] for searcher in searchers]
         return [in_turn(rankings)[:count] for rankings in zip(*found, strict=True)]
 
+    def with_effort(self, effort: Effort) -> "NearestSearch":
+        """The same FAISS indexes, searched more or less thoroughly."""
+        other = NearestSearch(self._store, factory=self._factory, effort=effort, cache=self._cache)
+        other._made = {key: made.with_effort(effort) for key, made in self._made.items()}
+        return other
+
+    def keep(self, cache: FaissCache) -> None:
+        """Put what was built without a cache into one."""
+        for made in self._made.values():
+            made.keep(cache)
+
+    @property
+    def beside(self) -> int:
+        """How many rows the FAISS indexes that were used so far do not know, so that they are looked at one by one."""
+        return max((made.beside for made in self._made.values()), default=0)
+
     def close(self) -> None:
         """Let go of the FAISS indexes."""
         self._made.clear()
@@ -157,6 +204,6 @@ class NearestSearch:
         if (metric, column) not in self._made:
             with timings.step("loading features"):
                 self._made[metric, column] = Neighbours(
-                    self._store, metric, column=column, factory=self._factory, cache=self._cache
+                    self._store, metric, column=column, factory=self._factory, effort=self._effort, cache=self._cache
                 )
         return self._made[metric, column]

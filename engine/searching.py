@@ -1,7 +1,7 @@
 """A search: from queries and options to answers, by descriptors, by TMM-NN or by plain neighbours."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 
 from tmm_engine.explaining import Asked, Explainer
+from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.descriptors.columns import COPY_FEATURE, ROBUST_FEATURE, Describer
@@ -16,13 +17,11 @@ from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.names import spelled
-from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.metric import Metric
-from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.embedding import predict
 from tmm_engine.index.store.exemplars import ExemplarStore
-from tmm_engine.nearest import Gate, Nearest, NearestSearch
+from tmm_engine.nearest import Compared, Gate, NearestSearch
 from tmm_engine.options import Mode, Prefilter, SearchOptions
 from tmm_engine.query import Query
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
@@ -69,8 +68,7 @@ class Searcher:
         tmm: Ranks the exemplars of its store.
         describer: Of the store's descriptors, if it has them.
         vocabulary: Of the store's labels.
-        neighbours: FAISS factory string.
-        cache: Where FAISS indexes are kept, if anywhere.
+        nearest: Finds the nearest exemplars of the same store.
     """
 
     def __init__(
@@ -80,13 +78,12 @@ class Searcher:
         describer: Describer | None,
         *,
         vocabulary: Vocabulary,
-        neighbours: str,
-        cache: FaissCache | None,
+        nearest: NearestSearch,
     ) -> None:
         self._classifier, self._tmm, self._store = classifier, tmm, tmm.store
         self._vocabulary, self._describer = vocabulary, describer
         self._numbers = vocabulary.numbers()
-        self._nearest = NearestSearch(tmm.store, factory=neighbours, cache=cache)
+        self._nearest = nearest
 
     @property
     def backend(self) -> str:
@@ -101,8 +98,8 @@ class Searcher:
     def over(self, store: ExemplarStore) -> "Searcher":
         """The same over other exemplars with features of the same classifier; L2 and cosine are exact there."""
         tmm = self._tmm.over(store)
-        names = self._vocabulary
-        return Searcher(self._classifier, tmm, self._describer, vocabulary=names, neighbours=EXACT, cache=None)
+        nearest = NearestSearch(store)
+        return Searcher(self._classifier, tmm, self._describer, vocabulary=self._vocabulary, nearest=nearest)
 
     def close(self) -> None:
         """Let go of the FAISS indexes."""
@@ -135,10 +132,8 @@ class Searcher:
         timings = Timings(len(queries))
         if options.mode == Mode.TMM:
             found = self._by_tmm(queries, options, timings, progress, whole=whole or options.explain)
-        elif options.mode == Mode.ROBUST:
-            found = self._by_descriptor(queries, options, timings)
         else:
-            found = self._by_metric(queries, options, timings)
+            found = self._by_nearest(queries, options, timings)
         explanations: list[Explanation | None] = [None] * len(queries)
         if options.explain:
             with timings.step("explanation"):
@@ -170,38 +165,49 @@ class Searcher:
                 notes=tuple(notes),
             )
 
-    def _by_metric(self, queries: list[Query], options: SearchOptions, timings: Timings) -> list[_Found]:
-        """By L2 or cosine; queries are embedded one by one, so that none depends on its neighbours in the list."""
-        features, predicted = [], []
-        for position, query in enumerate(queries):
-            with timings.step("embedding", [position]), torch.inference_mode():
-                pixels = self._pixels([query])
-                viewed = stretch_contrast(pixels) if options.stretches else pixels
-                features.append(_finite(self._classifier.features(viewed).float().cpu().numpy(), query))
-                predicted.append(int(predict(features[-1], self._classifier)[0]))
-        queried, column = np.concatenate(features), STRETCHED_FEATURE if options.stretches else FEATURE
-        nearest = self._nearest.search(
-            queried,
-            Metric(str(options.mode)),
-            column=column,
-            k=options.k,
-            gate=self._gate(queries, options, timings) or _own_gate(column, queried, options),
-            timings=timings,
-        )
+    def compared(self, queries: list[Query], options: SearchOptions, timings: Timings) -> Compared:
+        """The queries as they are compared with the exemplars in any mode but ``tmm``.
+
+        Raises:
+            InputError: the index has no descriptors, and the mode is ``robust``.
+            ImageError: the network makes numbers of a query that are not finite.
+        """
+        if options.mode == Mode.ROBUST:
+            return self._by_descriptor(queries, options, timings)
+        return self._by_metric(queries, options, timings)
+
+    def _by_nearest(self, queries: list[Query], options: SearchOptions, timings: Timings) -> list[_Found]:
+        """By descriptors, L2 or cosine."""
+        compared = self.compared(queries, options, timings)
+        nearest = self._nearest.search(compared, k=options.k, timings=timings)
         return [
-            _of_nearest(
-                own,
-                predicted=said,
-                features=plain,
-                column=column,
-                metric=Metric(str(options.mode)),
-                scored=len(self._store),
+            _Found(
+                own.rows,
+                own.scores,
+                predicted,
+                len(self._store),
+                own.recognised,
+                plain,
+                ByVector(own.query, compared.column, compared.metric),
             )
-            for own, said, plain in zip(nearest, predicted, queried, strict=True)
+            for own, predicted, plain in zip(nearest, compared.predicted, compared.plain, strict=True)
         ]
 
-    def _by_descriptor(self, queries: list[Query], options: SearchOptions, timings: Timings) -> list[_Found]:
-        """By descriptors; queries are described one by one, so that none depends on its neighbours in the list."""
+    def _by_metric(self, queries: list[Query], options: SearchOptions, timings: Timings) -> Compared:
+        """By L2 or cosine."""
+        features, predicted = [], []
+        for positions, batch in self._batches(queries, options):
+            with timings.step("embedding", positions), torch.inference_mode():
+                pixels = self._pixels(batch)
+                viewed = stretch_contrast(pixels) if options.stretches else pixels
+                features.append(_finite(self._classifier.features(viewed).float().cpu().numpy(), batch))
+                predicted += predict(features[-1], self._classifier).tolist()
+        queried, column = np.concatenate(features), STRETCHED_FEATURE if options.stretches else FEATURE
+        gate = self._gate(queries, options, timings) or _own_gate(column, queried, options)
+        return Compared(queried, Metric(str(options.mode)), column, gate, predicted, queried)
+
+    def _by_descriptor(self, queries: list[Query], options: SearchOptions, timings: Timings) -> Compared:
+        """By descriptors."""
         describer = self._describer
         if describer is None:
             raise InputError(
@@ -209,33 +215,23 @@ class Searcher:
                 "or more (as by default), or search in another mode"
             )
         copies, robust, predicted, plain = [], [], [], []
-        for position, query in enumerate(queries):
-            with timings.step("embedding", [position]), torch.inference_mode():
-                views = describer.views(self._pixels([query]))
-                copies.append(_finite(describer.described(views, describer.descriptors.recogniser), query))
-                robust.append(_finite(describer.described(views, describer.descriptors.robust), query))
-                predicted.append(describer.predicted(views))
-                plain.append(views[0].features[0].float().cpu().numpy())
+        for positions, batch in self._batches(queries, options):
+            with timings.step("embedding", positions), torch.inference_mode():
+                views = describer.views(self._pixels(batch))
+                copies.append(_finite(describer.described(views, describer.descriptors.recogniser), batch))
+                robust.append(_finite(describer.described(views, describer.descriptors.robust), batch))
+                predicted += describer.predicted(views)
+                plain.append(views[0].features.float().cpu().numpy())
         threshold = options.threshold
-        nearest = self._nearest.search(
-            np.concatenate(robust),
-            Metric.COSINE,
-            column=ROBUST_FEATURE,
-            k=options.k,
-            gate=None if threshold is None else Gate(COPY_FEATURE, np.concatenate(copies), threshold),
-            timings=timings,
-        )
-        return [
-            _of_nearest(
-                own,
-                predicted=said,
-                features=features,
-                column=ROBUST_FEATURE,
-                metric=Metric.COSINE,
-                scored=len(self._store),
-            )
-            for own, said, features in zip(nearest, predicted, plain, strict=True)
-        ]
+        gate = None if threshold is None else Gate(COPY_FEATURE, np.concatenate(copies), threshold)
+        return Compared(np.concatenate(robust), Metric.COSINE, ROBUST_FEATURE, gate, predicted, np.concatenate(plain))
+
+    def _batches(self, queries: list[Query], options: SearchOptions) -> Iterator[tuple[range, list[Query]]]:
+        """The queries that pass the network together, and their positions; in mode ``tmm`` each alone."""
+        alone = options.alone or options.mode == Mode.TMM
+        size = 1 if alone else forward_batch_size(self._store.image_shape)
+        for start in range(0, len(queries), size):
+            yield range(start, min(start + size, len(queries))), queries[start : start + size]
 
     def _by_tmm(
         self, queries: list[Query], options: SearchOptions, timings: Timings, progress: Progress, *, whole: bool
@@ -273,10 +269,10 @@ class Searcher:
         if options.threshold is None or describer is None:
             return None
         copies = []
-        for position, query in enumerate(queries):
-            with timings.step("recognition", [position]), torch.inference_mode():
-                views = describer.views(self._pixels([query]))
-                copies.append(_finite(describer.described(views, describer.descriptors.recogniser), query))
+        for positions, batch in self._batches(queries, options):
+            with timings.step("recognition", positions), torch.inference_mode():
+                views = describer.views(self._pixels(batch))
+                copies.append(_finite(describer.described(views, describer.descriptors.recogniser), batch))
         return Gate(COPY_FEATURE, np.concatenate(copies), options.threshold)
 
     def _pixels(self, queries: list[Query]) -> Float32[torch.Tensor, "q c h w"]:
@@ -290,6 +286,8 @@ class Searcher:
         if options.prefilter == Prefilter.GLOBAL:
             return lambda views: self._by_global_trigger(queries, options, count, timings)
         prefilter = Prefilter(options.prefilter or Prefilter.UNION)
+        if prefilter is Prefilter.ROBUST:
+            return lambda views: self._by_robust(queries, options, count, timings)
 
         def choose(views: list[QueryView]) -> list[Int64[np.ndarray, "candidates"]]:
             features = np.stack([view.features[1].float().cpu().numpy() for view in views])
@@ -298,6 +296,13 @@ class Searcher:
             )
 
         return choose
+
+    def _by_robust(
+        self, queries: list[Query], options: SearchOptions, count: int, timings: Timings
+    ) -> list[Int64[np.ndarray, "candidates"]]:
+        """The nearest by the index's descriptors."""
+        compared = replace(self._by_descriptor(queries, options, timings), gate=None)
+        return [own.rows for own in self._nearest.search(compared, k=count, timings=timings)]
 
     def _by_global_trigger(
         self, queries: list[Query], options: SearchOptions, count: int, timings: Timings
@@ -399,22 +404,15 @@ class Searcher:
         )
 
 
-def _of_nearest(
-    own: Nearest, *, predicted: int, features: Float32[np.ndarray, "d"], column: str, metric: Metric, scored: int
-) -> _Found:
-    ranked_by = ByVector(own.query, column, metric)
-    return _Found(own.rows, own.scores, predicted, scored, own.recognised, features, ranked_by)
-
-
 def _own_gate(column: str, features: Float32[np.ndarray, "q d"], options: SearchOptions) -> Gate | None:
     """Without descriptors: what ranks recognises too."""
     return None if options.threshold is None else Gate(column, features, options.threshold)
 
 
-def _finite(features: Float32[np.ndarray, "1 d"], query: Query) -> Float32[np.ndarray, "1 d"]:
-    if not np.isfinite(features).all():
+def _finite(features: Float32[np.ndarray, "q d"], queries: list[Query]) -> Float32[np.ndarray, "q d"]:
+    if not (finite := np.isfinite(features).all(axis=1)).all():
         raise ImageError(
-            f"{query.name}: the model's features of this image are not finite numbers (is the image constant?); search "
-            f"for another, or check the weights"
+            f"{queries[int(finite.argmin())].name}: the model's features of this image are not finite numbers (is the "
+            f"image constant?); search for another, or check the weights"
         )
     return features

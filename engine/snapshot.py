@@ -1,31 +1,36 @@
 """One version of an index, opened: everything that a search needs. It never changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from tmm_engine.index.descriptors.columns import Describer
+from tmm_engine.index.descriptors.columns import ROBUST_FEATURE, Describer
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.names import spelled
 from tmm_engine.index.neighbours.cache import FaissCache
-from tmm_engine.index.neighbours.search import EXACT
+from tmm_engine.index.neighbours.factories import EXACT, Effort
+from tmm_engine.index.neighbours.tuned import Tuned
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.exemplars import ExemplarStore, Subset
-from tmm_engine.index.store.lance_store import matching_rows
+from tmm_engine.index.store.lance_store import LanceStore, matching_rows
 from tmm_engine.index.store.manifest import CACHE, Manifest
 from tmm_engine.index.store.where import shortened
+from tmm_engine.nearest import NearestSearch
 from tmm_engine.opening import Opening, open_parts
-from tmm_engine.options import SearchOptions
+from tmm_engine.options import Mode, SearchOptions
 from tmm_engine.query import Query
 from tmm_engine.rerank.backbone import Backbone, Precision
 from tmm_engine.rerank.exemplars import DEFAULT_CACHE_BYTES
 from tmm_engine.rerank.global_trigger import GlobalTrigger
+from tmm_engine.rerank.timing import Timings
 from tmm_engine.rerank.tmm import TmmNN
 from tmm_engine.results import SearchResult
 from tmm_engine.searching import Searcher
+from tmm_engine.tuning import Sample, Tuner, check_wanted, sample_queries, usual_factories
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +67,7 @@ class Snapshot:
         *,
         vocabulary: Vocabulary,
         neighbours: str = EXACT,
+        effort: Effort | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         precision: Precision = Precision.FP32,
         backbone: Backbone | None = None,
@@ -77,6 +83,7 @@ class Snapshot:
             store: The exemplars.
             vocabulary: Of the store's labels.
             neighbours: FAISS factory string.
+            effort: How thoroughly an approximate index is searched.
             cache_bytes: What may stay in memory on the device between searches, images first, then features.
             precision: Of the pass over the exemplars.
             backbone: What passes exemplars through φ instead of PyTorch.
@@ -96,8 +103,9 @@ class Snapshot:
             backbone=backbone,
             global_trigger=global_trigger,
         )
-        cache = FaissCache(path / CACHE, manifest.content) if path and manifest else None
-        searcher = Searcher(classifier, tmm, describer, vocabulary=vocabulary, neighbours=neighbours, cache=cache)
+        cache = _cache(path, manifest, store) if path and manifest else None
+        nearest = NearestSearch(store, factory=neighbours, effort=effort, cache=cache)
+        searcher = Searcher(classifier, tmm, describer, vocabulary=vocabulary, nearest=nearest)
         return cls(classifier, store, vocabulary, searcher, _rows(store), global_trigger, manifest=manifest, path=path)
 
     @classmethod
@@ -109,6 +117,7 @@ class Snapshot:
             parts.store,
             vocabulary=parts.manifest.vocabulary,
             neighbours=parts.manifest.neighbours,
+            effort=parts.manifest.effort,
             cache_bytes=opening.cache_bytes,
             precision=opening.precision,
             backbone=parts.backbone,
@@ -144,6 +153,27 @@ class Snapshot:
         label = None if self.store.label_is_predicted[row] else int(self.store.labels[row])
         return Query(known, image.astype(np.float32) / 255.0, label)
 
+    @property
+    def cache(self) -> FaissCache:
+        """Of an index on disk."""
+        assert self.path is not None
+        assert self.manifest is not None
+        return _cache(self.path, self.manifest, self.store)
+
+    def tuned(
+        self, *, recall: float, k: int, factories: Sequence[str], sample: int, progress: Progress
+    ) -> tuple[Tuned, NearestSearch]:
+        """What `Engine.tune_neighbours` chooses, and the search that was measured."""
+        check_wanted(recall=recall, k=k, sample=sample)
+        mode = Mode.ROBUST if ROBUST_FEATURE in self.store.feature_columns else Mode.COSINE
+        options = SearchOptions(mode=mode, k=k)
+        clean, noisy = (
+            self.searcher.compared(queries, options, Timings(len(queries)))
+            for queries in sample_queries(self.store, sample)
+        )
+        tuner = Tuner(self.store, Sample(clean, noisy), mode=str(mode), k=min(k, len(self.store)), progress=progress)
+        return tuner.best(factories or usual_factories(len(self.store)), recall=recall)
+
     def search(
         self, queries: list[Query], options: SearchOptions, progress: Progress, *, of: "Snapshot"
     ) -> list[SearchResult]:
@@ -161,6 +191,10 @@ class Snapshot:
         found, everything = len(self.store), len(of.store)
         note = f"restricted to the {found:,} of {everything:,} exemplars that match {shortened(options.where)}"
         return [replace(result, exemplars=everything, notes=(note, *result.notes)) for result in results]
+
+
+def _cache(path: Path, manifest: Manifest, store: ExemplarStore) -> FaissCache:
+    return FaissCache(path / CACHE, manifest.content, store.places if isinstance(store, LanceStore) else None)
 
 
 def _rows(store: ExemplarStore) -> dict[str, int]:

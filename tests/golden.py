@@ -133,6 +133,8 @@ def search(engine: Engine, queries: list[Any], options: dict[str, Any], *, prefi
     given = {"k": K, "mode": "tmm"} | options  # as was the default when they were recorded
     if given["mode"] == "tmm":
         given["config"] = configured(*options.get("config", "robust").split())
+    else:
+        given["alone"] = True  # bit for bit
     name = " ".join([*([prefix] if prefix else []), *(f"{key}={value}" for key, value in options.items())])
     return Search(name or "default", options, [plain(result) for result in engine.search_each(queries, **given)])
 

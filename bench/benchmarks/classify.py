@@ -33,12 +33,12 @@ from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.descriptors.columns import COPY_FEATURE, ROBUST_FEATURE
 from tmm_engine.index.labels import Vocabulary
+from tmm_engine.index.neighbours.factories import EXACT
 from tmm_engine.index.neighbours.metric import Metric
-from tmm_engine.index.neighbours.search import EXACT
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.store.memory import MemoryStore
-from tmm_engine.nearest import Gate, NearestSearch
+from tmm_engine.nearest import Compared, Gate, NearestSearch
 from tmm_engine.options import RECOGNITION, SearchOptions
 from tmm_engine.rerank.timing import Timings
 from tmm_engine.scanning import ByVector
@@ -151,7 +151,9 @@ class Searched:
             progress("embedding queries", min(start + step, len(images)), len(images))
         plain, robust, copies, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
         gate, timings = Gate(COPY_FEATURE, copies, RECOGNITION), Timings(len(images))
-        ours = self._nearest.search(robust, Metric.COSINE, column=ROBUST_FEATURE, k=self._k, gate=gate, timings=timings)
+        predicted = probabilities.argmax(axis=1).tolist()
+        compared = Compared(robust, Metric.COSINE, ROBUST_FEATURE, gate, predicted, plain)
+        ours = self._nearest.search(compared, k=self._k, timings=timings)
         return Seen(
             {
                 OURS: [ByVector(one.query, ROBUST_FEATURE, Metric.COSINE) for one in ours],

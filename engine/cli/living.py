@@ -125,6 +125,49 @@ def compact(index: Path, *, discard_versions: bool) -> None:
     _say(index, compact_index(index, discard_versions=discard_versions), "compacted")
 
 
+@click.command("tune-neighbours")
+@index_argument
+@click.option(
+    "--recall",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.98,
+    show_default=True,
+    help="Share of the exact answer that is to be found, of exemplars as they are and of changed ones.",
+)
+@click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="Neighbours in an answer.")
+@click.option(
+    "--factory",
+    "factories",
+    multiple=True,
+    metavar="FACTORY",
+    help="A FAISS factory string to try, as IVF256,SQ8; repeatable. Default: those that suit so many exemplars.",
+)
+@click.option("--sample", type=click.IntRange(min=1), default=100, show_default=True, help="Exemplars searched for.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@model_option
+@device_option
+def tune_neighbours(index: Path, *, as_json: bool, model: str | None, device: str, **options: Any) -> None:
+    """Choose how INDEX is searched approximately, by measurement on itself, and store it there.
+
+    A sample of its exemplars is searched for, as they are and changed (noise, darkness, blur, shift, rotation, crop).
+    The fastest that finds enough is taken, which may be exact search (Flat).
+
+    \b
+    Examples:
+      engine tune-neighbours photos.idx --recall 0.98
+      engine tune-neighbours photos.idx --factory HNSW32 --factory IVF256,PQ32
+    """
+    from tmm_engine.cli.display import progress_bar
+    from tmm_engine.engine import Engine
+
+    with Engine.open(index, model=model, device=device, backend="torch") as engine, progress_bar() as progress:
+        tuned = engine.tune_neighbours(progress=progress, **options)
+    if as_json:
+        echo_json(tuned.to_json())
+    else:
+        click.echo(f"{index}: {tuned.sentence()}")
+
+
 @click.command()
 @index_argument
 @click.option("--sample", type=click.IntRange(min=0), default=256, show_default=True, help="Features computed again.")

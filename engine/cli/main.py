@@ -13,7 +13,7 @@ from tmm_engine import __version__
 from tmm_engine.cli.audit import audit
 from tmm_engine.cli.build import build_index
 from tmm_engine.cli.classify import classify
-from tmm_engine.cli.living import add, compact, delete, print_versions, relabel, repair, verify
+from tmm_engine.cli.living import add, compact, delete, print_versions, relabel, repair, tune_neighbours, verify
 from tmm_engine.cli.options import model_option
 from tmm_engine.cli.output import as_output_can, echo_json
 from tmm_engine.cli.search import search
@@ -66,7 +66,9 @@ def main() -> None:
     """
 
 
-for command in (build_index, search, classify, audit, add, sync, delete, relabel, compact, verify, repair, serve):
+for command in (
+    build_index, search, classify, audit, add, sync, delete, relabel, compact, tune_neighbours, verify, repair, serve
+):  # fmt: skip
     main.add_command(command)
 
 

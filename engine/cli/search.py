@@ -59,7 +59,8 @@ FLAGS = {"settings": "set"}
 )
 @click.option(
     "--prefilter",
-    help="Of --candidates: l2, cosine, union of both, or global where the index has a global trigger. Default: union.",
+    help="Of --candidates: l2, cosine, union of both, robust where the index has descriptors, or global where it has a "
+    "global trigger. Default: union.",
 )
 @click.option("--preset", help="tmm: paper, or fast where the index has a global trigger. Default: paper.")
 @click.option(
@@ -86,6 +87,11 @@ FLAGS = {"settings": "set"}
     "--together",
     is_flag=True,
     help="tmm: optimise all queries' triggers jointly; several times as fast, and slightly other triggers.",
+)
+@click.option(
+    "--alone",
+    is_flag=True,
+    help="Pass each query through the network alone, as tmm does: bit for bit the answer that it has without others.",
 )
 @click.option(
     "--where", metavar="SQL", help="Only exemplars that match, as in \"label = 'Tom' AND predicted = 'cat'\"."
@@ -180,7 +186,10 @@ def _asked(options: dict[str, Any]) -> "list[SearchOptions]":
         raise click.UsageError(f"{flag} has no effect with --mode {','.join(options['modes'])}: it is an option of tmm")
     shared = {name: options[name] for name in ("k", "stretch", "recognition", "where", "explain")}
     tmm = {name: options[name] for name in ("candidates", "prefilter", "together")} | {"config": _config(options)}
-    return [SearchOptions(mode=mode, **shared, **(tmm if mode == "tmm" else {})) for mode in options["modes"]]
+    if options["alone"] and options["modes"] == ("tmm",):
+        raise click.UsageError("--alone has no effect with --mode tmm, which passes each query alone")
+    others = {"alone": options["alone"]}
+    return [SearchOptions(mode=mode, **shared, **(tmm if mode == "tmm" else others)) for mode in options["modes"]]
 
 
 def _config(options: dict[str, Any]) -> "TmmConfig":

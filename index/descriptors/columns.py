@@ -143,9 +143,9 @@ class Describer:
         """Unit vectors."""
         return descriptor(views, self.classifier.head).float().cpu().numpy()
 
-    def predicted(self, views: list[Activations]) -> int:
-        """The class that the model sees in one image, its contrast stretched."""
-        return int(self.classifier.logits(views[0].features)[0].argmax())
+    def predicted(self, views: list[Activations]) -> list[int]:
+        """The class that the model sees in each image, its contrast stretched."""
+        return [int(own) for own in self.classifier.logits(views[0].features).argmax(dim=1)]
 
     def of_stored(self, images: UInt8[np.ndarray, "n c h w"], descriptor: Descriptor) -> Float32[np.ndarray, "n d"]:
         """Of images as stored."""

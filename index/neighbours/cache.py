@@ -1,6 +1,8 @@
 """What is dear to compute over an index's exemplars, kept as files that can always be rebuilt.
 
-A file that is not exactly what was written, for exactly this content, is ignored.
+A file that is not exactly what was written is ignored, and so is one of other content; but a FAISS index that was made
+of another version serves those of its rows that are still there (`index.neighbours.places`): the caller searches the
+others beside it.
 """
 
 import contextlib
@@ -11,12 +13,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
+from jaxtyping import Int64
 
 from tmm_engine.index.files import replacing
+from tmm_engine.index.neighbours.places import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,58 +56,107 @@ class KeptFiles:
         try:
             about = json.loads(_about(path).read_text(encoding="utf-8"))
             content = path.read_bytes()
-            if about["content"] != self.content:
-                return bool(about["sha256"] == hashlib.sha256(content).hexdigest())
-            return about == self._describe(about["name"], content) and self.count(content) == exemplars
+            if self._path(about["name"]) != path or about["sha256"] != hashlib.sha256(content).hexdigest():
+                return False
+            return about["content"] != self.content or self.count(content) == exemplars
         except (OSError, ValueError, KeyError, TypeError, RuntimeError):
             return False
 
     def read(self, name: str) -> bytes | None:
         """What was written under this name; None if nothing was, or it is of other content, or damaged."""
+        found = self.read_any(name)
+        return found[1] if found is not None and found[0]["content"] == self.content else None
+
+    def read_any(self, name: str) -> tuple[dict[str, Any], bytes] | None:
+        """As `read`, of whatever content, which the first of the two says; None if nothing was, or it is damaged."""
         path = self._path(name)
         try:
             about = json.loads(_about(path).read_text(encoding="utf-8"))
             content = path.read_bytes()  # once: another process may replace the file
-            return content if about == self._describe(name, content) else None
-        except (OSError, ValueError):
-            return None
+            if about["name"] == name and about["sha256"] == hashlib.sha256(content).hexdigest() and about["content"]:
+                return about, content
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
 
-    def write(self, name: str, writer: Callable[[Path], None]) -> None:
-        """Keep what the writer writes; where it cannot be written, the next process computes it anew."""
+    def write(self, name: str, writer: Callable[[Path], None], **more: Any) -> None:
+        """Keep what the writer writes; where it cannot be written, the next process computes it anew.
+
+        Args:
+            name: Under which it is read.
+            writer: Writes the file.
+            more: What else is said of it.
+        """
         path = self._path(name)
         with contextlib.suppress(OSError, RuntimeError):
             self.folder.mkdir(exist_ok=True)
             with replacing(_about(path)) as about, replacing(path) as written:
                 writer(written)
-                about.write_text(json.dumps(self._describe(name, written.read_bytes())), encoding="utf-8")
+                described = {"name": name, "content": self.content}
+                described["sha256"] = hashlib.sha256(written.read_bytes()).hexdigest()
+                about.write_text(json.dumps(described | more), encoding="utf-8")
 
     def _path(self, name: str) -> Path:
         return self.folder / (re.sub(r"\W+", "-", name) + self.suffix)
 
-    def _describe(self, name: str, content: bytes) -> dict[str, str]:
-        return {"name": name, "content": self.content, "sha256": hashlib.sha256(content).hexdigest()}
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A FAISS index out of the cache.
+
+    Attributes:
+        index: As it was saved.
+        rows: For each of its vectors the row of the store, −1 where that is gone; None: they are the store's rows.
+    """
+
+    index: faiss.Index
+    rows: Int64[np.ndarray, "n"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FaissCache(KeptFiles):
-    """FAISS indexes that are dear to build."""
+    """FAISS indexes that are dear to build.
+
+    Attributes:
+        folder: As of all kept files.
+        content: The same.
+        places: Of the version's rows; without it, nothing of another version is used.
+    """
+
+    places: Callable[[], Places] | None = None
 
     suffix = ".faiss"
 
-    def load(self, name: str) -> faiss.Index | None:
-        """The index saved under this name; None if there is none, or it is of other content, or damaged."""
-        content = self.read(name)
-        with contextlib.suppress(RuntimeError):
-            return None if content is None else faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
-        return None
+    def load(self, name: str) -> Kept | None:
+        """The index saved under this name; None if there is none, it is damaged, or has no row of this version."""
+        found = self.read_any(name)
+        if found is None:
+            return None
+        about, content = found
+        try:
+            index = _index(content)
+            if about["content"] == self.content:
+                return Kept(index)
+            if self.places is None or "runs" not in about:
+                return None
+            runs = [(str(file), int(start), int(stop)) for file, start, stop in about["runs"]]
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        rows = self.places().rows_of(runs)
+        return Kept(index, rows) if len(rows) == index.ntotal and (rows >= 0).any() else None
 
     def save(self, name: str, index: faiss.Index) -> None:
-        """Keep an index."""
-        self.write(name, lambda path: faiss.write_index(index, str(path)))
+        """Keep an index of all rows."""
+        runs = {} if self.places is None else {"runs": self.places().runs()}
+        self.write(name, lambda path: faiss.write_index(index, str(path)), **runs)
 
     def count(self, content: bytes) -> int:
         """Of how many exemplars a file is."""
-        return int(faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8)).ntotal)
+        return int(_index(content).ntotal)
+
+
+def _index(content: bytes) -> faiss.Index:
+    return faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
 
 
 def _about(path: Path) -> Path:

@@ -18,7 +18,8 @@ from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import KeptFiles
 from tmm_engine.index.neighbours.metric import Metric
-from tmm_engine.index.neighbours.search import MARGIN, normalised
+from tmm_engine.index.neighbours.search import MARGIN
+from tmm_engine.index.neighbours.vectors import comparable
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.exemplars import ExemplarStore
 
@@ -163,7 +164,7 @@ def nearest_exemplars(
         InputError: less `memory` than a block takes.
     """
     columns = _Columns(store, column, metric, memory=memory, k=k)
-    return columns.nearest(_prepared(features, metric), k=min(k, len(store)))
+    return columns.nearest(comparable(features, metric), k=min(k, len(store)))
 
 
 class _Columns:
@@ -196,7 +197,7 @@ class _Columns:
             if self._whole is not None:
                 yield start, self._whole[rows[0] : rows[-1] + 1]
             else:
-                yield start, _prepared(self._store.features(rows, column=self._column), self._metric)
+                yield start, comparable(self._store.features(rows, column=self._column), self._metric)
 
     def nearest(
         self, queries: Float32[np.ndarray, "q d"], *, k: int
@@ -215,12 +216,8 @@ class _Columns:
     def _scanned(self) -> Iterator[tuple[int, Float32[np.ndarray, "block d"]]]:
         start = 0
         for block in self._store.scan_features(self._size, column=self._column):
-            yield start, _prepared(block, self._metric)
+            yield start, comparable(block, self._metric)
             start += len(block)
-
-
-def _prepared(features: Float32[np.ndarray, "n d"], metric: Metric) -> Float32[np.ndarray, "n d"]:
-    return normalised(features) if metric is Metric.COSINE else np.ascontiguousarray(features)
 
 
 def _without_self(

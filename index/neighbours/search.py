@@ -1,29 +1,34 @@
 """Exact and approximate k-nearest neighbours over features, by FAISS: L2 distance and cosine similarity."""
 
-import math
-import re
-from collections.abc import Iterator
+import copy
 
-import faiss
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from tmm_engine.index.columns import FEATURE
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.neighbours.approximate import Approximate
 from tmm_engine.index.neighbours.cache import FaissCache
+from tmm_engine.index.neighbours.factories import EXACT, Effort, make_faiss_index
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
+from tmm_engine.index.neighbours.vectors import comparable, scanned
 from tmm_engine.index.store.exemplars import ExemplarStore
-from tmm_engine.index.store.where import shortened
 
-EXACT = "Flat"
-# FAISS ends the process, or does not come back, for strings such as HNSW0, PQ0 or NSG1: these forms are safe.
-FACTORIES = re.compile(
-    r"(IVF[1-9]\d{0,5},)?(IDMap,)?(Flat|SQ[468]|SQfp16|PQ[1-9]\d{0,3})|HNSW([2-9]|[1-9]\d{1,2})(,Flat)?"
-)
-SCAN = 8192
 MARGIN = 16  # neighbours fetched beyond k, to see whether the k-th ties with the next
 ROUNDING = 1e-5  # FAISS adds up in float32: how far its squares and products may be off, as a share of the largest
+
+
+class Exact:
+    """All rows of one column, looked at one by one."""
+
+    def __init__(self, store: ExemplarStore, metric: Metric, *, column: str) -> None:
+        self._index = make_faiss_index(store.feature_columns[column], metric, EXACT)
+        for features in scanned(store, column, metric):
+            self._index.add(features)
+
+    def search(self, xq: Float32[np.ndarray, "q d"], *, fetch: int) -> Int64[np.ndarray, "q found"]:
+        """The nearest rows for each query, nearest first; −1 where a distance is infinite."""
+        return self._index.search(xq, fetch)[1]
 
 
 class Neighbours:
@@ -34,6 +39,7 @@ class Neighbours:
         metric: L2 distance, or cosine similarity.
         column: Of the store's features.
         factory: A FAISS factory string: ``Flat`` is exact; ``HNSW32``, ``IVF256,Flat`` and others are approximate.
+        effort: How thoroughly an approximate index is searched.
         cache: Where to keep what is not flat; without it, it is built anew.
 
     Raises:
@@ -47,19 +53,36 @@ class Neighbours:
         *,
         column: str = FEATURE,
         factory: str = EXACT,
+        effort: Effort | None = None,
         cache: FaissCache | None = None,
     ) -> None:
         self.metric = metric
         self._store, self._column = store, column
+        self._effort = effort or Effort()
         self._exact = factory == EXACT
-        if factory == EXACT or cache is None:  # a flat index is the features themselves, read as fast as a file
-            self._index = self._built(factory)
-        else:
-            name = f"{metric} {factory}" if column == FEATURE else f"{metric} {factory} {column}"
-            kept = cache.load(name)
-            self._index = kept or self._built(factory)
-            if kept is None:
-                cache.save(name, self._index)
+        self._finder: Exact | Approximate = (
+            Exact(store, metric, column=column)
+            if factory == EXACT
+            else Approximate(store, metric, column=column, factory=factory, effort=self._effort, cache=cache)
+        )
+
+    def with_effort(self, effort: Effort) -> "Neighbours":
+        """The same index, searched more or less thoroughly; an exact one is as it was."""
+        other = copy.copy(self)
+        other._effort = effort
+        if isinstance(self._finder, Approximate):
+            other._finder = self._finder.with_effort(effort)
+        return other
+
+    def keep(self, cache: FaissCache) -> None:
+        """Put an approximate index of all rows, built without a cache, into one."""
+        if isinstance(self._finder, Approximate):
+            self._finder.keep(cache)
+
+    @property
+    def beside(self) -> int:
+        """How many rows an approximate index does not know, so that they are looked at one by one."""
+        return 0 if isinstance(self._finder, Exact) else self._finder.beside
 
     def search(
         self, queries: Float32[np.ndarray, "q d"], *, k: int
@@ -70,10 +93,8 @@ class Neighbours:
         FAISS rounds differently for one query and for many. Ties break by exemplar id. An approximate index may find
         fewer than k.
         """
-        n = len(self._store)
-        fetch = min(n, k + MARGIN)
-        xq = normalised(queries) if self.metric is Metric.COSINE else np.ascontiguousarray(queries)
-        _, found = self._index.search(xq, fetch)
+        wanted = k + MARGIN if self._exact else max(k + MARGIN, self._effort.fetched(k))
+        found = self._finder.search(comparable(queries, self.metric), fetch=min(len(self._store), wanted))
         return [self._best(query, rows[rows >= 0], k) for query, rows in zip(queries, found, strict=True)]
 
     def _best(
@@ -85,8 +106,7 @@ class Neighbours:
         fetched = len(rows)
         while k < fetched < len(self._store) and self._unsettled(query, scores, k):
             wider = min(len(self._store), 4 * fetched)
-            xq = normalised(query[None]) if self.metric is Metric.COSINE else query[None]
-            rows = self._index.search(xq, wider)[1][0]
+            rows = self._finder.search(comparable(query[None], self.metric), fetch=wider)[0]
             rows = rows[rows >= 0]
             if len(rows) <= fetched:
                 break  # an approximate index has no more to give
@@ -112,47 +132,6 @@ class Neighbours:
     def _features(self, rows: Int64[np.ndarray, "found"]) -> Float32[np.ndarray, "found d"]:
         return self._store.features(rows, column=self._column)
 
-    def _built(self, factory: str) -> faiss.Index:
-        index = make_faiss_index(self._store.feature_columns[self._column], self.metric, factory)
-        try:
-            if not index.is_trained:
-                index.train(np.concatenate(list(self._scan())))
-            for features in self._scan():
-                index.add(features)
-            if (clusters := faiss.try_extract_index_ivf(index)) is not None:
-                clusters.nprobe = max(clusters.nprobe, math.isqrt(clusters.nlist))  # FAISS would look into one alone
-        except RuntimeError as error:
-            raise InputError(
-                f"FAISS cannot use {factory!r} for {len(self._store)} exemplars: {_reason(error)}; use fewer clusters, "
-                f"or {EXACT!r}"
-            ) from None
-        return index
-
-    def _scan(self) -> Iterator[Float32[np.ndarray, "batch d"]]:
-        for features in self._store.scan_features(SCAN, column=self._column):
-            yield normalised(features) if self.metric is Metric.COSINE else np.ascontiguousarray(features)
-
-
-def make_faiss_index(d: int, metric: Metric, factory: str) -> faiss.Index:
-    """An empty FAISS index; for cosine an inner-product index that expects normalised features.
-
-    Raises:
-        InputError: FAISS does not know the factory string.
-    """
-    kind = faiss.METRIC_INNER_PRODUCT if metric is Metric.COSINE else faiss.METRIC_L2
-    if not FACTORIES.fullmatch(factory):
-        raise InputError(
-            f"expected a FAISS factory string for features of {d} dimensions such as {EXACT!r} (exact), 'HNSW32', "
-            f"'IVF256,Flat' or 'IVF256,PQ16', got {shortened(factory)}"
-        )
-    try:
-        return faiss.index_factory(d, factory, kind)
-    except RuntimeError as error:
-        raise InputError(
-            f"FAISS cannot make an index of {factory!r} for features of {d} dimensions: {_reason(error)}; "
-            f"try {EXACT!r} (exact), 'HNSW32' or 'IVF256,Flat'"
-        ) from None
-
 
 def exact_scores(
     query: Float32[np.ndarray, "d"], features: Float32[np.ndarray, "n d"], metric: Metric
@@ -163,14 +142,3 @@ def exact_scores(
         return -np.linalg.norm(xb - xq, axis=1)
     norms = np.linalg.norm(xb, axis=1) * np.linalg.norm(xq)
     return np.divide(np.einsum("nd,d->n", xb, xq), norms, out=np.zeros(len(xb)), where=norms > 0)
-
-
-def normalised(features: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
-    """Of unit length; zero stays zero."""
-    precise = features.astype(np.float64)  # the squares of small and large numbers leave float32
-    norms = np.linalg.norm(precise, axis=1, keepdims=True)
-    return (precise / np.where(norms > 0, norms, 1)).astype(np.float32)
-
-
-def _reason(error: RuntimeError) -> str:
-    return str(error).rsplit("Error: ", 1)[-1].splitlines()[0].strip()

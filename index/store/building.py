@@ -7,8 +7,8 @@ from pathlib import Path
 from tmm_engine.index.columns import FeatureColumn, PlainColumn
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.factories import EXACT, check_trainable, fitting_dimension, make_faiss_index
 from tmm_engine.index.neighbours.metric import Metric
-from tmm_engine.index.neighbours.search import EXACT, make_faiss_index
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageSource
@@ -37,7 +37,7 @@ def write_index(
         classifier: Computes the features; stored in the index.
         columns: Of features that are stored beside φ(x).
         overwrite: Replace an index that is there; it stays usable until the moment of the exchange.
-        neighbours: FAISS factory string for L2 and cosine search; ``Flat`` is exact.
+        neighbours: FAISS factory string for searches by any column of features; ``Flat`` is exact.
         strict: Fail at the first image that cannot be read instead of skipping it.
         progress: Told of images done.
 
@@ -47,7 +47,7 @@ def write_index(
             unreadable.
         ModelError: the features of most images are not finite.
     """
-    check_build(target, classifier, overwrite=overwrite, neighbours=neighbours)
+    check_build(target, classifier, exemplars=len(source), overwrite=overwrite, neighbours=neighbours)
     adapted = AdaptedSource.of_new_index(source, classifier.class_names, named=classifier.names_given)
     columns = (PlainColumn(classifier), *columns)
     dimensions = {column.name: column.dimension for column in columns}
@@ -77,10 +77,13 @@ def write_index(
     return report
 
 
-def check_build(target: Path, classifier: Classifier, *, overwrite: bool = False, neighbours: str = EXACT) -> None:
+def check_build(
+    target: Path, classifier: Classifier, *, exemplars: int, overwrite: bool = False, neighbours: str = EXACT
+) -> None:
     """Everything about a build that can be refused before any work; raises as `write_index`."""
     check_target(target, overwrite=overwrite)
-    make_faiss_index(classifier.feature_dim, Metric.L2, neighbours)
+    make_faiss_index(fitting_dimension(classifier.feature_dim, neighbours), Metric.L2, neighbours)
+    check_trainable(neighbours, exemplars)
 
 
 def _manifest(

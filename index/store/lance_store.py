@@ -19,6 +19,7 @@ from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.places import Places
 from tmm_engine.index.sources.records import Metadata
 from tmm_engine.index.store.embedding import EmbeddedBatch, predict
 from tmm_engine.index.store.exemplars import ExemplarStore
@@ -293,6 +294,17 @@ class LanceStore:
     def files(self) -> set[str]:
         """The data and deletion files that this version needs, relative to the dataset."""
         return files_of(self._dataset)
+
+    def places(self) -> Places:
+        """Where its rows lie, which stays as it is while others are added and deleted."""
+        with self._reading():
+            fragments = self._dataset.get_fragments()
+            table = self._dataset.to_table(columns=["_rowaddr"])
+        files = {fragment.fragment_id: fragment.metadata.files[0].path for fragment in fragments}
+        addresses = table["_rowaddr"].to_numpy()
+        numbers = np.searchsorted(sorted(files), addresses >> np.uint64(32)).astype(np.int64)
+        offsets = (addresses & np.uint64((1 << 32) - 1)).astype(np.int64)
+        return Places(tuple(files[number] for number in sorted(files)), (numbers << 32) + offsets)
 
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""

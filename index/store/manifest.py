@@ -21,6 +21,8 @@ from tmm_engine.index.files import TEMPORARY, replacing
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.limits import MAX_MANIFEST_BYTES
 from tmm_engine.index.models.architectures import ModelSpec
+from tmm_engine.index.neighbours.factories import EXACT, Effort
+from tmm_engine.index.neighbours.tuned import Tuned
 from tmm_engine.index.store.format_2 import FORMAT_2, from_format_2
 from tmm_engine.index.types import ImageShape
 
@@ -67,6 +69,7 @@ class Manifest:
         model: How to rebuild the classifier's architecture.
         fingerprint: SHA-256 of the classifier: weights, architecture, preprocessing, head.
         neighbours: FAISS factory string.
+        tuned: How thoroughly it is searched, where that was measured.
         backend_speeds: Images a second of each backend, where they were compared when the index was built.
         lance_version: The version of the exemplars that counts, as Lance numbers them.
         files: Digest of every file that this version needs but this one, by path relative to the index.
@@ -90,6 +93,12 @@ class Manifest:
     files: dict[str, FileDigest]
     other_labels: tuple[str, ...] = ()
     agreement: Agreement | None = None
+    tuned: Tuned | None = None
+
+    @property
+    def effort(self) -> Effort:
+        """How thoroughly an approximate index is searched."""
+        return Effort() if self.tuned is None or self.neighbours == EXACT else self.tuned.effort
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -123,6 +132,8 @@ class Manifest:
     def text(self) -> str:
         """JSON, with the SHA-256 of its content."""
         content = asdict(self) | {"model": self.model.to_json()}
+        if self.tuned is None:  # as programs write it that know nothing of tuning
+            del content["tuned"]
         return json.dumps(sealed(content), indent=1, ensure_ascii=False)
 
     @classmethod
@@ -191,6 +202,7 @@ class Manifest:
                 given = from_format_2(given)
             if content["format_version"] < FORMAT_VERSION:
                 given = {"other_labels": [], "agreement": None} | given
+            tuned = given.get("tuned")
             channels, height, width = (int(side) for side in given["image_shape"])
             manifest = cls(
                 **given
@@ -199,6 +211,7 @@ class Manifest:
                     "class_names": _names(given["class_names"]),
                     "other_labels": _names(given["other_labels"]),
                     "agreement": None if given["agreement"] is None else Agreement.from_json(given["agreement"]),
+                    "tuned": None if tuned is None else Tuned.from_json(tuned),
                     "model": ModelSpec.from_json(given["model"]),
                     "files": {
                         name: FileDigest(int(d["bytes"]), str(d["sha256"])) for name, d in given["files"].items()
