@@ -165,7 +165,7 @@ def test_the_source_distribution_holds_every_file_but_records(sdist: Path, track
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
     made = {name for name in held if name.startswith("tmm_engine.egg-info/")} | {"PKG-INFO", "setup.cfg"}
-    assert held - made == {name for name in tracked if not name.startswith((".git", ".docker"))}
+    assert held - made == {name for name in tracked if not name.startswith(".git")}
 
 
 @pytest.mark.slow
