@@ -17,6 +17,7 @@ from tmm_engine.options import Mode
 from tmm_engine.query import Query
 from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.serving.lane import Lane
+from tmm_engine.serving.likeness import Likeness
 from tmm_engine.serving.settings import Limits
 from tmm_engine.serving.thumbnails import Thumbnails
 
@@ -40,6 +41,7 @@ class Shown:
         metadata: Names of the columns that a filter may use beside id, label and predicted.
         rows: Of its exemplars, by id.
         thumbnails: Of its exemplars.
+        likeness: Of its exemplars.
     """
 
     engine: Engine
@@ -50,6 +52,7 @@ class Shown:
     metadata: tuple[str, ...]
     rows: dict[str, int]
     thumbnails: Thumbnails
+    likeness: Likeness
 
     @classmethod
     def of(cls, engine: Engine) -> "Shown":
@@ -70,6 +73,7 @@ class Shown:
             tuple(store.metadata(np.array([0]))[0]),
             engine._snapshot.rows,
             Thumbnails(store),
+            Likeness(store),
         )
 
 

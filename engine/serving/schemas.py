@@ -86,6 +86,14 @@ class SearchParameters(Options):
         bool, Field(description="Add what was searched with, trigger and triggered image as data: URLs to look at.")
     ] = False
     pixels: Annotated[bool, Field(description="Add the pixels of query and hits, and the trigger, as arrays.")] = False
+    darken: Annotated[
+        float, Field(ge=0, le=1, description="Search with less light, to see what holds: the share that is taken away.")
+    ] = 0.0
+    blur: Annotated[
+        float, Field(ge=0, le=0.5, description="Blurred: σ of a Gaussian, as a share of the picture's shorter side.")
+    ] = 0.0
+    noise: Annotated[float, Field(ge=0, le=1, description="With noise: σ, where black is 0 and white is 1.")] = 0.0
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1, description="Of the noise.")] = 0
 
 
 class ImageQuery(BaseModel):
@@ -242,6 +250,22 @@ class CollectionAnswer(CollectionSummary):
     trouble: str | None = Field(description="Why the newest version could not be opened.")
     metadata: list[str] = Field(description="Columns that a filter may use beside id, label and predicted.")
     facts: dict[str, Any] = Field(description="What `engine info` says.")
+
+
+class Usual(BaseModel):
+    """Scores that are usual in one mode."""
+
+    low: float = Field(description="A tenth of the pictures are less like the one nearest to them.")
+    usual: float = Field(description="Half are.")
+    high: float = Field(description="Nine tenths are.")
+    any_two: float = Field(description="Half of all pairs are less alike.")
+
+
+class LikenessAnswer(BaseModel):
+    """What scores are usual among the exemplars, so that a score can be said in words."""
+
+    sample: int = Field(description="How many exemplars were compared with all.")
+    modes: dict[str, Usual] = Field(description="By mode; tmm has none.")
 
 
 class ExemplarAnswer(BaseModel):

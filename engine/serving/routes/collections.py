@@ -12,7 +12,13 @@ from tmm_engine.index.names import spelled
 from tmm_engine.index.types import Rows
 from tmm_engine.serving.collection import Collection, Shown
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.schemas import CollectionAnswer, CollectionsAnswer, ExemplarAnswer, ExemplarsAnswer
+from tmm_engine.serving.schemas import (
+    CollectionAnswer,
+    CollectionsAnswer,
+    ExemplarAnswer,
+    ExemplarsAnswer,
+    LikenessAnswer,
+)
 from tmm_engine.serving.state import Chosen, Serving, may_read
 from tmm_engine.serving.thumbnails import LARGEST
 from tmm_engine.serving.wire import as_json
@@ -33,6 +39,12 @@ def describe_collection(collection: Chosen) -> dict[str, Any]:
     shown = collection.shown
     about = {"metadata": list(shown.metadata), "facts": shown.facts}
     return _summary(collection) | about | {"changed": collection.changed, "trouble": collection.trouble}
+
+
+@router.get("/collections/{name}/likeness", response_model=LikenessAnswer, responses=documented(404, 422))
+def usual_scores(collection: Chosen) -> dict[str, Any]:
+    """What scores are usual: how near exemplars are to the one nearest to them, and any two to each other."""
+    return collection.shown.likeness.told()
 
 
 @router.get("/collections/{name}/exemplars", response_model=ExemplarsAnswer, responses=documented(404, 422))

@@ -11,10 +11,12 @@ from tmm_engine.index.errors import ImageError
 from tmm_engine.options import Mode, SearchOptions
 from tmm_engine.query import Query as Decoded
 from tmm_engine.results import FailedQuery, SearchResult
+from tmm_engine.serving.changing import changed
 from tmm_engine.serving.collection import Collection, Shown
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.reading import FORM, decoded, read_search
+from tmm_engine.serving.reading import FORM, Asked, decoded, read_search
 from tmm_engine.serving.schemas import SearchAnswer, SearchParameters
+from tmm_engine.serving.settings import Limits
 from tmm_engine.serving.state import Chosen, Serving, may_read
 from tmm_engine.serving.wire import as_json, told
 
@@ -52,7 +54,7 @@ async def search(
     asked = await read_search(request, limits)
     options = asked.parameters.asked()
     shown = collection.shown
-    read = partial(decoded, asked.queries, shown.engine, limits)
+    read = partial(_read, asked, shown, limits)
     queries = await to_thread.run_sync(read, limiter=state.decoding)
     results = await _answers(collection, shown, queries, options)
     if len(results) == 1 and isinstance(results[0], FailedQuery):
@@ -60,6 +62,11 @@ async def search(
     content = partial(_content, collection, shown, results, asked.parameters)
     heavy = asked.parameters.pictures or asked.parameters.pixels
     return Response(await to_thread.run_sync(content) if heavy else content(), media_type="application/json")
+
+
+def _read(asked: Asked, shown: Shown, limits: Limits) -> list[Decoded | FailedQuery]:
+    found = decoded(asked.queries, shown.engine, limits)
+    return [changed(each, asked.parameters) if isinstance(each, Decoded) else each for each in found]
 
 
 async def _answers(
