@@ -217,7 +217,7 @@ class EncodedSource(ABC):
 
     def told(self, assumed: Mapping[str, str]) -> None:
         """Say what was assumed of images, once, with the id of the first of which it was."""
-        self.assumed = dict(assumed) | self.assumed
+        self.assumed = {**assumed, **self.assumed}
         for assumption, first in assumed.items():
             if not any(remark.endswith(assumption) for remark in self.remarks):
                 self._remark(f"images such as {first} were {assumption}")
@@ -240,7 +240,7 @@ class PartSource(EncodedSource):
     class_names = None
 
     def __init__(self, name: str, items: Sequence[Item], *, labelled: bool, metadata_types: Mapping[str, type]) -> None:
-        self.name, self._items = name, items
+        self.name, self.class_names, self._items = name, None, items
         self.labelled, self.metadata_types = labelled, metadata_types
 
     def __len__(self) -> int:
