@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from tmm_engine.index.errors import InputError
 
@@ -34,6 +35,9 @@ class RayOptions:
     def __post_init__(self) -> None:
         if isinstance(self.cpus, bool) or not isinstance(self.cpus, int) or self.cpus < 1:
             raise InputError(f"cpus: expected a whole number of at least 1, got {self.cpus!r}")
+        for name in ("address", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name}: expected a text, got {getattr(self, name)!r}")
         if self.address not in (AUTO, LOCAL):
             _host_and_port(self.address)
 
@@ -78,10 +82,9 @@ def connected(options: RayOptions) -> Iterator[Connection]:
     Raises:
         InputError: Ray is not installed, nothing answers at the address, or no worker fits.
     """
-    try:
-        import ray
-    except ImportError:
-        raise InputError("Ray needs the 'ray' extra: pip install 'tmm-engine[ray]'") from None
+    needs_ray()
+    import ray
+
     mine = not ray.is_initialized()
     if mine:
         _connect(options.address)
@@ -90,6 +93,12 @@ def connected(options: RayOptions) -> Iterator[Connection]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def needs_ray() -> None:
+    """Raise InputError where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise InputError("Ray needs the 'ray' extra: pip install 'tmm-engine[ray]'")
 
 
 def _connect(address: str) -> None:
