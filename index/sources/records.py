@@ -240,7 +240,8 @@ class PartSource(EncodedSource):
     class_names = None
 
     def __init__(self, name: str, items: Sequence[Item], *, labelled: bool, metadata_types: Mapping[str, type]) -> None:
-        self.name, self.class_names, self._items = name, None, items
+        self.name, self._items = name, items
+        self.class_names: tuple[str, ...] | None = None
         self.labelled, self.metadata_types = labelled, metadata_types
 
     def __len__(self) -> int:
