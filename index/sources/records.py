@@ -237,8 +237,6 @@ class PartSource(EncodedSource):
         metadata_types: Of the columns.
     """
 
-    class_names = None
-
     def __init__(self, name: str, items: Sequence[Item], *, labelled: bool, metadata_types: Mapping[str, type]) -> None:
         self.name, self._items = name, items
         self.class_names: tuple[str, ...] | None = None
