@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from tmm_engine import __version__
+from tmm_engine.classifying.calibration import Calibration, names_of
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.descriptors.columns import DESCRIPTORS, ROBUST_FEATURE, Descriptors
+from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.models.architectures import ModelSpec
 from tmm_engine.index.models.preprocessing import Preprocessing, Resize
 from tmm_engine.index.store.manifest import Manifest
+from tmm_engine.index.store.where import shortened
 
 LIBRARIES = ("torch", "torchvision", "faiss-cpu", "pylance", "pyarrow", "numpy", "pillow", "safetensors")
 
@@ -48,6 +51,7 @@ def describe_index(path: str | Path, *, version: int | None = None) -> dict[str,
         "preprocessing": _preprocessing(manifest.model),
         "fingerprint": manifest.fingerprint,
         "descriptors": _descriptors(path, manifest),
+        "calibrations": _calibrations(path, manifest),
         "neighbours": manifest.neighbours,
         "tuned": _tuned(manifest),
         "backend": _backend(manifest.backend_speeds),
@@ -94,6 +98,23 @@ def _descriptors(path: Path, manifest: Manifest) -> dict[str, Any] | None:
         return None
     found = Descriptors.load(path / DESCRIPTORS, device=torch.device("cpu"))
     return {"views": found.views, **found.report}
+
+
+def _calibrations(path: Path, manifest: Manifest) -> list[str]:
+    """Those that `Engine.classify` can go by, each in words."""
+    told = []
+    for name in names_of(path):
+        try:
+            found = Calibration.load(path, name)
+        except IndexStateError:
+            told.append(f"{name}: damaged; delete it, and calibrate anew")
+            continue
+        asked, where = found.options, found.options.get("where")
+        of = f"{len(found):,} images of {found.source}, mode {asked.get('mode')}, k {asked.get('k')}"
+        narrowed = "" if where is None else f", where {shortened(str(where))}"
+        current = found.content == manifest.content
+        told.append(f"{name}: {of}{narrowed}{'' if current else '; made of other exemplars: make it anew'}")
+    return told
 
 
 def _backend(speeds: dict[str, float]) -> str:

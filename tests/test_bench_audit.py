@@ -45,6 +45,11 @@ def test_every_fault_is_measured_and_a_rerun_measures_nothing(planted: Planted, 
     content = read_records(path)
     with RecordFile.open(path, {"data_set": "digits"}, KEY, ()) as file:
         assert measure_audit(planted, file, shares=(0.05,)) == content.records
+    with RecordFile.open(tmp_path / "time.jsonl", {"data_set": "digits"}, KEY, ()) as file:
+        [timed] = measure_audit(None, file, timed=planted.part(planted.clean[:50]))
+    assert timed["exemplars"] == 50
+    assert timed["audit_over_graph"] == timed["audit_s"] / timed["graph_s"]
+    assert set(quoted([timed])) == {"audit_over_graph", "audit_over_graph_cpu"}
     blocks = section(Run(path, content), Sheet(tmp_path, {}))
     assert "**Flipped labels**" in blocks
     assert "AP, cleanlab" in "\n".join(blocks)

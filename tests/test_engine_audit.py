@@ -17,7 +17,7 @@ from tmm_engine.auditing import writing
 from tmm_engine.auditing.alignment import pictures, residuals
 from tmm_engine.auditing.copies import groups
 from tmm_engine.auditing.discovery import Tail, adjusted, likely
-from tmm_engine.auditing.findings import Kind
+from tmm_engine.auditing.findings import SUSPICIOUS, Kind
 from tmm_engine.auditing.foreign import energies, strangeness
 from tmm_engine.auditing.opinions import pooled, translated, votes
 from tmm_engine.auditing.writing import PAGE, write_audit
@@ -101,6 +101,28 @@ def test_files_are_whole_or_not_there(engine: Engine, tmp_path: Path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"audit", "mine"}
 
 
+def test_below_a_threshold_the_most_suspicious_are_shown_and_are_no_findings(engine: Engine, tmp_path: Path) -> None:
+    audit = engine.audit(rate=1e-9, sources="half", where="half = 'one' OR id = '00000157'")  # an exact copy is certain
+    nothing = [kind for kind in Kind if not audit.of(kind)]
+    assert Kind.LABELS in nothing
+    assert set(audit.suspicious) == set(nothing)
+    for kind in nothing:
+        found = audit.suspicious[kind]
+        assert 1 <= len(found) <= SUSPICIOUS
+        assert all(each.kind == kind and each.score < audit.rules[kind].threshold for each in found)
+    best = [audit.scores[Kind.LABELS][int(each.id)] for each in audit.suspicious[Kind.LABELS]]
+    assert best == sorted(np.sort(audit.scores[Kind.LABELS])[-SUSPICIOUS:].tolist(), reverse=True)
+    write_audit(audit, engine, tmp_path / "audit")
+    page = (tmp_path / "audit" / PAGE).read_text()
+    assert page.count("which are no findings") == len(nothing)
+    assert page.count('class="finding below"') == sum(map(len, audit.suspicious.values()))
+    assert len((tmp_path / "audit" / "findings.jsonl").read_text().splitlines()) == len(audit.findings)
+    assert not (tmp_path / "audit" / "decisions" / "relabel.csv").exists()
+    usual = engine.audit(kinds=["duplicates"])
+    assert usual.findings
+    assert usual.suspicious == {}
+
+
 def test_what_cannot_be_done_is_said() -> None:
     classifier = make_classifier()
     without = Engine.from_arrays(IMAGES[:40, None], None, classifier, views=0).audit()
@@ -171,6 +193,11 @@ def test_commands(tmp_path: Path) -> None:
         refused = run("audit", index, "--out", target)
         assert (refused.exit_code, said in refused.stderr) == (1, True)
         assert "comparing" not in refused.stderr  # before anything is computed
+
+    said = run("audit", index, "--only", "foreign", "--rate", 1e-9).stdout.splitlines()
+    assert said[0].startswith("foreign: 0 found")
+    assert said[1] == "  nothing certain; the most suspicious, which are no findings:"
+    assert len(said) == 5
 
     decided = out / "decisions" / "delete-duplicates.txt"
     assert decided.read_text().splitlines()[0] == "digit-3/0003.png"

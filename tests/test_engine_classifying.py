@@ -19,6 +19,7 @@ from tmm_engine.index import ArraySource, Classifier
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.search import exact_scores
+from tmm_engine.info import describe_index
 from tmm_engine.options import SearchOptions
 from tmm_engine.rerank import preset
 from tmm_engine.scanning import ByRanking, ByVector
@@ -249,14 +250,17 @@ def test_an_index_keeps_its_calibrations_until_it_changes(tmp_path: Path):
         assert after.calibration == made.name == "l2"
         assert (after.credibility, after.guarantee) == (before.credibility, before.guarantee)
         assert engine.classify(query, mode="cosine").calibration == "leave-one-out"
+        assert describe_index(index)["calibrations"] == ["l2: 30 images of held-out, mode l2, k 10"]
         with pytest.raises(InputError, match="has no calibration 'l3': it has l2"):
             engine.classify(query, mode="l2", calibration="l3")
         engine.delete(ids=["00000003"])
+        assert describe_index(index)["calibrations"][0].endswith("; made of other exemplars: make it anew")
         with pytest.raises(InputError, match="made when the index held other exemplars"):
             engine.classify(query, mode="l2")
         assert engine.classify(query, mode="l2", calibration="leave-one-out").calibration == "leave-one-out"
     kept = index / "calibrations" / "l2.json"
     kept.write_text(kept.read_text().replace("0.", "1.", 1))
+    assert describe_index(index)["calibrations"] == ["l2: damaged; delete it, and calibrate anew"]
     with Engine.open(index, model=network()) as engine, pytest.raises(IndexStateError, match="damaged"):
         engine.classify(query, mode="l2")
 

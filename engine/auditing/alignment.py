@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample, interpolate
-from torchvision.transforms.functional import gaussian_blur
+from torch.nn.functional import grid_sample, interpolate, pad
 
 from tmm_engine.index.progress import Progress, silent
 
@@ -19,8 +18,10 @@ SIDE = 32
 COARSE, FINE = 1.5, 0.8  # σ of the blur that steps are found on, and of that which is compared
 STEPS = 8
 REACH = torch.tensor([0.25, 0.25, 0.2, 0.2])  # of shifts in half sides, of log enlargement, of the angle in radians
-BATCH = 1024
+BATCH = 256
 
+Pictures = Float[Tensor, "n h w"]
+"""From 0 to 1."""
 Motion = Float[Tensor, "n 4"]
 """Shift right and down, log enlargement, angle."""
 
@@ -49,57 +50,84 @@ def residuals(
         progress: Told of pairs done.
     """
     found = [np.empty(0, np.float32)]
+    shown = _Frame(*still.shape[1:])
     with torch.inference_mode():
         for start in range(0, len(pairs), BATCH):
             first, second = pairs[start : start + BATCH].T
-            first_seen, second_seen = _blurred(still[first]), _blurred(moving[second])
-            motion = _aligned(first_seen[0], second_seen[0])
-            apart = [_apart(first_seen[1], second_seen[1], each) for each in (motion, torch.zeros_like(motion))]
-            found.append(torch.minimum(*apart).numpy())
+            target, moved = _grey(still[first]), _grey(moving[second])
+            motion = _aligned(shown, shown.blurred(target, COARSE), shown.blurred(moved, COARSE))
+            target, moved = shown.blurred(target, FINE), shown.blurred(moved, FINE)
+            aligned, inside = shown.moved(moved, motion)
+            apart = torch.minimum(_apart(target, aligned, inside), _apart(target, moved, torch.ones_like(inside)))
+            found.append(apart.numpy())
             progress("aligning pairs", start + len(first), len(pairs))
     return np.concatenate(found)
 
 
-def _blurred(pictures: UInt8[np.ndarray, "n h w"]) -> list[Float[Tensor, "n 1 h w"]]:
-    """Coarsely and finely."""
-    grey = torch.from_numpy(pictures)[:, None].float() / 255
-    blurred = []
-    for sigma in (COARSE, FINE):
-        reach = min(round(2 * sigma), min(grey.shape[-2:]) - 1)
-        blurred.append(gaussian_blur(grey, [2 * reach + 1] * 2, [sigma] * 2))
-    return blurred
+def _grey(pictures: UInt8[np.ndarray, "n h w"]) -> Pictures:
+    return torch.from_numpy(pictures).float() / 255
 
 
-def _aligned(still: Float[Tensor, "n 1 h w"], moving: Float[Tensor, "n 1 h w"]) -> Motion:
+class _Frame:
+    """What pictures of one size are moved and blurred within.
+
+    Args:
+        height: Of the pictures.
+        width: Of the pictures.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        ys, xs = torch.meshgrid(_centres(height), _centres(width), indexing="ij")
+        self.xs, self.ys = xs.reshape(1, -1), ys.reshape(1, -1)
+        self._places = torch.cat([self.xs, self.ys, torch.ones_like(self.xs)])  # (3, h·w)
+        self._blurs = {sigma: [_blurring(side, sigma) for side in (height, width)] for sigma in (COARSE, FINE)}
+
+    def blurred(self, pictures: Pictures, sigma: float) -> Pictures:
+        """By a Gaussian, with mirrored edges."""
+        down, right = self._blurs[sigma]
+        return down @ (pictures @ right.T)
+
+    def moved(self, pictures: Pictures, motion: Motion) -> tuple[Pictures, Float[Tensor, "n p"]]:
+        """The pictures, moved; and 1 where their pixels come from inside."""
+        right, down, log_scale, angle = motion.unbind(1)
+        cosine, sine = log_scale.exp() * angle.cos(), log_scale.exp() * angle.sin()
+        grid = [torch.stack(row, 1) @ self._places for row in ((cosine, -sine, right), (sine, cosine, down))]  # (n, p)
+        inside = (torch.maximum(grid[0].abs(), grid[1].abs()) <= 1).float()
+        places = torch.stack(grid, -1).view(*pictures.shape, 2)
+        found = grid_sample(pictures[:, None], places, align_corners=False, padding_mode="border")
+        return found[:, 0], inside
+
+
+def _blurring(side: int, sigma: float) -> Float[Tensor, "side side"]:
+    """The matrix that blurs columns, mirrored at the ends."""
+    reach = min(round(2 * sigma), side - 1)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    mirrored = pad(torch.eye(side)[None], (reach, reach), mode="reflect")[0] if reach else torch.eye(side)
+    return (mirrored.unfold(1, 2 * reach + 1, 1) @ (weights / weights.sum())).T
+
+
+def _aligned(shown: _Frame, still: Pictures, moving: Pictures) -> Motion:
     """What brings the second onto the first."""
-    n, _, height, width = still.shape
-    ys, xs = torch.meshgrid(_centres(height), _centres(width), indexing="ij")
-    xs, ys, target = xs.reshape(1, -1), ys.reshape(1, -1), still.reshape(n, -1)
-    motion = torch.zeros(n, 4)
-    ridge = 1e-6 * torch.eye(6)
+    n = len(still)
+    target, motion, ridge = still.reshape(n, -1), torch.zeros(n, 4), 1e-6 * torch.eye(6)
+    terms = torch.empty(n, 7, target.shape[1])  # the Jacobian's six columns, and what they are to explain
     for _ in range(STEPS):
-        moved, inside = _moved(moving, motion)
+        moved, weight = shown.moved(moving, motion)
         right, down = _gradients(moved)
-        pixels, weight = moved.reshape(n, -1), inside.reshape(n, -1)
-        terms = [right, down, xs * right + ys * down, xs * down - ys * right, pixels, torch.ones_like(pixels)]
-        jacobian = torch.stack(terms, 2) * weight[..., None]  # (n, h·w, 6)
-        normal = jacobian.transpose(1, 2) @ jacobian
-        normal = normal + ridge + 1e-4 * torch.diag_embed(normal.diagonal(dim1=1, dim2=2))
-        solved = torch.linalg.solve(normal, jacobian.transpose(1, 2) @ (target * weight)[..., None])[..., 0]
+        right, down = right * weight, down * weight
+        terms[:, 0], terms[:, 1] = right, down
+        torch.add(shown.xs * right, shown.ys * down, out=terms[:, 2])
+        torch.sub(shown.xs * down, shown.ys * right, out=terms[:, 3])
+        torch.mul(moved.reshape(n, -1), weight, out=terms[:, 4])
+        terms[:, 5] = weight
+        torch.mul(target, weight, out=terms[:, 6])
+        products = terms[:, :6] @ terms.transpose(1, 2)  # (n, 6, p) @ (n, p, 7) -> (n, 6, 7)
+        normal = products[..., :6] + ridge + 1e-4 * torch.diag_embed(products.diagonal(dim1=1, dim2=2))
+        solved = torch.linalg.solve(normal, products[..., 6:])[..., 0]
         gain = solved[:, 4:5]
         step = solved[:, :4] / torch.where(gain.abs() < 0.05, torch.full_like(gain, 0.05), gain)
         motion = _composed(motion, step.clamp(-0.08, 0.08)).clamp(-REACH, REACH)
     return motion
-
-
-def _moved(images: Float[Tensor, "n 1 h w"], motion: Motion) -> tuple[Float[Tensor, "n 1 h w"], Float[Tensor, "n h w"]]:
-    """The images, moved; and 1 where their pixels come from inside."""
-    right, down, log_scale, angle = motion.unbind(1)
-    cosine, sine = log_scale.exp() * angle.cos(), log_scale.exp() * angle.sin()
-    matrix = torch.stack([torch.stack([cosine, -sine, right], 1), torch.stack([sine, cosine, down], 1)], 1)
-    grid = affine_grid(matrix, list(images.shape), align_corners=False)
-    inside = (grid.abs() <= 1).all(-1).float()
-    return grid_sample(images, grid, align_corners=False, padding_mode="border"), inside
 
 
 def _composed(motion: Motion, step: Motion) -> Motion:
@@ -110,20 +138,18 @@ def _composed(motion: Motion, step: Motion) -> Motion:
     return torch.stack([*moved, log_scale + step[:, 2], angle + step[:, 3]], 1)
 
 
-def _gradients(images: Float[Tensor, "n 1 h w"]) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
+def _gradients(pictures: Pictures) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
     """To the right and down, for each half side."""
-    n, _, height, width = images.shape
-    right, down = torch.zeros_like(images), torch.zeros_like(images)
-    right[..., 1:-1] = (images[..., 2:] - images[..., :-2]) * (width / 4)
-    down[..., 1:-1, :] = (images[..., 2:, :] - images[..., :-2, :]) * (height / 4)
+    n, height, width = pictures.shape
+    right, down = torch.zeros_like(pictures), torch.zeros_like(pictures)
+    right[..., 1:-1] = (pictures[..., 2:] - pictures[..., :-2]) * (width / 4)
+    down[:, 1:-1] = (pictures[:, 2:] - pictures[:, :-2]) * (height / 4)
     return right.reshape(n, -1), down.reshape(n, -1)
 
 
-def _apart(still: Float[Tensor, "n 1 h w"], moving: Float[Tensor, "n 1 h w"], motion: Motion) -> Float[Tensor, "n"]:
+def _apart(still: Pictures, moved: Pictures, weight: Float[Tensor, "n p"]) -> Float[Tensor, "n"]:
     """1 − normalised cross-correlation where both have pixels; constant images correlate with nothing."""
     n = len(still)
-    moved, inside = _moved(moving, motion)
-    weight = inside.reshape(n, -1)
     first, second = (
         (part - (part * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)) * weight
         for part in (still.reshape(n, -1), moved.reshape(n, -1))

@@ -55,6 +55,7 @@ def audit_snapshot(
         seconds=seconds,
         scores={kind: each.scores for kind, each in found.items() if each.scores is not None},
         pairs=material.detector.pairs if Kind.DUPLICATES in found and material.detector is not None else None,
+        suspicious={kind: tuple(each.suspicious) for kind, each in found.items() if each.suspicious},
     )
 
 

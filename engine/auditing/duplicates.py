@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from tmm_engine.auditing.copies import CopyDetector, Pairs, groups
 from tmm_engine.auditing.discovery import adjusted
-from tmm_engine.auditing.findings import Evidence, Finding, Found, Kind, Rule
+from tmm_engine.auditing.findings import SUSPICIOUS, Evidence, Finding, Found, Kind, Rule
 from tmm_engine.auditing.material import Material
 from tmm_engine.auditing.others import Described, Others
 from tmm_engine.index.descriptors.columns import COPY_FEATURE
@@ -32,7 +32,17 @@ def find_duplicates(material: Material) -> Found:
         for row in (one, other):
             links[row] = max(links.get(row, (0.0, 0.0)), (score, alike))
     findings = [_group(material, rows, links) for rows in groups(first, second)]
-    return Found(findings, _rule(material), scores)
+    return Found(findings, _rule(material), scores, [] if findings else _most_alike(material, pairs, scores))
+
+
+def _most_alike(material: Material, pairs: Pairs, scores: Float64[np.ndarray, "p"]) -> list[Finding]:
+    """Where nothing is found the likeliest pairs, which are no findings."""
+    found = []
+    for at in np.argsort(-pairs.statistic, kind="stable")[:SUSPICIOUS].tolist():
+        rows, link = [int(pairs.first[at]), int(pairs.second[at])], (float(scores[at]), float(pairs.similarity[at]))
+        pair = _group(material, rows, dict.fromkeys(rows, link))
+        found.append(replace(pair, why="more alike than others, but of so many some that are no copies would be"))
+    return found
 
 
 def find_leaks(material: Material, others: Others | None) -> Found:
@@ -48,13 +58,26 @@ def find_leaks(material: Material, others: Others | None) -> Found:
     detector = material.detector
     if detector is None:
         return Found()
-    findings = [] if others is None else _from_others(material, detector, others)
-    findings += [] if column is None else _between(material, detector, column)
-    return Found(findings, _rule(material))
+    leaks = [] if others is None else _from_others(material, detector, others)
+    leaks += [] if column is None else _between(material, detector, column)
+    findings = [leak for leak in leaks if leak.score >= 1 - material.options.rate]
+    suspicious = [replace(leak, why=f"perhaps {leak.why}; by chance some would be as alike") for leak in leaks]
+    return Found(findings, _rule(material), suspicious=[] if findings else suspicious)
 
 
 def _rule(material: Material) -> Rule:
     return material.rule(f"no more than {material.options.rate:.0%} of the pairs are expected to be none")
+
+
+def _chosen(
+    scores: Float64[np.ndarray, "p"], statistic: Float64[np.ndarray, "p"], may: Bool[np.ndarray, "p"], rate: float
+) -> list[int]:
+    """Of pairs that may be leaks those that are found; where none is the likeliest."""
+    found = np.flatnonzero(may & (scores >= 1 - rate))
+    if len(found):
+        return found.tolist()
+    places = np.flatnonzero(may)
+    return places[np.argsort(-statistic[places], kind="stable")[:SUSPICIOUS]].tolist()
 
 
 def _scores(detector: CopyDetector, material: Material) -> Float64[np.ndarray, "p"]:
@@ -73,18 +96,19 @@ def _group(material: Material, rows: list[int], links: dict[int, Link]) -> Findi
 
 def _from_others(material: Material, detector: CopyDetector, others: Others) -> list[Finding]:
     described = others.described(material.column(COPY_FEATURE), material.progress)
-    batches = [_compared(batch, detector, material.options.rate) for batch in described]
+    rate = material.options.rate
+    batches = [_compared(batch, detector, rate) for batch in described]
     statistic = np.concatenate([np.empty(0), *(pairs.statistic for _, pairs in batches)])
-    scores = 1 - adjusted(detector.tail.chance(statistic), tests=max(len(statistic), len(others)))
+    chance = detector.tail.chance(statistic)
+    scores = 1 - adjusted(chance, tests=max(len(statistic), len(others)))
+    ends = np.cumsum([0, *(len(pairs) for _, pairs in batches)])
     found: dict[int, list[Evidence]] = {}
-    start = 0
-    for batch, pairs in batches:
-        own = scores[start : start + len(pairs)]
-        start += len(pairs)
-        for at in np.flatnonzero(own >= 1 - material.options.rate):
-            alike, score = float(pairs.similarity[at]), float(own[at])
-            evidence = replace(batch.evidence(int(pairs.first[at]), alike), score=score, source=others.name)
-            found.setdefault(int(pairs.second[at]), []).append(evidence)
+    for place in _chosen(scores, statistic, chance <= rate, rate):
+        own = int(np.searchsorted(ends, place, side="right")) - 1
+        (batch, pairs), at = batches[own], place - ends[own]
+        evidence = batch.evidence(int(pairs.first[at]), float(pairs.similarity[at]))
+        leaked = replace(evidence, score=float(scores[place]), source=others.name)
+        found.setdefault(int(pairs.second[at]), []).append(leaked)
     return [_leak(material, row, f"also in {others.name}", evidence) for row, evidence in found.items()]
 
 
@@ -105,12 +129,14 @@ def _between(material: Material, detector: CopyDetector, column: str) -> list[Fi
         )
     values = ["nothing" if row.get(column) is None else str(row[column]) for row in metadata]
     pairs, scores = detector.pairs, _scores(detector, material)
+    differ = np.array(
+        [values[one] != values[other] for one, other in zip(pairs.first, pairs.second, strict=True)], bool
+    )
     found: dict[int, list[Evidence]] = {}
-    for at in np.flatnonzero(scores >= 1 - material.options.rate):
+    for at in _chosen(scores, pairs.statistic, differ, material.options.rate):
         one, other = int(pairs.first[at]), int(pairs.second[at])
-        if values[one] != values[other]:
-            evidence = material.evidence(other, float(pairs.similarity[at]))
-            found.setdefault(one, []).append(replace(evidence, score=float(scores[at]), source=values[other]))
+        evidence = material.evidence(other, float(pairs.similarity[at]))
+        found.setdefault(one, []).append(replace(evidence, score=float(scores[at]), source=values[other]))
     return [
         replace(_leak(material, row, f"in more than one {column}", evidence), source=values[row])
         for row, evidence in found.items()

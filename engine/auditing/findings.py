@@ -9,6 +9,9 @@ from jaxtyping import Float64, UInt8
 
 from tmm_engine.auditing.copies import Pairs
 
+SUSPICIOUS = 10
+"""Images of a kind that are shown where nothing is a finding."""
+
 
 class Kind(StrEnum):
     """What may be wrong with an image."""
@@ -116,11 +119,13 @@ class Found:
         findings: In any order.
         rule: What made them findings; None where nothing could be said.
         scores: As `Audit.scores`.
+        suspicious: As `Audit.suspicious`.
     """
 
     findings: list[Finding] = field(default_factory=list)
     rule: Rule | None = None
     scores: Float64[np.ndarray, "_"] | None = None
+    suspicious: list[Finding] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +142,8 @@ class Audit:
             labels and unsure images a probability, of foreign images their strangeness; of duplicates the score of
             each of `pairs`.
         pairs: Of exemplars that may be copies, findings or not; None where that was not looked for.
+        suspicious: Of a kind of which there is no finding the likeliest, at most `SUSPICIOUS`, the likeliest first: no
+            findings, since as many as likely would be there by chance.
     """
 
     findings: tuple[Finding, ...]
@@ -146,6 +153,7 @@ class Audit:
     seconds: dict[str, float] = field(default_factory=dict)
     scores: dict[Kind, Float64[np.ndarray, "_"]] = field(default_factory=dict, repr=False)
     pairs: Pairs | None = field(default=None, repr=False)
+    suspicious: dict[Kind, tuple[Finding, ...]] = field(default_factory=dict, repr=False)
 
     def of(self, kind: Kind | str) -> tuple[Finding, ...]:
         """The findings of one kind."""

@@ -1,11 +1,13 @@
 """Findings of single images: likely wrong labels, foreign images, images that the model is least sure of."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float64, Int64
 
 from tmm_engine.auditing.discovery import Tail, adjusted, likely
-from tmm_engine.auditing.findings import Finding, Found, Kind, Rule
+from tmm_engine.auditing.findings import SUSPICIOUS, Finding, Found, Kind, Rule
 from tmm_engine.auditing.foreign import strangeness
 from tmm_engine.auditing.material import Material
 from tmm_engine.auditing.opinions import Opinions
@@ -25,9 +27,17 @@ def find_wrong_labels(material: Material) -> Found:
         f"{opinions.share:.1%} are estimated to be wrong"
     )
     rows = np.flatnonzero(given & (opinions.wrong >= threshold))
-    findings = [_wrong_label(material, int(row), opinions) for row in rows]
     scores = np.where(given, opinions.wrong, np.nan)
-    return Found(findings, Rule(text, threshold, int(given.sum())), scores)
+
+    def about(row: int) -> Finding:
+        return _wrong_label(material, row, opinions)
+
+    return Found(
+        [about(row) for row in rows.tolist()],
+        Rule(text, threshold, int(given.sum())),
+        scores,
+        _suspicious(about, rows, scores),
+    )
 
 
 def _wrong_label(material: Material, row: int, opinions: Opinions) -> Finding:
@@ -53,16 +63,18 @@ def find_foreign(material: Material) -> Found:
     statistic = strangeness(material.energy, graph)
     scores = 1 - adjusted(Tail.fit(statistic, normal=True).chance(statistic))
     usual = max(float(np.median(graph.distances[:, -1])), 1e-9)
-    findings = []
-    for row in np.flatnonzero(scores >= 1 - rate).tolist():
+
+    def about(row: int) -> Finding:
         far = graph.distances[row, -1] / usual
-        why = (
-            f"the model knows nothing like it, nor like what it resembles; its {graph.k}th nearest is {far:.1f} times "
-            f"as far as usual"
-        )
-        findings.append(material.finding(Kind.FOREIGN, scores[row], row, why, material.nearest(row, COPY_FEATURE)))
+        known = "nothing like it, nor like what it resembles" if scores[row] >= 1 - rate else "little like it"
+        why = f"the model knows {known}; its {graph.k}th nearest is {far:.1f} times as far as usual"
+        return material.finding(Kind.FOREIGN, scores[row], row, why, material.nearest(row, COPY_FEATURE))
+
+    rows = np.flatnonzero(scores >= 1 - rate)
     text = f"no more than {rate:.0%} of the findings are expected to be as strange as some of the usual images are"
-    return Found(findings, material.rule(text), statistic)
+    return Found(
+        [about(row) for row in rows.tolist()], material.rule(text), statistic, _suspicious(about, rows, statistic)
+    )
 
 
 def find_unsure(material: Material) -> Found:
@@ -77,10 +89,21 @@ def find_unsure(material: Material) -> Found:
     else:
         probabilities, numbers, who = opinions.probabilities, opinions.numbers, "model and neighbours together give"
     scores = 1 - probabilities.max(axis=1)
-    findings = []
-    for row in np.flatnonzero(scores > EVEN).tolist():
+
+    def about(row: int) -> Finding:
         best = np.argsort(-probabilities[row], kind="stable")[:2]
         why = " or ".join(f"{material.names[numbers[place]]} ({probabilities[row, place]:.0%})" for place in best)
-        shown = material.nearest(row, ROBUST_FEATURE)
-        findings.append(material.finding(Kind.UNSURE, scores[row], row, f"{why}?", shown))
-    return Found(findings, Rule(f"{who} no label more than {EVEN:.0%}", EVEN, len(scores)), scores)
+        return material.finding(Kind.UNSURE, scores[row], row, f"{why}?", material.nearest(row, ROBUST_FEATURE))
+
+    rows, rule = np.flatnonzero(scores > EVEN), Rule(f"{who} no label more than {EVEN:.0%}", EVEN, len(scores))
+    return Found([about(row) for row in rows.tolist()], rule, scores, _suspicious(about, rows, scores))
+
+
+def _suspicious(
+    about: Callable[[int], Finding], found: Int64[np.ndarray, "f"], statistic: Float64[np.ndarray, "n"]
+) -> list[Finding]:
+    """Where nothing is found the likeliest, which are no findings."""
+    if len(found):
+        return []
+    likeliest = np.argsort(-statistic, kind="stable")[:SUSPICIOUS]  # NaN last
+    return [about(row) for row in likeliest[~np.isnan(statistic[likeliest])].tolist()]

@@ -140,7 +140,10 @@ def _print(found: "Audit", *, as_json: bool) -> None:
     else:
         for kind, rule in found.rules.items():
             click.echo(f"{kind}: {len(found.of(kind)):,} found ({rule.text})")
-            for finding in found.of(kind)[:3]:
+            suspicious = found.suspicious.get(kind, ())
+            if suspicious:
+                click.echo("  nothing certain; the most suspicious, which are no findings:")
+            for finding in (*found.of(kind), *suspicious)[:3]:
                 click.echo(visible(f"  {finding.score:.3f} {finding.id}: {finding.why}"))
     for note in found.notes:
         click.echo(visible(f"note: {note}"), err=True)

@@ -53,11 +53,17 @@ def render_audit(audit: Audit, engine: "Engine", *, limit: int, decisions: Seque
             "rule": audit.rules[kind],
             "count": len(audit.of(kind)),
             "shown": audit.of(kind)[:limit],
+            "suspicious": audit.suspicious.get(kind, ())[:limit],
         }
         for kind in Kind
         if kind in audit.rules
     ]
-    shown = [finding for kind in audit.rules for finding in audit.of(kind)[:limit]]
+    shown = [
+        finding
+        for kind in audit.rules
+        for part in (audit.of(kind), audit.suspicious.get(kind, ()))
+        for finding in part[:limit]
+    ]
     templates = environment()
     templates.filters["picture"] = data_uri
     template = templates.from_string(Path(__file__).with_name("audit.html.j2").read_text(encoding="utf-8"))
