@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --editable ".[bench,hf,onnx,oracle,pandas,polars,serve,timm]" --group dev
+	$(BIN)/python -m pip install --editable ".[bench,hf,onnx,oracle,pandas,polars,ray,serve,timm]" --group dev
 	touch $@
 
 $(FLOOR)/.installed: pyproject.toml .ci/floors
@@ -47,7 +47,7 @@ $(FLOOR)/.installed: pyproject.toml .ci/floors
 	$(PYTHON) -m venv --clear $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --upgrade "pip>=25.1"
 	$(FLOOR)/bin/python .ci/floors > $(FLOOR)/constraints.txt
-	$(FLOOR)/bin/python -m pip install --constraint $(FLOOR)/constraints.txt --editable ".[bench,hf,onnx,oracle,pandas,polars,serve,timm]" --group dev
+	$(FLOOR)/bin/python -m pip install --constraint $(FLOOR)/constraints.txt --editable ".[bench,hf,onnx,oracle,pandas,polars,ray,serve,timm]" --group dev
 	touch $@
 
 clean:

@@ -20,6 +20,7 @@ SUMMARIES = {
     "classify": "Do sets of classes hold the right one as often as said?",
     "candidates": "What do candidate sets and the global trigger give up?",
     "latency": "How long does every path take?",
+    "ray": "What does a second machine bring?",
     "reliability": "What is lost or wrong under faults and hostile input?",
 }
 """By name, which is that of its file in `benchmarks/`: a line of help, so that listing them imports none."""

@@ -3,6 +3,7 @@ from .auditing.writing import write_audit
 from .building import build_index
 from .classifying.calibration import Calibration
 from .classifying.classification import Candidate, Classification, Classifications
+from .cluster.connection import RayOptions
 from .engine import Engine
 from .options import Mode, Prefilter, SearchOptions
 from .query import Query
@@ -32,6 +33,7 @@ __all__ = [
     "Mode",
     "Prefilter",
     "Query",
+    "RayOptions",
     "Rule",
     "SearchOptions",
     "SearchResult",

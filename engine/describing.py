@@ -62,17 +62,33 @@ def describe(
         raise InputError(f"views: expected 1 to {MAX_VIEWS}, or 0 for no descriptors, got {views!r}")
     if recogniser is not None and not views:
         raise InputError("recogniser has no effect without descriptors (views=0): leave it out")
-    columns, describer, trigger = tuple[FeatureColumn, ...](), None, None
+    describer, trigger = None, None
     if views:
         layer = None if recogniser is None else Layer.parse(recogniser)
         describer = Describer(chosen_descriptors(source, classifier, views, layer, progress), classifier)
-        columns += (*descriptor_columns(describer, classifier), StretchedColumn(classifier, describer))
     if global_trigger is not None:
         config = preset(global_trigger) if isinstance(global_trigger, str) else global_trigger
         trigger = make_global_trigger(source, classifier, config, progress=progress)
+    return Described(columns_of(classifier, describer, trigger), describer, trigger)
+
+
+def columns_of(
+    classifier: Classifier, describer: Describer | None, trigger: GlobalTrigger | None
+) -> tuple[FeatureColumn, ...]:
+    """The columns of an index beside φ(x), in their order, sharing passes of the network.
+
+    Args:
+        classifier: The index's.
+        describer: Of its descriptors, if it has them.
+        trigger: Its global trigger, if it has one.
+    """
+    columns: tuple[FeatureColumn, ...] = ()
+    if describer is not None:
+        columns += (*descriptor_columns(describer, classifier), StretchedColumn(classifier, describer))
+    if trigger is not None:
         own = global_columns(trigger, classifier)
         columns += tuple(column for column in own if column.name not in [known.name for known in columns])
-    return Described(columns, describer, trigger)
+    return columns
 
 
 def chosen_descriptors(

@@ -210,3 +210,14 @@ def test_the_api_is_described_whole_and_its_page_asks_no_other_host(client: http
         assert "//" not in re.sub(r"<!--.*?-->|//.*", "", page.text)
         for file in re.findall(r'(?:src|href)="([^"#]+)"', page.text):
             assert client.get(f"/{file}").status_code == 200, file
+
+
+def test_classify_answers_as_the_engine(client: httpx.Client, engine: Engine, query: bytes):
+    expected = engine.classify(query, k=2, alpha=0.2, mode="cosine")
+    answer = client.post("/collections/photos/classify", json=as_json(query, k=2, alpha=0.2, mode="cosine")).json()
+    [found] = answer["results"]
+    assert plain(found) == plain(expected.to_json())
+    several = {"image": [("good.png", query), ("bad.png", b"?")]}
+    files = [("image", file) for file in several["image"]]
+    good, bad = client.post("/collections/photos/classify", files=files).json()["results"]
+    assert (good["query"], set(bad)) == ("good.png", {"query", "error"})

@@ -6,7 +6,17 @@ from typing import Any
 import click
 
 from tmm_engine.cli.models import classifier_of
-from tmm_engine.cli.options import device_option, lines, model_option, numbers, opened_source, size, source_options
+from tmm_engine.cli.options import (
+    device_option,
+    lines,
+    model_option,
+    numbers,
+    opened_source,
+    ray_asked,
+    ray_options,
+    size,
+    source_options,
+)
 
 
 @click.command("build-index")
@@ -87,6 +97,7 @@ from tmm_engine.cli.options import device_option, lines, model_option, numbers, 
 )
 @click.option("--strict", is_flag=True, help="Fail at an unreadable image instead of skipping it.")
 @device_option
+@ray_options
 def build_index(source: str, index: Path, **options: Any) -> None:
     """Build INDEX from the images in SOURCE and a classifier.
 
@@ -102,6 +113,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
       engine build-index photos/ photos.idx --model hf:vit-folder
       engine build-index photos/ photos.idx --model timm:convnext_tiny.fb_in1k --weights convnext.safetensors
       engine build-index mnist mnist.idx --root data --model mypackage.models:make_net --overwrite
+      engine build-index /nfs/photos /nfs/photos.idx --model hf:/nfs/vit-folder --ray head:6379
     """
     from tmm_engine.backends import choose_device
     from tmm_engine.building import build_index as build
@@ -113,6 +125,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
 
     if options["settings"] and not options["global_trigger"]:
         raise click.UsageError("--set needs --global-trigger: no other part of a build has TMM settings")
+    ray = ray_asked(options)
     check_target(index, overwrite=options["overwrite"])
     device = choose_device(options["device"])
     images = opened_source(source, options)
@@ -131,6 +144,7 @@ def build_index(source: str, index: Path, **options: Any) -> None:
             overwrite=options["overwrite"],
             neighbours=options["neighbours"],
             strict=options["strict"],
+            ray=ray,
             progress=progress,
         )
     say_skipped(report)

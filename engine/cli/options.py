@@ -11,6 +11,7 @@ import click
 from tmm_engine.index.errors import nearest
 
 if TYPE_CHECKING:
+    from tmm_engine.cluster.connection import RayOptions
     from tmm_engine.index.sources.records import ImageSource
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -133,3 +134,24 @@ model_option = click.option(
     help="torchvision architecture, vit_tiny_32, timm:NAME, hf:FOLDER, or package.module:factory.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+ray_options = joined(
+    click.option(
+        "--ray",
+        is_flag=False,
+        flag_value="auto",
+        metavar="[ADDRESS]",
+        help="Use a Ray cluster: HOST:PORT, or the one on this machine, else a new one here. Needs the extra 'ray'.",
+    ),
+    click.option("--ray-cpus", type=click.IntRange(min=1), help="CPUs for each worker of --ray. Default: 1."),
+)
+
+
+def ray_asked(options: Mapping[str, Any]) -> "RayOptions | None":
+    """The cluster that a command names; None for none."""
+    from tmm_engine.cluster.connection import RayOptions
+
+    if options["ray"] is None:
+        if options["ray_cpus"] is not None:
+            raise click.UsageError("--ray-cpus has no effect without --ray")
+        return None
+    return RayOptions(address=options["ray"], cpus=options["ray_cpus"] or 1, device=options["device"])

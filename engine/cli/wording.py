@@ -10,6 +10,7 @@ FLAGS = {
     "calibration=…": "--calibration",
     "channels=…": "--channels",
     "class_names=…": "--class-names",
+    "cpus=…": "--ray-cpus",
     "delete=True": "--delete",
     "ema=True": "--ema",
     "head=…": "--head",

@@ -15,11 +15,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.serving import problems
 from tmm_engine.serving.collection import Collections, UnknownCollectionError
+from tmm_engine.serving.jobs import Jobs, UnknownJobError
 from tmm_engine.serving.lane import BusyError
+from tmm_engine.serving.metrics import Counting, Metrics
 from tmm_engine.serving.problems import BodyLimit, Problem, problem
+from tmm_engine.serving.routes import audit, changes, classify, health, jobs, page, search
 from tmm_engine.serving.routes import collections as of_collections
-from tmm_engine.serving.routes import health, page, search
-from tmm_engine.serving.schemas import SearchBody, SearchForm
+from tmm_engine.serving.schemas import ClassifyBody, ClassifyForm, NewExemplar, NewExemplars, SearchBody, SearchForm
 from tmm_engine.serving.settings import REFRESH_SECONDS, Settings
 from tmm_engine.serving.state import State
 
@@ -30,6 +32,8 @@ Errors are problems (RFC 9457), in the words of the command line. Where the serv
 `api-key` has one.
 """
 
+BY_HAND = (SearchBody, SearchForm, ClassifyBody, ClassifyForm, NewExemplar, NewExemplars, Problem)
+
 
 def make_app(collections: Collections, settings: Settings | None = None) -> FastAPI:
     """An application over collections, which it closes when it ends.
@@ -38,16 +42,18 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
         collections: Open.
         settings: Limits, keys and hosts.
     """
-    settings = settings or Settings()
+    settings, metrics = settings or Settings(), Metrics(collections)
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
-        app.state.serving = State(collections, settings, CapacityLimiter(settings.limits.decoding))
+        state = State(collections, settings, CapacityLimiter(settings.limits.decoding), Jobs(), metrics)
+        app.state.serving = state
         watching = asyncio.create_task(_watch(collections))
         yield
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
+        await to_thread.run_sync(state.jobs.close)
         await to_thread.run_sync(collections.close)
 
     app = FastAPI(
@@ -60,9 +66,10 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
     )
     problems.install(app)
     _install_own_problems(app)
-    for router in (of_collections.router, search.router, health.router):
-        app.include_router(router)
+    for room in (search, classify, of_collections, changes, audit, jobs, health):
+        app.include_router(room.router)
     page.mount(app)
+    app.add_middleware(Counting, metrics=metrics)
     app.add_middleware(BodyLimit, limit=settings.limits.body_bytes)
     if settings.hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.hosts])
@@ -83,13 +90,14 @@ def _install_own_problems(app: FastAPI) -> None:
         return problem(503, str(error), headers={"Retry-After": f"{error.seconds:.0f}"})
 
     @app.exception_handler(UnknownCollectionError)
-    async def of_unknown(_: Request, error: UnknownCollectionError) -> JSONResponse:
+    @app.exception_handler(UnknownJobError)
+    async def of_unknown(_: Request, error: TmmEngineError) -> JSONResponse:
         return problem(404, str(error))
 
 
 def _add_schemas(schema: dict[str, Any]) -> None:
     """Of bodies that are read by hand, and of problems."""
-    models = [(model, "validation") for model in (SearchBody, SearchForm, Problem)]
+    models = [(model, "validation") for model in BY_HAND]
     _, found = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     known = schema["components"]["schemas"]
     for name, own in found["$defs"].items():

@@ -1,7 +1,7 @@
 """A collection: an index under a name, as long as the server runs."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,16 @@ import numpy as np
 from tmm_engine.engine import Engine
 from tmm_engine.index.descriptors.columns import ROBUST_FEATURE
 from tmm_engine.index.errors import TmmEngineError, nearest
+from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sources.records import ImageSource
+from tmm_engine.index.store.changes import ChangeReport, add_exemplars, delete_exemplars
 from tmm_engine.index.store.manifest import MANIFEST
 from tmm_engine.info import describe_index
 from tmm_engine.options import Mode
-from tmm_engine.query import Query
-from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.serving.lane import Lane
 from tmm_engine.serving.likeness import Likeness
 from tmm_engine.serving.settings import Limits
 from tmm_engine.serving.thumbnails import Thumbnails
-
-SearchLane = Lane[Query, SearchResult | FailedQuery]
 
 
 class UnknownCollectionError(TmmEngineError):
@@ -78,7 +77,7 @@ class Shown:
 
 
 class Collection:
-    """An index that is searched in two lanes: what is quick does not wait for what is not.
+    """An index that is searched in two lanes, so that what is quick does not wait for what is not, and changed in one.
 
     Args:
         name: In addresses.
@@ -96,17 +95,37 @@ class Collection:
     ) -> None:
         self.name, self.path = name, path
         self._model, self._device = model, device
-        self._opening = threading.Lock()
+        self._opening, self._writing = threading.Lock(), threading.Lock()
         self._stamp: tuple[int, ...] = ()
         self.trouble: str | None = None
         """Why the newest version could not be opened."""
         limits = limits or Limits()
-        self.quick = SearchLane(f"{name}: quick", limit=limits.waiting, together=limits.batch)
-        self.thorough = SearchLane(f"{name}: thorough", limit=limits.waiting, together=1)
+        self.quick = Lane(f"{name}: quick", limit=limits.waiting, together=limits.batch)
+        self.thorough = Lane(f"{name}: thorough", limit=limits.waiting, together=limits.batch)
+        self.changes = Lane(f"{name}: changes", limit=limits.waiting, together=1)
         self.shown = self._opened()
 
-    def refresh(self) -> bool:
+    def add(self, source: ImageSource, *, replace: bool, progress: Progress = silent) -> ChangeReport:
+        """Add images and show them; see `Engine.add`."""
+        with self._writing:
+            report = add_exemplars(
+                self.path, source, self.shown.engine.classifier, replace_same=replace, progress=progress
+            )
+        self.refresh(report.version)
+        return report
+
+    def delete(self, ids: Sequence[str]) -> ChangeReport:
+        """Remove exemplars, and show the index without them; see `Engine.delete`."""
+        with self._writing:
+            report = delete_exemplars(self.path, ids=ids)
+        self.refresh(report.version)
+        return report
+
+    def refresh(self, version: int | None = None) -> bool:
         """Show the newest version, which is opened and made ready first; requests under way end on the one before.
+
+        Args:
+            version: Enough, where it is shown already.
 
         Returns:
             Whether there was a newer one.
@@ -115,6 +134,8 @@ class Collection:
             TmmEngineError: the index is gone, or damaged; the collection stays where it was.
         """
         with self._opening:
+            if version is not None and version <= self.shown.version:
+                return False
             try:
                 newest = self._opened()
             except TmmEngineError as error:
@@ -133,8 +154,8 @@ class Collection:
 
     def close(self) -> None:
         """Finish what was begun, and let go of the index."""
-        self.quick.close()
-        self.thorough.close()
+        for lane in (self.quick, self.thorough, self.changes):
+            lane.close()
         self.shown.engine.close()
 
     def _opened(self) -> Shown:

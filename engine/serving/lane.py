@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 from tmm_engine.index.errors import TmmEngineError
 
@@ -27,14 +27,14 @@ class BusyError(TmmEngineError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Asked(Generic[Item, Answer]):
-    items: list[Item]
+class _Asked:
+    items: list[Any]
     kind: object
-    work: Callable[[list[Item]], Sequence[Answer]]
-    answers: Future[list[Answer]] = field(default_factory=Future)
+    work: Callable[[list[Any]], Sequence[Any]]
+    answers: Future[list[Any]] = field(default_factory=Future)
 
 
-class Lane(Generic[Item, Answer]):
+class Lane:
     """Works off what is asked, in order; what is asked for alike by several while it is busy, together.
 
     Nothing waits for company: what is there when the thread is free is what it takes.
@@ -47,7 +47,7 @@ class Lane(Generic[Item, Answer]):
 
     def __init__(self, name: str, *, limit: int, together: int) -> None:
         self._limit, self._together = limit, together
-        self._waiting: deque[_Asked[Item, Answer]] = deque()
+        self._waiting: deque[_Asked] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._seconds = 0.0  # that one item took, lately
@@ -100,7 +100,7 @@ class Lane(Generic[Item, Answer]):
                     each.answers.set_exception(error)
             self._seconds = (time.perf_counter() - began) / len(items)
 
-    def _next(self) -> list[_Asked[Item, Answer]]:
+    def _next(self) -> list[_Asked]:
         """What is worked off next: the first that waits, and what is like it; nothing once the lane is closed."""
         with self._changed:
             while True:

@@ -1,5 +1,6 @@
 """Errors as RFC 9457 problems, in the words of the command line."""
 
+import errno
 from http import HTTPStatus
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.errors import IndexStateError, InputError, ModelError, TmmEngineError, printable
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -40,7 +42,11 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def status_of(error: TmmEngineError) -> int:
     """Of an error of ours: the request's fault, or that of what the server has."""
-    return HTTPStatus.UNPROCESSABLE_ENTITY if isinstance(error, InputError) else HTTPStatus.INTERNAL_SERVER_ERROR
+    if isinstance(error, InputError):
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    causes = [error, error.__cause__, error.__context__]
+    full = any(isinstance(each, OSError) and each.errno in FULL for each in causes) or "disk full" in str(error)
+    return HTTPStatus.INSUFFICIENT_STORAGE if full else HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 def install(app: FastAPI) -> None:

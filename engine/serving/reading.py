@@ -5,11 +5,12 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -17,10 +18,23 @@ from tmm_engine.engine import Engine
 from tmm_engine.index.errors import ImageError
 from tmm_engine.query import Query, as_query
 from tmm_engine.results import FailedQuery
-from tmm_engine.serving.schemas import ExemplarQuery, ImageQuery, SearchBody, SearchForm, SearchParameters
+from tmm_engine.serving.schemas import (
+    ClassifyBody,
+    ClassifyForm,
+    ClassifyParameters,
+    ExemplarQuery,
+    ImageQuery,
+    Options,
+    QueriesBody,
+    QueriesForm,
+    SearchBody,
+    SearchForm,
+    SearchParameters,
+)
 from tmm_engine.serving.settings import Limits
 
 Model = TypeVar("Model", bound=BaseModel)
+Parameters = TypeVar("Parameters", bound=Options)
 RAW = re.compile(r"image/.+|application/octet-stream")
 FORM = "multipart/form-data"
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
@@ -48,23 +62,54 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A search as it was asked for.
+class Asked(Generic[Parameters]):
+    """What is asked for.
 
     Attributes:
         queries: At least one.
-        parameters: Of the search.
+        parameters: How.
     """
 
     queries: list[Upload | Named]
-    parameters: SearchParameters
+    parameters: Parameters
 
 
-async def read_search(request: Request, limits: Limits) -> Asked:
-    """Whatever form it has.
+@dataclass(frozen=True, slots=True)
+class Forms(Generic[Parameters]):
+    """In which a request may come.
+
+    Attributes:
+        parameters: In its address.
+        body: As JSON.
+        form: With files.
+    """
+
+    parameters: type[Parameters]
+    body: type[Parameters]
+    form: type[Parameters]
+
+
+SEARCH = Forms(SearchParameters, SearchBody, SearchForm)
+CLASSIFY = Forms(ClassifyParameters, ClassifyBody, ClassifyForm)
+
+
+def bodies(forms: Forms[Parameters]) -> dict[str, Any]:
+    """For OpenAPI: what a request's body may be."""
+
+    def schema(model: type[Options]) -> dict[str, Any]:
+        return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    content = {"application/json": schema(forms.body), FORM: schema(forms.form), "image/png": binary}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def read_queries(request: Request, forms: Forms[Parameters], limits: Limits) -> Asked[Parameters]:
+    """Whatever form they come in.
 
     Args:
         request: Its address has parameters too; those in its body win.
+        forms: What they are checked with.
         limits: Of images.
 
     Raises:
@@ -72,16 +117,16 @@ async def read_search(request: Request, limits: Limits) -> Asked:
         RequestValidationError: not what the schema says.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    address = _several(request.query_params.multi_items(), SearchParameters)
+    address = _several(request.query_params.multi_items(), forms.parameters)
     if kind == "application/json":
-        body = _valid(SearchBody, address | _object(await request.body()))
+        body = valid(forms.body, address | json_object(await request.body()))
+        assert isinstance(body, QueriesBody)
         items = body.query if isinstance(body.query, list) else [body.query]
-        queries = [_of_json(each, position) for position, each in enumerate(items)]
-        asked = Asked(queries, body)
+        asked = Asked([_of_json(each, position) for position, each in enumerate(items)], body)
     elif kind == FORM:
-        asked = await _of_form(request, address, limits)
+        asked = await _of_form(request, forms.form, address, limits)
     elif RAW.fullmatch(kind):
-        asked = Asked([Upload("query 0", await request.body())], _valid(SearchParameters, address))
+        asked = Asked([Upload("query 0", await request.body())], valid(forms.parameters, address))
     else:
         raise HTTPException(
             415, f"expected a body of application/json, {FORM}, or image/…, got {kind or 'no content-type'!r}"
@@ -117,7 +162,9 @@ def decoded(asked: Sequence[Upload | Named], engine: Engine, limits: Limits) -> 
     return found
 
 
-async def _of_form(request: Request, address: dict[str, Any], limits: Limits) -> Asked:
+async def _of_form(
+    request: Request, model: type[Parameters], address: dict[str, Any], limits: Limits
+) -> Asked[Parameters]:
     async with request.form(
         max_files=limits.images + 1, max_fields=limits.images + 100, max_part_size=MAX_FIELD_BYTES
     ) as form:
@@ -128,29 +175,43 @@ async def _of_form(request: Request, address: dict[str, Any], limits: Limits) ->
             (name, Upload(file.filename or f"query {place}", await file.read()))
             for place, (name, file) in enumerate(files)
         ]
-    given = _several(fields, SearchForm)
-    named: dict[str, list[bytes]] = {}
+    named: dict[str, Any] = {}
     for name, upload in uploads:
         named.setdefault(name, []).append(upload.content)
-    body = _valid(SearchForm, address | given | named)
-    exemplars = [Named(each) for each in body.id]
-    return Asked([*(upload for _, upload in uploads), *exemplars], body)
+    body = valid(model, address | _several(fields, model) | named)
+    assert isinstance(body, QueriesForm)
+    return Asked([*(upload for _, upload in uploads), *map(Named, body.id)], body)
 
 
 def _of_json(query: ImageQuery | ExemplarQuery, position: int) -> Upload | Named:
     if isinstance(query, ExemplarQuery):
         return Named(query.id)
     name = query.name or f"query {position}"
+    return Upload(name, from_base64(query.image, name))
+
+
+def from_base64(text: str, name: str) -> bytes:
+    """An image file's content.
+
+    Args:
+        text: In base64, or a data: URL.
+        name: Of the image, for the error.
+
+    Raises:
+        HTTPException: other text.
+    """
     try:
-        return Upload(name, base64.b64decode(DATA_URL.sub("", query.image, count=1), validate=True))
+        return base64.b64decode(DATA_URL.sub("", text, count=1), validate=True)
     except (binascii.Error, ValueError):
         raise HTTPException(422, f"{name}: expected an image file in base64, got other text") from None
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    """What a body of JSON says."""
-    from pydantic_core import from_json
+def json_object(body: bytes) -> dict[str, Any]:
+    """What a body of JSON says.
 
+    Raises:
+        HTTPException: it is none, or no object.
+    """
     try:
         found = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -172,7 +233,12 @@ def _several(pairs: Sequence[tuple[str, Any]], model: type[BaseModel]) -> dict[s
     return found
 
 
-def _valid(model: type[Model], values: Mapping[str, Any]) -> Model:
+def valid(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """Values as a model has them.
+
+    Raises:
+        RequestValidationError: they are others.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -99,12 +99,22 @@ def serving(collections: Collections, settings: Settings, listener: socket.socke
         server(make_app(collections, settings)).run(sockets=[listener])
 
 
+class _Server(uvicorn.Server):
+    """Cancels jobs before it waits for requests: those that follow one would never end."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        app.state.serving.jobs.stop()
+        await super().shutdown(sockets)
+
+
 def server(app: FastAPI) -> uvicorn.Server:
     """A server of HTTP that does not run yet."""
     config = uvicorn.Config(
         app, log_level=logging.WARNING, timeout_graceful_shutdown=PATIENCE, server_header=False, access_log=False
     )
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,9 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tmm_engine.auditing.findings import Kind
+from tmm_engine.auditing.options import NEIGHBOURS, RATE
 from tmm_engine.index.errors import InputError
 from tmm_engine.options import OF_TMM, Mode, Prefilter, SearchOptions
 from tmm_engine.rerank.settings import DEFAULT_PRESET, MIN_RECOGNITION, PRESETS, TmmConfig, preset
+from tmm_engine.serving.jobs import JobState
 from tmm_engine.serving.settings import MAX_K
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR42mNkEIQAJkGKGACW0QQ/5dbbJgAAAABJRU5ErkJggg=="
@@ -58,6 +61,9 @@ class Options(BaseModel):
         Field(description="The ratio below which a query is answered for as its nearest exemplar, or off."),
     ] = None
     explain: Annotated[bool, Field(description="Say why, by examples and counter-examples.")] = False
+    alone: Annotated[
+        bool, Field(description="Pass each query of a list alone: bit for bit the answer that it has without others.")
+    ] = False
 
     def asked(self) -> SearchOptions:
         """As the engine takes them.
@@ -65,7 +71,7 @@ class Options(BaseModel):
         Raises:
             InputError: as `SearchOptions`.
         """
-        own = {name: getattr(self, name) for name in ("k", "where", "stretch", "explain")}
+        own = {name: getattr(self, name) for name in ("k", "where", "stretch", "explain", "alone")}
         tmm = {name: getattr(self, name) for name in OF_TMM if name != "config"}
         for name in ("preset", "settings"):
             if getattr(self, name) and self.mode not in (None, Mode.TMM):
@@ -96,6 +102,18 @@ class SearchParameters(Options):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1, description="Of the noise.")] = 0
 
 
+class ClassifyParameters(Options):
+    """Of a classification over HTTP; those in the body of the request win over those in its address."""
+
+    alpha: Annotated[float, Field(gt=0, lt=1, description="How often a set may miss the right class.")] = 0.05
+    outliers: Annotated[
+        float, Field(ge=0, lt=1, description="What share of calibration images may be as far from everything.")
+    ] = 0.01
+    calibration: Annotated[
+        str | None, Field(description="One that the index keeps, or leave-one-out; by default the mode's.")
+    ] = None
+
+
 class ImageQuery(BaseModel):
     """An image."""
 
@@ -116,7 +134,23 @@ class ExemplarQuery(BaseModel):
 AnyQuery = ImageQuery | ExemplarQuery
 
 
-class SearchBody(SearchParameters):
+class QueriesBody(BaseModel):
+    """Queries as JSON."""
+
+    query: Annotated[AnyQuery | list[AnyQuery], Field(description="One, or a list.")]
+
+
+class QueriesForm(BaseModel):
+    """Queries in a form."""
+
+    image: Annotated[
+        list[Annotated[bytes, Field(json_schema_extra={"format": "binary"})]],
+        Field(description="Image files; repeatable."),
+    ] = []
+    id: Annotated[list[str], Field(description="Exemplars of the collection; repeatable.")] = []
+
+
+class SearchBody(SearchParameters, QueriesBody):
     """A search as JSON."""
 
     model_config = ConfigDict(
@@ -129,17 +163,79 @@ class SearchBody(SearchParameters):
         },
     )
 
-    query: Annotated[AnyQuery | list[AnyQuery], Field(description="One, or a list.")]
 
-
-class SearchForm(SearchParameters):
+class SearchForm(SearchParameters, QueriesForm):
     """A search as a form with files."""
 
-    image: Annotated[
-        list[Annotated[bytes, Field(json_schema_extra={"format": "binary"})]],
-        Field(description="Image files; repeatable."),
-    ] = []
-    id: Annotated[list[str], Field(description="Exemplars of the collection; repeatable.")] = []
+
+class ClassifyBody(ClassifyParameters, QueriesBody):
+    """A classification as JSON."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"query": {"image": PICTURE}, "alpha": 0.1}]}
+    )
+
+
+class ClassifyForm(ClassifyParameters, QueriesForm):
+    """A classification as a form with files."""
+
+
+class NewExemplar(BaseModel):
+    """An image that becomes an exemplar."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"image": PICTURE, "label": "cat"}]})
+
+    image: Annotated[str, Field(description="An image file in base64, or a data: URL of one.")]
+    label: Annotated[str | None, Field(description="Its label's name; without one the predicted class stands in.")] = (
+        None
+    )
+    metadata: Annotated[
+        dict[str, str | int | float | bool | None],
+        Field(description="Of the collection's columns; those that are left out stay empty."),
+    ] = {}
+
+
+class NamedExemplar(NewExemplar):
+    """One of many."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"id": "new.png", "image": PICTURE, "label": "cat"}]}
+    )
+
+    id: Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class NewExemplars(BaseModel):
+    """Images that become exemplars."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    exemplars: Annotated[list[NamedExemplar], Field(min_length=1)]
+    replace: Annotated[bool, Field(description="Those whose id is there take the old one's place.")] = False
+
+
+class AuditBody(BaseModel):
+    """What an audit looks for, as `engine audit`."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"kinds": ["duplicates", "labels"], "rate": 0.05}]}
+    )
+
+    kinds: Annotated[
+        list[str],
+        Field(
+            description="By default everything.",
+            min_length=1,
+            json_schema_extra={"items": {"type": "string", "enum": [*map(str, Kind)]}},
+        ),
+    ] = [*map(str, Kind)]
+    k: Annotated[int, Field(ge=1, le=MAX_K, description="Neighbours that have a vote.")] = NEIGHBOURS
+    rate: Annotated[float, Field(gt=0, lt=1, description="Of false findings that is accepted.")] = RATE
+    against: Annotated[str | None, Field(description="A collection to look for leaks from.")] = None
+    sources: Annotated[
+        str | None, Field(description="A column of metadata: no image should be under two of its values.")
+    ] = None
+    where: Annotated[str | None, Field(description="Only exemplars that match, as of a search.")] = None
 
 
 class HitAnswer(BaseModel):
@@ -286,3 +382,91 @@ class ExemplarsAnswer(BaseModel):
 
     total: int = Field(description="How many match.")
     exemplars: list[ExemplarAnswer]
+
+
+class ChangeAnswer(BaseModel):
+    """What a change did."""
+
+    version: int = Field(description="That there is now.")
+    exemplars: int = Field(description="How many it holds.")
+    added: int
+    replaced: int
+    deleted: int
+    skipped: list[FailedAnswer] = Field(description="Images that could not be used, and why.")
+    remarks: list[str]
+
+
+class RefreshAnswer(CollectionSummary):
+    """What is searched now."""
+
+    refreshed: bool = Field(description="Whether there was a newer version.")
+
+
+class CandidateAnswer(BaseModel):
+    """A class that a query may have."""
+
+    label: int
+    class_name: str
+    score: float
+    p_value: float
+
+
+class ClassificationAnswer(BaseModel):
+    """The class of one query: what a line of `engine classify --json` has."""
+
+    query: str
+    mode: str
+    label: int
+    class_name: str
+    credibility: float
+    confidence: float
+    candidates: list[CandidateAnswer]
+    prediction_set: list[str]
+    alpha: float
+    familiarity: float
+    outlier: bool
+    abstains: str | None = Field(description="Why the class should not be relied upon.")
+    predicted_class: str = Field(description="What the model itself says.")
+    true_label: int | None
+    true_class: str | None
+    calibration: str
+    guarantee: str
+    notes: list[str]
+    hits: list[HitAnswer]
+    explanation: ExplanationAnswer | None = None
+
+
+class ClassifyAnswer(BaseModel):
+    """Answers in the order of the queries: images first, in a form."""
+
+    collection: str
+    version: int
+    notes: list[str] = Field(description="What is to be said of all of them together.")
+    results: list[ClassificationAnswer | FailedAnswer]
+
+
+class JobAnswer(BaseModel):
+    """A job."""
+
+    id: str
+    kind: str
+    collection: str
+    state: str = Field(json_schema_extra={"enum": [*map(str, JobState)]})
+    step: str = Field(description="What it is at.")
+    done: int = Field(description="Of this step.")
+    total: int
+    created: float = Field(description="Seconds since 1970.")
+    ended: float | None
+    error: str | None = Field(description="Why it failed.")
+
+
+class JobResultAnswer(JobAnswer):
+    """A job with what came of it."""
+
+    result: Any = Field(description="Once it is done: of an audit findings, rules and notes; of changes what they did.")
+
+
+class JobsAnswer(BaseModel):
+    """All jobs."""
+
+    jobs: list[JobAnswer]

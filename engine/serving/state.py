@@ -9,7 +9,9 @@ from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException
 
 from tmm_engine.serving.collection import Collection, Collections
+from tmm_engine.serving.jobs import Jobs
 from tmm_engine.serving.keys import HEADER, Right
+from tmm_engine.serving.metrics import Metrics
 from tmm_engine.serving.settings import Settings
 
 header = APIKeyHeader(name=HEADER, auto_error=False, description="Where the server was started with keys.")
@@ -23,11 +25,15 @@ class State:
         collections: What is served.
         settings: How.
         decoding: How many images are decoded at once.
+        jobs: Long work.
+        metrics: What is counted.
     """
 
     collections: Collections
     settings: Settings
     decoding: CapacityLimiter
+    jobs: Jobs
+    metrics: Metrics
 
 
 def state_of(request: Request) -> State:

@@ -92,6 +92,21 @@ class AdaptedSource:
         return len(self._source)
 
     @property
+    def counted(self) -> tuple[int, int]:
+        """How many images were read, and how many of these have no label."""
+        return self._read, self._unlabelled
+
+    def count(self, read: int, unlabelled: int) -> None:
+        """Add what others have read of the same source."""
+        self._read += read
+        self._unlabelled += unlabelled
+
+    @property
+    def source(self) -> ImageSource:
+        """As it was given."""
+        return self._source
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """The source's, after what is to be said of its labels; of those that are missing, when all was read."""
         missing = f"{self._unlabelled:,} of {self._read:,} images have no label: predictions stand in"

@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -140,6 +142,10 @@ class Encoded:
     metadata: Metadata
 
 
+Item = Encoded | ImageRecord | UnreadableImage
+"""An image on its way: still to be decoded, decoded, or why not."""
+
+
 class EncodedSource(ABC):
     """A source whose images go through `decode_image`."""
 
@@ -150,6 +156,8 @@ class EncodedSource(ABC):
     remarks: tuple[str, ...] = ()
     label_values: tuple[int, ...] | None = None
     """Of a table whose labels are numbers without names, each once, in order: they may be names."""
+    assumed: Mapping[str, str] = MappingProxyType({})
+    """What was assumed of images, as `remarks` say it, with the id of the first."""
     limited = False
     """Whether a limit was given: what comes after it is not missing."""
 
@@ -162,7 +170,7 @@ class EncodedSource(ABC):
         """How many images there are."""
 
     @abstractmethod
-    def _encoded(self) -> Iterator[Encoded | UnreadableImage]:
+    def _encoded(self) -> Iterator[Item]:
         """All images in order, not decoded; in the place of what cannot even be reached, why."""
 
     def natural_shape(self) -> ImageShape:
@@ -189,9 +197,7 @@ class EncodedSource(ABC):
         chosen = (item for position, item in enumerate(self._encoded()) if position in positions)
         return self._decoded(chosen, shape)
 
-    def _decoded(
-        self, items: Iterable[Encoded | UnreadableImage], shape: Target
-    ) -> Iterator[ImageRecord | UnreadableImage]:
+    def _decoded(self, items: Iterable[Item], shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="decode") as pool:
             pending: deque[Future[_Decoded]] = deque()
             for chunk in _chunks(items, _CHUNK):
@@ -201,15 +207,49 @@ class EncodedSource(ABC):
             while pending:
                 yield from self._told(pending.popleft().result())
 
-    def _told(self, decoded: "_Decoded") -> list[ImageRecord | UnreadableImage]:
-        """The records; what was assumed of images is said once, with the first of them."""
-        for assumption, first in decoded.assumed.items():
+    def undecoded(self) -> Iterator[Item]:
+        """What `read` decodes, for whoever decodes it elsewhere (`PartSource`); paths of files are whole."""
+        for item in self._encoded():
+            if isinstance(item, Encoded) and isinstance(item.source, Path):
+                yield replace(item, source=item.source.absolute())
+            else:
+                yield item
+
+    def told(self, assumed: Mapping[str, str]) -> None:
+        """Say what was assumed of images, once, with the id of the first of which it was."""
+        self.assumed = {**assumed, **self.assumed}
+        for assumption, first in assumed.items():
             if not any(remark.endswith(assumption) for remark in self.remarks):
                 self._remark(f"images such as {first} were {assumption}")
+
+    def _told(self, decoded: "_Decoded") -> list[ImageRecord | UnreadableImage]:
+        self.told(decoded.assumed)
         return decoded.records
 
 
-def _chunks(items: Iterable[Encoded | UnreadableImage], size: int) -> Iterator[list[Encoded | UnreadableImage]]:
+class PartSource(EncodedSource):
+    """Some of a source's images, which another process went through.
+
+    Args:
+        name: The source's; so are the others.
+        items: In order: still to be decoded, or in the shape that is asked for.
+        labelled: Whether records have labels.
+        metadata_types: Of the columns.
+    """
+
+    def __init__(self, name: str, items: Sequence[Item], *, labelled: bool, metadata_types: Mapping[str, type]) -> None:
+        self.name, self._items = name, items
+        self.class_names: tuple[str, ...] | None = None
+        self.labelled, self.metadata_types = labelled, metadata_types
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _encoded(self) -> Iterator[Item]:
+        return iter(self._items)
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -223,10 +263,10 @@ class _Decoded:
     assumed: dict[str, str]
 
 
-def _decode(chunk: Sequence[Encoded | UnreadableImage], shape: Target) -> _Decoded:
+def _decode(chunk: Sequence[Item], shape: Target) -> _Decoded:
     decoded = _Decoded([], {})
     for item in chunk:
-        if isinstance(item, UnreadableImage):
+        if not isinstance(item, Encoded):
             decoded.records.append(item)
             continue
         assumed: list[str] = []

@@ -1,8 +1,13 @@
 """`write_index`: images -> features -> store, streamed, with progress, all or nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import lance
+import pyarrow as pa
+from lance.fragment import FragmentMetadata
 
 from tmm_engine.index.columns import FeatureColumn, PlainColumn
 from tmm_engine.index.errors import IndexStateError
@@ -13,9 +18,47 @@ from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.embedding import BuildReport, embedded
-from tmm_engine.index.store.lance_store import LanceWriter, exemplar_schema, stored_columns
-from tmm_engine.index.store.manifest import EXEMPLARS, MODEL, FileDigest, Manifest, digest_files
+from tmm_engine.index.store.lance_store import LanceWriter, committed, exemplar_schema, files_of, stored_columns
+from tmm_engine.index.store.manifest import DATA, EXEMPLARS, MODEL, FileDigest, Manifest, digest_files
 from tmm_engine.index.store.target import check_target, staged
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BuildJob:
+    """What is to be embedded and written: all that whoever does it needs to know.
+
+    Attributes:
+        folder: The index that is being made; what model and columns are loaded from is there already.
+        source: The images, in the terms of the index; decoded to `classifier.target`.
+        classifier: The index's.
+        columns: What is computed, φ(x) first.
+        schema: Of the rows.
+        report: Where exemplars, skipped images and agreement are counted.
+        strict: Fail at the first image that cannot be read.
+        progress: Told of images done.
+    """
+
+    folder: Path
+    source: AdaptedSource
+    classifier: Classifier
+    columns: Sequence[FeatureColumn]
+    schema: pa.Schema
+    report: BuildReport
+    strict: bool
+    progress: Progress
+
+
+Embed = Callable[[BuildJob], list[FragmentMetadata]]
+"""Who embeds and writes the exemplars: their fragments, in the order of the source, not committed."""
+
+
+def embed_here(job: BuildJob) -> list[FragmentMetadata]:
+    """In this process."""
+    writer = LanceWriter(job.folder / EXEMPLARS, job.schema, job.source.labels.vocabulary)
+    for batch in embedded(job.source, job.classifier, job.columns, job.report, strict=job.strict):
+        writer.write(stored_columns(batch, job.source.metadata_types))
+        job.progress("building", job.report.exemplars + job.report.skipped_count, len(job.source))
+    return writer.finish()
 
 
 def write_index(
@@ -27,6 +70,7 @@ def write_index(
     overwrite: bool = False,
     neighbours: str = EXACT,
     strict: bool = False,
+    embed: Embed = embed_here,
     progress: Progress = silent,
 ) -> BuildReport:
     """Write an index of the source's images. It appears at `target` whole, or not at all.
@@ -39,6 +83,7 @@ def write_index(
         overwrite: Replace an index that is there; it stays usable until the moment of the exchange.
         neighbours: FAISS factory string for searches by any column of features; ``Flat`` is exact.
         strict: Fail at the first image that cannot be read instead of skipping it.
+        embed: Embeds the images and writes them; other processes may do it.
         progress: Told of images done.
 
     Raises:
@@ -55,14 +100,11 @@ def write_index(
     try:
         with staged(target, overwrite=overwrite) as staging:
             schema = exemplar_schema(classifier.image_shape, dimensions, source.metadata_types)
-            writer = LanceWriter(staging / EXEMPLARS, schema, adapted.labels.vocabulary)
-            for batch in embedded(adapted, classifier, columns, report, strict=strict):
-                writer.write(stored_columns(batch, source.metadata_types))
-                progress("building", report.exemplars + report.skipped_count, len(source))
-            version = writer.commit()
             (staging / MODEL).write_bytes(classifier.to_bytes())
             for column in columns:
                 column.save(staging)
+            fragments = embed(BuildJob(staging, adapted, classifier, columns, schema, report, strict, progress))
+            version = _commit(staging, schema, fragments)
             _manifest(
                 adapted,
                 classifier,
@@ -84,6 +126,16 @@ def check_build(
     check_target(target, overwrite=overwrite)
     make_faiss_index(fitting_dimension(classifier.feature_dim, neighbours), Metric.L2, neighbours)
     check_trainable(neighbours, exemplars)
+
+
+def _commit(staging: Path, schema: pa.Schema, fragments: list[FragmentMetadata]) -> int:
+    """Make the fragments all that there is; what others wrote who were lost is removed. Returns Lance's version."""
+    dataset = committed(str(staging / EXEMPLARS), lance.LanceOperation.Overwrite(schema, fragments))
+    needed = {f"{EXEMPLARS}/{name}" for name in files_of(dataset)}
+    for path in (staging / DATA).iterdir():
+        if path.relative_to(staging).as_posix() not in needed:
+            path.unlink()
+    return int(dataset.version)
 
 
 def _manifest(

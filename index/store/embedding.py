@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from tmm_engine.index.errors import ImageError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.records import ImageRecord, UnreadableImage
+
+T = TypeVar("T")
 
 MAX_REPORTED = 20
 INDIGESTIBLE = "the model's features of this image are not finite numbers (is the image constant?)"
@@ -79,6 +82,84 @@ class EmbeddedBatch:
         return np.array([said if record.label is None else record.label for record, said in pairs], dtype=np.int64)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the images of a batch, for whoever counts them.
+
+    Attributes:
+        ids: Of those that are exemplars now, in order; so are the following.
+        labels: Theirs.
+        given: Which of these are their own.
+        predicted: The model's classes.
+        left_out: Those that could not be read, and after them those that the model cannot digest.
+        indigestible: How many of these are of the second kind.
+    """
+
+    ids: list[str]
+    labels: Int64[np.ndarray, "n"]
+    given: Bool[np.ndarray, "n"]
+    predicted: Int64[np.ndarray, "n"]
+    left_out: list[UnreadableImage]
+    indigestible: int
+
+
+class Intake:
+    """Checks and counts what comes in, batch by batch, in the order of the source.
+
+    Args:
+        source: Where it comes from, in the terms of the index.
+        classifier: Embeds it.
+        report: Where exemplars, skipped images and agreement are counted, and what should be known is noted.
+        strict: Fail at the first image that is left out.
+    """
+
+    def __init__(self, source: AdaptedSource, classifier: Classifier, report: BuildReport, *, strict: bool) -> None:
+        self._source, self._classifier, self._report, self._strict = source, classifier, report, strict
+        self._seen: set[str] = set()
+        self._indigestible = 0
+        self._tally, self._otherwise = Tally(source.labels.vocabulary), Tally(source.labels.vocabulary)
+        report.labels_predicted = not source.labelled
+
+    def take(self, outcome: Outcome) -> None:
+        """Count the next batch.
+
+        Raises:
+            InputError: an id is there twice, or, with `strict`, an image is left out.
+        """
+        for id_ in outcome.ids:
+            _check_new(id_, self._seen)
+            self._seen.add(id_)
+        for image in outcome.left_out:
+            pass_over(image, self._report, strict=self._strict)
+        self._indigestible += outcome.indigestible
+        self._report.exemplars += len(outcome.ids)
+        self._tally.count(outcome.labels, outcome.given, outcome.predicted)
+        otherwise = self._source.labels.read_otherwise(outcome.labels)
+        self._otherwise.count(otherwise, outcome.given, outcome.predicted)
+
+    def finish(self) -> None:
+        """Say what is to be said of all of it.
+
+        Raises:
+            InputError: no image could be read.
+            ModelError: the features of most images are not finite.
+        """
+        report, name = self._report, self._source.name
+        if self._indigestible > report.exemplars:
+            raise ModelError(
+                f"{name}: the model's features are not finite numbers for {self._indigestible:,} of "
+                f"{self._indigestible + report.exemplars:,} images; check the weights and what the model does to its "
+                f"input"
+            )
+        if not report.exemplars:
+            reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
+            raise InputError(f"{name}: no image could be read, nothing to index{reasons}")
+        report.remarks = (*self._classifier.notes, *self._source.remarks)
+        report.agreement, otherwise = self._tally.result(), self._otherwise.result()
+        if otherwise.agreeing > report.agreement.agreeing:
+            report.remarks += (OTHER_READING.format(report.agreement.share, otherwise.share),)
+
+
 def embedded(
     source: AdaptedSource,
     classifier: Classifier,
@@ -101,30 +182,45 @@ def embedded(
             unreadable.
         ModelError: the features of most images are not finite.
     """
-    report.labels_predicted = not source.labelled
-    tally, otherwise, indigestible = Tally(source.labels.vocabulary), Tally(source.labels.vocabulary), 0
-    records = readable_records(source, classifier, report, strict=strict)
-    for group in prefetched(grouped(records, forward_batch_size(classifier.image_shape))):
-        batch, bad = embed_records(group, classifier, columns)
-        indigestible += len(bad)
-        for image in bad:
-            pass_over(image, report, strict=strict)
-        if batch.records:
-            report.exemplars += len(batch.records)
-            tally.count(batch.labels, batch.given, batch.predicted)
-            otherwise.count(source.labels.read_otherwise(batch.labels), batch.given, batch.predicted)
+    intake = Intake(source, classifier, report, strict=strict)
+    for batch, outcome in embedded_batches(source, classifier, columns):
+        intake.take(outcome)
+        if batch is not None:
             yield batch
-    if indigestible > report.exemplars:
-        raise ModelError(
-            f"{source.name}: the model's features are not finite numbers for {indigestible:,} of "
-            f"{indigestible + report.exemplars:,} images; check the weights and what the model does to its input"
-        )
-    if not report.exemplars:
-        reasons = "".join(f"\n  {image.id}: {image.reason}" for image in report.skipped)
-        raise InputError(f"{source.name}: no image could be read, nothing to index{reasons}")
-    report.agreement = tally.result()
-    if otherwise.result().agreeing > report.agreement.agreeing:
-        report.remarks += (OTHER_READING.format(report.agreement.share, otherwise.result().share),)
+    intake.finish()
+
+
+def embedded_batches(
+    source: AdaptedSource, classifier: Classifier, columns: Sequence[FeatureColumn]
+) -> Iterator[tuple[EmbeddedBatch | None, Outcome]]:
+    """The exemplars of each batch, None where there are none, and what became of its images.
+
+    Batches are cut by the places of images in the source, whether or not these can be read: what is computed of an
+    image, to the last bit, does not depend on what others are like.
+
+    Args:
+        source: As for `embedded`, and so are the others.
+        classifier: See there.
+        columns: See there.
+    """
+    for items in prefetched(grouped(source.read(classifier.target), forward_batch_size(classifier.image_shape))):
+        records = [item for item in items if isinstance(item, ImageRecord)]
+        unreadable = [item for item in items if not isinstance(item, ImageRecord)]
+        if not records:
+            yield None, _nothing(unreadable, 0)
+            continue
+        batch, bad = embed_records(records, classifier, columns)
+        if not batch.records:
+            yield None, _nothing([*unreadable, *bad], len(bad))
+            continue
+        ids = [record.id for record in batch.records]
+        left_out = [*unreadable, *bad]
+        yield batch, Outcome(ids, batch.labels, batch.given, batch.predicted, left_out, len(bad))
+
+
+def _nothing(left_out: list[UnreadableImage], indigestible: int) -> Outcome:
+    """Of images none of which is an exemplar."""
+    return Outcome([], np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.int64), left_out, indigestible)
 
 
 def embed_records(
@@ -158,7 +254,7 @@ def readable_records(
     seen: set[str] = set()
     for record in source.read(classifier.target):
         if isinstance(record, ImageRecord):
-            _check_new(record, seen)
+            _check_new(record.id, seen)
             seen.add(record.id)
             yield record
         else:
@@ -166,9 +262,9 @@ def readable_records(
     report.remarks = (*classifier.notes, *source.remarks)
 
 
-def _check_new(record: ImageRecord, seen: Set[str]) -> None:
-    if record.id in seen:
-        raise InputError(f"expected different ids, got {record.id!r} twice; make the source's ids unique")
+def _check_new(id_: str, seen: Set[str]) -> None:
+    if id_ in seen:
+        raise InputError(f"expected different ids, got {id_!r} twice; make the source's ids unique")
 
 
 def pass_over(image: UnreadableImage, report: BuildReport, *, strict: bool) -> None:
@@ -178,7 +274,7 @@ def pass_over(image: UnreadableImage, report: BuildReport, *, strict: bool) -> N
     report.skip(image)
 
 
-def grouped(records: Iterator[ImageRecord], size: int) -> Iterator[list[ImageRecord]]:
-    """The records in order, so many at a time."""
-    while group := list(islice(records, size)):
+def grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """The items in order, so many at a time."""
+    while group := list(islice(items, size)):
         yield group

@@ -116,6 +116,13 @@ def stored_columns(batch: EmbeddedBatch, metadata_types: Iterable[str]) -> dict[
     }
 
 
+def rows_per_fragment(schema: pa.Schema) -> int:
+    """How many rows are written at a time, by their images and features."""
+    lists = [field.type for field in schema if pa.types.is_fixed_size_list(field.type)]
+    row_bytes = sum(kind.list_size * kind.value_type.bit_width // 8 for kind in lists)
+    return max(1, min(ROWS_PER_FRAGMENT, FRAGMENT_BYTES // row_bytes))
+
+
 def fixed_size_column(values: np.ndarray) -> pa.FixedSizeListArray:
     """An (n, …) array as a column of n fixed-size lists, without a copy."""
     flat = np.ascontiguousarray(values).reshape(len(values), -1)
@@ -160,7 +167,7 @@ class LanceWriter:
         table = rows.append_column(self._schema.field(ROW_DIGEST), digests).select(self._schema.names)
         self._pending.append(table)
         self._pending_rows += len(table)
-        if self._pending_rows >= self._rows_per_fragment():
+        if self._pending_rows >= rows_per_fragment(self._schema):
             self._flush()
 
     def finish(self) -> list[FragmentMetadata]:
@@ -171,14 +178,6 @@ class LanceWriter:
     def commit(self) -> int:
         """Make the rows readable as all that there is; returns the version."""
         return int(committed(str(self._path), lance.LanceOperation.Overwrite(self._schema, self.finish())).version)
-
-    def _rows_per_fragment(self) -> int:
-        row_bytes = sum(
-            field.type.list_size * field.type.value_type.bit_width // 8
-            for field in self._schema
-            if pa.types.is_fixed_size_list(field.type)
-        )
-        return max(1, min(ROWS_PER_FRAGMENT, FRAGMENT_BYTES // row_bytes))
 
     def _flush(self) -> None:
         if self._pending:

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from tmm_engine.serving.state import Serving
@@ -34,3 +35,9 @@ async def ready(state: Serving) -> Response:
     found = {name: collection.trouble is None for name, collection in state.collections.items()}
     content = Ready(ready=all(found.values()), collections=found)
     return JSONResponse(content.model_dump(), 200 if content.ready else 503)
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def metrics(state: Serving) -> Response:
+    """For Prometheus: requests, seconds by step and mode, queues, exemplars, memory, device."""
+    return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,53 @@
+"""Classifying by the neighbours in a collection."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from tmm_engine.classifying.classification import Classification, Classifications
+from tmm_engine.query import Query as Decoded
+from tmm_engine.query import answered
+from tmm_engine.results import FailedQuery
+from tmm_engine.serving.answering import answers, read
+from tmm_engine.serving.problems import documented
+from tmm_engine.serving.reading import CLASSIFY, bodies
+from tmm_engine.serving.schemas import ClassifyAnswer, ClassifyParameters
+from tmm_engine.serving.state import Chosen, Serving, may_read
+from tmm_engine.serving.wire import as_json
+
+router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
+
+
+@router.post(
+    "/collections/{name}/classify",
+    response_model=ClassifyAnswer,
+    openapi_extra=bodies(CLASSIFY),
+    responses=documented(400, 401, 404, 413, 415, 422, 503),
+)
+async def classify(
+    request: Request, collection: Chosen, state: Serving, _parameters: Annotated[ClassifyParameters, Query()]
+) -> Response:
+    """The class that the neighbours of each query say, and how far to trust it: asked as a search is."""
+    asked = await read(request, CLASSIFY, collection, state)
+    how, notes = asked.parameters, list[str]()
+
+    def ask(queries: Sequence[Decoded]) -> Classifications:
+        found = asked.shown.engine.classify(
+            [*queries], asked.options, alpha=how.alpha, outliers=how.outliers, calibration=how.calibration
+        )
+        state.metrics.searched([each.search for each in found])
+        notes.extend(found.notes)
+        return found
+
+    def work(queries: list[Decoded]) -> list[Classification | FailedQuery]:
+        return answered(queries, ask)
+
+    results = await answers(collection.thorough, asked, work, alone=True)
+    content = {
+        "collection": collection.name,
+        "version": asked.shown.version,
+        "notes": notes,
+        "results": [each.to_json() for each in results],
+    }
+    return Response(as_json(content), media_type="application/json")
