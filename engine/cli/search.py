@@ -15,6 +15,7 @@ from tmm_engine.cli.options import (
     source_options,
 )
 from tmm_engine.cli.output import echo_json
+from tmm_engine.cli.remote import is_address, remote_answers
 from tmm_engine.cli.settings import CommandWithSettings
 from tmm_engine.index.errors import InputError
 
@@ -42,7 +43,7 @@ FLAGS = {"settings": "set"}
 
 
 @click.command(cls=CommandWithSettings)
-@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("index")
 @click.argument("images", nargs=-1, metavar="[IMAGE]...", type=click.Path(path_type=Path))
 @click.option("--id", "ids", multiple=True, help="An exemplar of the index as the query; repeatable.")
 @click.option("--source", help="Queries from a data set, as build-index takes it.")
@@ -123,10 +124,12 @@ FLAGS = {"settings": "set"}
 @click.option("--png", type=click.Path(path_type=Path), help="Write a picture of queries and neighbours.")
 @model_option
 @device_option
-def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
+def search(index: str, images: tuple[Path, ...], **options: Any) -> None:
     """Find the exemplars of INDEX that the model sees as most like each IMAGE (files or folders).
 
-    An image among several that cannot be searched with has an error in its place; the exit code is then 1.
+    INDEX may be one of a server (engine serve): http://HOST:PORT/NAME; its key, if it has one, is in the environment's
+    TMM_ENGINE_API_KEY or TMM_ENGINE_READ_ONLY_API_KEY. An image among several that cannot be searched with has an error
+    in its place; the exit code is then 1.
 
     \b
     Examples:
@@ -134,12 +137,12 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
       engine search photos.idx query.png --where "label = 'cat'" --version 2
       engine search photos.idx queries/ --mode robust,l2,cosine --html answer.html --png answer.png
       engine search photos.idx query.png --explain --html why.html
+      engine search http://localhost:8000/photos query.png
       engine search photos.idx --id cat/001.png --mode tmm --candidates 2000 --json
       engine search mnist.idx --source mnist --root data --split test --limit 3 --mode tmm --set blend=added
     """
     from tmm_engine.cli.display import progress_bar
     from tmm_engine.engine import Engine
-    from tmm_engine.results import FailedQuery
 
     if not (images or options["ids"] or options["source"]):
         raise click.UsageError("no query: give image files or folders, --id, or --source")
@@ -152,8 +155,12 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{path}: its folder does not exist; create it first")
     asked = _asked(options)
+    if is_address(index):
+        results = remote_answers(index, images, asked, options)
+        _finish(results, options, index_name=index)
+        return
     opened = Engine.open(
-        index,
+        Path(index),
         model=options["model"],
         device=options["device"],
         cache_bytes=options["cache_images"],
@@ -168,7 +175,14 @@ def search(index: Path, images: tuple[Path, ...], **options: Any) -> None:
         queries = _queries(engine, images, options)
         with progress_bar() as progress:
             results = _answers(engine, queries, asked, progress)
-    _show(results, options, index_name=index.name)
+    _finish(results, options, index_name=Path(index).name)
+
+
+def _finish(results: "list[SearchResult | FailedQuery]", options: dict[str, Any], *, index_name: str) -> None:
+    """Show them; the exit code says whether there were answers to all."""
+    from tmm_engine.results import FailedQuery
+
+    _show(results, options, index_name=index_name)
     failed = sum(isinstance(result, FailedQuery) for result in results)
     if failed:
         raise InputError(f"{failed} of {len(results)} answers failed; see their places")

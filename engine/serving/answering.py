@@ -29,12 +29,14 @@ class Asked(Generic[Parameters]):
         parameters: How.
         options: As the engine takes them.
         queries: Decoded, or what is wrong with them.
+        single: Whether it is one query and no list.
     """
 
     shown: Shown
     parameters: Parameters
     options: SearchOptions
     queries: list[Query | FailedQuery]
+    single: bool
 
 
 async def read(
@@ -68,7 +70,8 @@ async def read(
             return found
         return [change(each, given.parameters) if isinstance(each, Query) else each for each in found]
 
-    return Asked(shown, given.parameters, options, await to_thread.run_sync(prepared, limiter=state.decoding))
+    queries = await to_thread.run_sync(prepared, limiter=state.decoding)
+    return Asked(shown, given.parameters, options, queries, given.single)
 
 
 async def answers(
@@ -99,6 +102,6 @@ async def answers(
         found = await asyncio.wrap_future(lane.ask(good, work, kind=kind))
     ready = iter(found)
     results = [next(ready) if isinstance(each, Query) else each for each in asked.queries]
-    if len(results) == 1 and isinstance(results[0], FailedQuery):
+    if asked.single and isinstance(results[0], FailedQuery):
         raise ImageError(results[0].error)
     return results

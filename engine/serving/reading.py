@@ -68,10 +68,12 @@ class Asked(Generic[Parameters]):
     Attributes:
         queries: At least one.
         parameters: How.
+        single: Whether it is one query and no list.
     """
 
     queries: list[Upload | Named]
     parameters: Parameters
+    single: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +124,11 @@ async def read_queries(request: Request, forms: Forms[Parameters], limits: Limit
         body = valid(forms.body, address | json_object(await request.body()))
         assert isinstance(body, QueriesBody)
         items = body.query if isinstance(body.query, list) else [body.query]
-        asked = Asked([_of_json(each, position) for position, each in enumerate(items)], body)
+        asked = Asked([_of_json(each, position) for position, each in enumerate(items)], body, items is not body.query)
     elif kind == FORM:
         asked = await _of_form(request, forms.form, address, limits)
     elif RAW.fullmatch(kind):
-        asked = Asked([Upload("query 0", await request.body())], valid(forms.parameters, address))
+        asked = Asked([Upload("query 0", await request.body())], valid(forms.parameters, address), single=True)
     else:
         raise HTTPException(
             415, f"expected a body of application/json, {FORM}, or image/…, got {kind or 'no content-type'!r}"
@@ -180,7 +182,8 @@ async def _of_form(
         named.setdefault(name, []).append(upload.content)
     body = valid(model, address | _several(fields, model) | named)
     assert isinstance(body, QueriesForm)
-    return Asked([*(upload for _, upload in uploads), *map(Named, body.id)], body)
+    queries = [*(upload for _, upload in uploads), *map(Named, body.id)]
+    return Asked(queries, body, single=len(queries) == 1)
 
 
 def _of_json(query: ImageQuery | ExemplarQuery, position: int) -> Upload | Named:

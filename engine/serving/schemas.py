@@ -112,6 +112,7 @@ class ClassifyParameters(Options):
     calibration: Annotated[
         str | None, Field(description="One that the index keeps, or leave-one-out; by default the mode's.")
     ] = None
+    pixels: Annotated[bool, Field(description="Add the search that it comes from, with all arrays.")] = False
 
 
 class ImageQuery(BaseModel):
@@ -434,6 +435,7 @@ class ClassificationAnswer(BaseModel):
     notes: list[str]
     hits: list[HitAnswer]
     explanation: ExplanationAnswer | None = None
+    search: ResultAnswer | None = Field(default=None, description="With pixels=true.")
 
 
 class ClassifyAnswer(BaseModel):

@@ -14,7 +14,7 @@ from tmm_engine.serving.problems import documented
 from tmm_engine.serving.reading import CLASSIFY, bodies
 from tmm_engine.serving.schemas import ClassifyAnswer, ClassifyParameters
 from tmm_engine.serving.state import Chosen, Serving, may_read
-from tmm_engine.serving.wire import as_json
+from tmm_engine.serving.wire import as_json, classified
 
 router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
 
@@ -48,6 +48,6 @@ async def classify(
         "collection": collection.name,
         "version": asked.shown.version,
         "notes": notes,
-        "results": [each.to_json() for each in results],
+        "results": [classified(each, pixels=how.pixels) for each in results],
     }
     return Response(as_json(content), media_type="application/json")
