@@ -21,6 +21,7 @@ SUMMARIES = {
     "candidates": "What do candidate sets and the global trigger give up?",
     "latency": "How long does every path take?",
     "ray": "What does a second machine bring?",
+    "scale": "How does every path grow with the number of exemplars?",
     "reliability": "What is lost or wrong under faults and hostile input?",
 }
 """By name, which is that of its file in `benchmarks/`: a line of help, so that listing them imports none."""

@@ -24,10 +24,11 @@ from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import ImageError, IndexStateError, InputError, member, printable
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.factories import EXACT
+from tmm_engine.index.neighbours.factories import EXACT, SearchPrecision
 from tmm_engine.index.neighbours.graph import DEFAULT_MEMORY
 from tmm_engine.index.neighbours.tuned import Tuned
 from tmm_engine.index.progress import Progress, silent
+from tmm_engine.index.sizes import parse_size
 from tmm_engine.index.sources.adapted import AdaptedSource
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.index.sources.opening import SourceLike, as_source
@@ -93,6 +94,8 @@ class Engine:
         backend: str = Backend.AUTO,
         version: int | None = None,
         verify: bool = False,
+        memory: str | int | None = None,
+        search_precision: str | None = None,
     ) -> "Engine":
         """Open an index made by `build_index` or `engine build-index`.
 
@@ -108,10 +111,16 @@ class Engine:
             version: An older version, as `versions` numbers them; None is the newest.
             verify: Compare the content of every file with what was written, not only of those that are small: takes as
                 long as reading all of it.
+            memory: What the process may hold between searches, as in ``"2GiB"``: features beyond it are read from the
+                disk, or the system's cache of it, with each search; images have at most a quarter of it. None: all
+                stays that fits `cache_bytes`, and all features that were searched.
+            search_precision: Of what is looked at for every exemplar: ``fp32`` is exact, ``fp16`` and ``int8`` read a
+                half and a quarter, with the best scored again in fp32; each answer notes how far both agree.
+                None: as the index was tuned or built to be searched.
 
         Raises:
-            InputError: a device or precision that this machine does not have, or a cache smaller than one chunk of
-                images.
+            InputError: a bound on memory with no room for one block of features, a device or precision that this
+                machine does not have, or a cache smaller than one chunk of images.
             IndexStateError: no index there, of another format version, or damaged.
             ModelError: the model cannot be rebuilt, or is not the one that the features were computed with.
         """
@@ -123,6 +132,8 @@ class Engine:
             backend=member(Backend, backend),
             version=version,
             verify=verify,
+            memory=None if memory is None else parse_size(memory),
+            search_precision=None if search_precision is None else member(SearchPrecision, search_precision),
         )
         return cls(Snapshot.open(Path(path), opening), opening=opening)
 

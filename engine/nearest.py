@@ -1,5 +1,6 @@
-"""Neighbours by FAISS over the columns of one store: the modes robust, l2 and cosine, and candidates for TMM-NN."""
+"""Neighbours over the columns of one store: the modes robust, l2 and cosine, and candidates for TMM-NN."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,11 +11,12 @@ from jaxtyping import Float32, Float64, Int64
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache
-from tmm_engine.index.neighbours.factories import EXACT, Effort
+from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision
+from tmm_engine.index.neighbours.matrices import Matrices
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
 from tmm_engine.index.neighbours.search import Neighbours
-from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.index.store.exemplars import ExemplarStore, Subset
 from tmm_engine.options import Prefilter
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
 from tmm_engine.rerank.recognise import Recognised, recognise_nearest
@@ -30,12 +32,14 @@ class Nearest:
         scores: Minus the L2 distance, or the cosine similarity.
         query: The features that they are nearest to; where the query was recognised, moved to the exemplar's.
         recognised: The exemplar that the query may be a copy of, where that was asked.
+        agreement: As `index.neighbours.search.Found` has it.
     """
 
     rows: Int64[np.ndarray, "k"]
     scores: Float64[np.ndarray, "k"]
     query: Float32[np.ndarray, "d"]
     recognised: Recognised | None = None
+    agreement: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,13 +91,15 @@ class Compared:
 
 
 class NearestSearch:
-    """Searches one store by metric; each FAISS index is made when it is first needed.
+    """Searches one store by metric; each column is read, and each FAISS index made, when it is first needed.
 
     Args:
         store: The exemplars.
         factory: FAISS factory string.
         effort: How thoroughly an approximate index is searched.
         cache: Where FAISS indexes are kept, if anywhere.
+        matrices: Of the store's columns; by default in memory.
+        precision: That was asked for, so that answers say how far it agrees with what is scored again.
     """
 
     def __init__(
@@ -103,9 +109,22 @@ class NearestSearch:
         factory: str = EXACT,
         effort: Effort | None = None,
         cache: FaissCache | None = None,
+        matrices: Matrices | None = None,
+        precision: SearchPrecision | None = None,
     ) -> None:
+        self.precision = precision
         self._store, self._factory, self._effort, self._cache = store, factory, effort, cache
+        self._matrices = matrices or Matrices(store)
         self._made: dict[tuple[Metric, str], Neighbours] = {}
+        self._guard = threading.Lock()
+
+    def among(self, store: Subset) -> "NearestSearch":
+        """Exact search among some of the exemplars."""
+        return NearestSearch(store, matrices=self._matrices.among(store))
+
+    def by(self, factory: str) -> "NearestSearch":
+        """Another search of the same exemplars, whose indexes are kept nowhere."""
+        return NearestSearch(self._store, factory=factory, matrices=self._matrices)
 
     def search(self, compared: Compared, *, k: int, timings: Timings) -> list[Nearest]:
         """The nearest exemplars of every query.
@@ -126,13 +145,12 @@ class NearestSearch:
         if compared.gate is not None:
             recognised = self.recognised(compared.gate, compared.metric, timings)
             with timings.step("recognition"):
-                pairs = zip(features, recognised, strict=True)
-                features = np.stack([self._moved(own, copy, compared.column) for own, copy in pairs])
+                features = _moved(features, recognised, neighbours)
         with timings.step("neighbours"):
-            found = neighbours.search(features, k=k)
+            found = neighbours.ranked(features, k=k)
         return [
-            Nearest(*pair, query=query, recognised=copy)
-            for pair, query, copy in zip(found, features, recognised, strict=True)
+            Nearest(own.rows, own.scores, query=query, recognised=copy, agreement=own.agreement)
+            for own, query, copy in zip(found, features, recognised, strict=True)
         ]
 
     def recognised(self, gate: Gate, metric: Metric, timings: Timings) -> list[Recognised | None]:
@@ -168,7 +186,14 @@ class NearestSearch:
 
     def with_effort(self, effort: Effort) -> "NearestSearch":
         """The same FAISS indexes, searched more or less thoroughly."""
-        other = NearestSearch(self._store, factory=self._factory, effort=effort, cache=self._cache)
+        other = NearestSearch(
+            self._store,
+            factory=self._factory,
+            effort=effort,
+            cache=self._cache,
+            matrices=self._matrices,
+            precision=self.precision,
+        )
         other._made = {key: made.with_effort(effort) for key, made in self._made.items()}
         return other
 
@@ -178,22 +203,24 @@ class NearestSearch:
             made.keep(cache)
 
     @property
+    def backend(self) -> str:
+        """What compares a query with the exemplars."""
+        return "matrix products, fp32" if self._factory == EXACT else f"FAISS {self._factory}"
+
+    @property
+    def exemplars(self) -> int:
+        """How many are searched."""
+        return len(self._store)
+
+    @property
     def beside(self) -> int:
         """How many rows the FAISS indexes that were used so far do not know, so that they are looked at one by one."""
         return max((made.beside for made in self._made.values()), default=0)
 
     def close(self) -> None:
-        """Let go of the FAISS indexes."""
+        """Let go of indexes and matrices."""
         self._made.clear()
-
-    def _moved(
-        self, features: Float32[np.ndarray, "d"], copy: Recognised | None, column: str
-    ) -> Float32[np.ndarray, "d"]:
-        """A query's features, by the share to which it is a copy at the exemplar's."""
-        if copy is None:
-            return features
-        exemplar = self._store.features(np.array([copy.row]), column=column)[0]
-        return copy.moved(torch.from_numpy(features), torch.tensor(exemplar)).numpy()  # a store's may be read-only
+        self._matrices.close()
 
     def _neighbours(self, metric: Metric, column: str, timings: Timings) -> Neighbours:
         if column not in self._store.feature_columns:
@@ -201,9 +228,30 @@ class NearestSearch:
                 "the index has no features of images with their contrast stretched: build it with descriptors (views=1 "
                 "or more) or a global trigger (global_trigger=…), or search with stretch=False"
             )
-        if (metric, column) not in self._made:
-            with timings.step("loading features"):
-                self._made[metric, column] = Neighbours(
-                    self._store, metric, column=column, factory=self._factory, effort=self._effort, cache=self._cache
-                )
-        return self._made[metric, column]
+        with self._guard:  # searches at the same time would each make them
+            if (metric, column) not in self._made:
+                with timings.step("loading features"):
+                    self._made[metric, column] = Neighbours(
+                        self._store,
+                        metric,
+                        column=column,
+                        factory=self._factory,
+                        effort=self._effort,
+                        cache=self._cache,
+                        matrices=self._matrices,
+                    )
+            return self._made[metric, column]
+
+
+def _moved(
+    features: Float32[np.ndarray, "q d"], recognised: Sequence[Recognised | None], neighbours: Neighbours
+) -> Float32[np.ndarray, "q d"]:
+    """Each query's features, by the share to which it is a copy at the exemplar's."""
+    copies = [(place, copy) for place, copy in enumerate(recognised) if copy is not None]
+    if not copies:
+        return features
+    moved, exemplars = features.copy(), neighbours.features(np.array([copy.row for _, copy in copies]))
+    for (place, copy), exemplar in zip(copies, exemplars, strict=True):
+        own = torch.from_numpy(features[place])
+        moved[place] = copy.moved(own, torch.tensor(exemplar)).numpy()  # a store's may be read-only
+    return moved

@@ -9,6 +9,7 @@ from tmm_engine.backends import Backend, choose_backbone, choose_device
 from tmm_engine.index.descriptors.columns import ROBUST_FEATURE, Describer, describer_of
 from tmm_engine.index.errors import ModelError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.index.neighbours.factories import SearchPrecision
 from tmm_engine.index.store.lance_store import LanceStore
 from tmm_engine.index.store.manifest import EXEMPLARS, MODEL, Manifest
 from tmm_engine.index.store.target import recover
@@ -50,6 +51,8 @@ class Opening:
     backend: Backend = Backend.AUTO
     version: int | None = None
     verify: bool = False
+    memory: int | None = None
+    search_precision: SearchPrecision | None = None
 
 
 def open_parts(path: Path, opening: Opening) -> Parts:

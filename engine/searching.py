@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, UInt8
 
 from tmm_engine.explaining import Asked, Explainer
 from tmm_engine.index.batches import forward_batch_size
@@ -17,10 +17,12 @@ from tmm_engine.index.errors import ImageError, InputError
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.names import spelled
+from tmm_engine.index.neighbours.factories import SearchPrecision
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.progress import Progress
+from tmm_engine.index.sources.records import Metadata
 from tmm_engine.index.store.embedding import predict
-from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.index.store.exemplars import ExemplarStore, Subset
 from tmm_engine.nearest import Compared, Gate, NearestSearch
 from tmm_engine.options import Mode, Prefilter, SearchOptions
 from tmm_engine.query import Query
@@ -48,6 +50,7 @@ class _Found:
         features: φ(x_q), of the stretched image where the search stretches.
         ranked_by: What all exemplars were ranked by.
         ranking: Of TMM-NN, if it was that.
+        agreement: Of search in less than fp32 with what is scored again.
     """
 
     rows: Int64[np.ndarray, "k"]
@@ -58,10 +61,52 @@ class _Found:
     features: Float32[np.ndarray, "d"]
     ranked_by: RankedBy
     ranking: Ranking | None = None
+    agreement: float = 1.0
+
+    @property
+    def original(self) -> int | None:
+        """The exemplar that the query is taken for, if it is."""
+        recognised = self.recognised
+        return None if recognised is None or recognised.share < 0.5 else recognised.row
+
+    @property
+    def visible(self) -> Int64[np.ndarray, "rows"]:
+        """The rows whose images an answer looks at: its hits, and the exemplar that was recognised."""
+        return self.rows if self.original is None else np.append(self.rows, self.original)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shown:
+    """What is shown of the exemplars in the answers to a list, read at once.
+
+    Attributes:
+        places: Of the rows' images.
+        images: Of all of them.
+        metadata: By row.
+    """
+
+    places: dict[int, int]
+    images: UInt8[np.ndarray, "n c h w"]
+    metadata: dict[int, Metadata]
+
+    @classmethod
+    def of(cls, store: ExemplarStore, answers: list[Int64[np.ndarray, "_"]]) -> "_Shown":
+        """Of all rows in some answers."""
+        rows = np.unique(np.concatenate([np.empty(0, np.int64), *answers]))
+        own = rows.tolist()
+        return cls(
+            {row: place for place, row in enumerate(own)},
+            store.images(rows),
+            dict(zip(own, store.metadata(rows), strict=True)),
+        )
+
+    def image(self, row: int) -> UInt8[np.ndarray, "c h w"]:
+        """Of one exemplar."""
+        return self.images[self.places[row]]
 
 
 class Searcher:
-    """Answers searches over one store's exemplars: descriptors, L2 and cosine with FAISS, or TMM-NN.
+    """Answers searches over one store's exemplars: descriptors, L2 and cosine, or TMM-NN.
 
     Args:
         classifier: Embeds the queries as it embedded the exemplars: unlike `tmm.classifier`, without any rearrangement.
@@ -95,14 +140,19 @@ class Searcher:
         """Of the store's descriptors, if it has them."""
         return self._describer
 
-    def over(self, store: ExemplarStore) -> "Searcher":
-        """The same over other exemplars with features of the same classifier; L2 and cosine are exact there."""
+    @property
+    def nearest(self) -> NearestSearch:
+        """What finds the nearest exemplars."""
+        return self._nearest
+
+    def over(self, store: Subset) -> "Searcher":
+        """The same over some of the exemplars, where search is exact."""
         tmm = self._tmm.over(store)
-        nearest = NearestSearch(store)
+        nearest = self._nearest.among(store)
         return Searcher(self._classifier, tmm, self._describer, vocabulary=self._vocabulary, nearest=nearest)
 
     def close(self) -> None:
-        """Let go of the FAISS indexes."""
+        """Let go of what was made of the columns."""
         self._nearest.close()
 
     def search(self, queries: list[Query], options: SearchOptions, progress: Progress) -> list[SearchResult]:
@@ -138,9 +188,11 @@ class Searcher:
         if options.explain:
             with timings.step("explanation"):
                 explanations = [*self._explanations(found)]
+        with timings.step("reading"):
+            shown = _Shown.of(self._store, [own.visible for own in found])
         return [
-            (self._result(query, own, explanation, options, timings.of(position)), own.ranked_by)
-            for position, (query, own, explanation) in enumerate(zip(queries, found, explanations, strict=True))
+            (self._result(query, own, options, explanation=said, shown=shown, timings=timings.of(place)), own.ranked_by)
+            for place, (query, own, said) in enumerate(zip(queries, found, explanations, strict=True))
         ]
 
     @cached_property
@@ -189,6 +241,7 @@ class Searcher:
                 own.recognised,
                 plain,
                 ByVector(own.query, compared.column, compared.metric),
+                agreement=own.agreement,
             )
             for own, predicted, plain in zip(nearest, compared.predicted, compared.plain, strict=True)
         ]
@@ -323,20 +376,29 @@ class Searcher:
         self,
         query: Query,
         found: _Found,
-        explanation: Explanation | None,
         options: SearchOptions,
+        *,
+        explanation: Explanation | None,
+        shown: _Shown,
         timings: dict[str, float],
     ) -> SearchResult:
         ranking, recognised = found.ranking, found.recognised
-        original = None if recognised is None or recognised.share < 0.5 else str(self._store.ids[recognised.row])
+        original = None if found.original is None else str(self._store.ids[found.original])
         true_label, true_class = self._true(query)
         notes = [f"the query was {assumption}" for assumption in query.assumed]
         if true_class is not None and true_label is None:
             notes.append(f"the query's label {true_class!r} is none of the index's")
         if ranking is not None and isinstance(options.tmm.head, TunedHead):
             notes += self._tmm.classes.notes
-        if recognised is not None and original is not None and not self._shows(query, recognised.row):
+        if found.original is not None and not np.array_equal(
+            np.rint(query.pixels * 255.0), shown.image(found.original)
+        ):
             notes.append(f"recognised as {original}: ranked by what is like that exemplar")
+        precision = self._nearest.precision
+        if ranking is None and precision not in (None, SearchPrecision.FP32):
+            notes.append(
+                f"looked for in {precision}, the best again in fp32: {found.agreement:.0%} of hits were so before"
+            )
         if len(found.rows) < options.k:
             notes.append(
                 f"k = {options.k} is more than the {found.scored} exemplars scored: returned {len(found.rows)}"
@@ -344,7 +406,7 @@ class Searcher:
         return SearchResult(
             query=query.name,
             mode=str(options.mode),
-            hits=self._hits(found.rows, found.scores, None if ranking is None else ranking.confidences),
+            hits=self._hits(found.rows, found.scores, None if ranking is None else ranking.confidences, shown=shown),
             predicted_label=found.predicted,
             predicted_class=self._vocabulary.class_names[found.predicted],
             true_label=true_label,
@@ -352,7 +414,7 @@ class Searcher:
             scored=found.scored,
             exemplars=len(self._store),
             config=options.tmm.to_json() if ranking else None,
-            backend=self.backend if ranking else "FAISS",
+            backend=self.backend if ranking else self._nearest.backend,
             timings=timings,
             notes=tuple(notes),
             recognised_as=original,
@@ -372,18 +434,15 @@ class Searcher:
             return None, None
         return (query.label, names[query.label]) if 0 <= query.label < len(names) else (None, str(query.label))
 
-    def _shows(self, query: Query, row: int) -> bool:
-        """Whether the query is the exemplar itself, pixel by pixel."""
-        return np.array_equal(np.rint(query.pixels * 255.0), self._store.images(np.array([row]))[0])
-
     def _hits(
         self,
         rows: Int64[np.ndarray, "k"],
         scores: Float[np.ndarray, "k"],
         confidences: Float[np.ndarray, "_"] | None = None,
+        *,
+        shown: _Shown | None = None,
     ) -> tuple[Hit, ...]:
-        store = self._store
-        images, metadata = store.images(rows), store.metadata(rows)
+        store, shown = self._store, shown or _Shown.of(self._store, [rows])
         names, predicted = self._vocabulary.names, store.predictions(rows).tolist()
         return tuple(
             Hit(
@@ -397,10 +456,10 @@ class Searcher:
                 predicted_class=names[predicted[rank]],
                 score=float(scores[rank]),
                 confidence=None if confidences is None else float(confidences[rank]),
-                metadata=metadata[rank],
-                image=images[rank],
+                metadata=dict(shown.metadata[row]),
+                image=shown.image(row),
             )
-            for rank, row in enumerate(rows)
+            for rank, row in enumerate(rows.tolist())
         )
 
 

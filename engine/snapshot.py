@@ -11,8 +11,11 @@ from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.names import spelled
+from tmm_engine.index.neighbours.budget import Budget, held_memory
 from tmm_engine.index.neighbours.cache import FaissCache
-from tmm_engine.index.neighbours.factories import EXACT, Effort
+from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision
+from tmm_engine.index.neighbours.matrices import Matrices
+from tmm_engine.index.neighbours.matrix import MatrixCache
 from tmm_engine.index.neighbours.tuned import Tuned
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.exemplars import ExemplarStore, Subset
@@ -75,6 +78,8 @@ class Snapshot:
         describer: Describer | None = None,
         manifest: Manifest | None = None,
         path: Path | None = None,
+        budget: Budget | None = None,
+        search_precision: SearchPrecision | None = None,
     ) -> "Snapshot":
         """From its parts.
 
@@ -91,6 +96,8 @@ class Snapshot:
             describer: Of its descriptors, if it has them.
             manifest: Of an index on disk.
             path: Its folder.
+            budget: Of memory for its features.
+            search_precision: That `neighbours` stands for, where one was asked for.
 
         Raises:
             InputError: a precision that the device does not have, or a cache smaller than one chunk of images.
@@ -104,21 +111,31 @@ class Snapshot:
             global_trigger=global_trigger,
         )
         cache = _cache(path, manifest, store) if path and manifest else None
-        nearest = NearestSearch(store, factory=neighbours, effort=effort, cache=cache)
+        kept = MatrixCache(cache.folder, cache.content, budget or Budget()) if cache else None
+        matrices = Matrices(store, kept)
+        nearest = NearestSearch(
+            store, factory=neighbours, effort=effort, cache=cache, matrices=matrices, precision=search_precision
+        )
         searcher = Searcher(classifier, tmm, describer, vocabulary=vocabulary, nearest=nearest)
         return cls(classifier, store, vocabulary, searcher, _rows(store), global_trigger, manifest=manifest, path=path)
 
     @classmethod
     def open(cls, path: Path, opening: Opening) -> "Snapshot":
         """A version of an index on disk; see `Engine.open`."""
-        parts = open_parts(path, opening)
+        parts, precision = open_parts(path, opening), opening.search_precision
+        images, budget = opening.cache_bytes, Budget()
+        if opening.memory is not None:
+            images = min(images, opening.memory // 4)
+            budget = Budget.beside(opening.memory, held=held_memory(), images=images)
         return cls.of(
             parts.classifier,
             parts.store,
             vocabulary=parts.manifest.vocabulary,
-            neighbours=parts.manifest.neighbours,
-            effort=parts.manifest.effort,
-            cache_bytes=opening.cache_bytes,
+            neighbours=parts.manifest.neighbours if precision is None else precision.factory,
+            effort=parts.manifest.effort if precision is None else Effort(),
+            cache_bytes=images,
+            budget=budget,
+            search_precision=precision,
             precision=opening.precision,
             backbone=parts.backbone,
             global_trigger=parts.global_trigger,
@@ -171,7 +188,8 @@ class Snapshot:
             self.searcher.compared(queries, options, Timings(len(queries)))
             for queries in sample_queries(self.store, sample)
         )
-        tuner = Tuner(self.store, Sample(clean, noisy), mode=str(mode), k=min(k, len(self.store)), progress=progress)
+        exact = self.searcher.nearest.by(EXACT)
+        tuner = Tuner(exact, Sample(clean, noisy), mode=str(mode), k=min(k, len(self.store)), progress=progress)
         return tuner.best(factories or usual_factories(len(self.store)), recall=recall)
 
     def search(

@@ -5,6 +5,7 @@ A sample of its exemplars is searched for, as they are and changed as light, cam
 for, the fastest is taken; that may be exact search.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -78,16 +79,15 @@ class Tuner:
     """Measures one store's searches.
 
     Args:
-        store: The exemplars.
+        exact: Exact search of the exemplars.
         sample: What is searched for.
         mode: Whose answers are compared; said only.
         k: Of how many neighbours.
         progress: Told of what has been tried.
     """
 
-    def __init__(self, store: ExemplarStore, sample: Sample, *, mode: str, k: int, progress: Progress) -> None:
-        self._store, self._sample, self._mode, self._k, self._progress = store, sample, mode, k, progress
-        self._exact = NearestSearch(store)
+    def __init__(self, exact: NearestSearch, sample: Sample, *, mode: str, k: int, progress: Progress) -> None:
+        self._exact, self._sample, self._mode, self._k, self._progress = exact, sample, mode, k, progress
         self._clean, self._noisy = (self._answers(self._exact, own) for own in (sample.clean, sample.noisy))
 
     def best(self, factories: Sequence[str], *, recall: float) -> tuple[Tuned, NearestSearch]:
@@ -101,19 +101,28 @@ class Tuner:
             InputError: a factory string that FAISS does not know, or cannot train with so few exemplars.
         """
         for factory in factories:
-            check_trainable(factory, len(self._store))
+            check_trainable(factory, self._exact.exemplars)
         best = self.tuned(EXACT, Effort(), (1.0, 1.0), self._exact, recall), self._exact
         for number, factory in enumerate(factories):
             self._progress("trying factories", number, len(factories))
-            search = NearestSearch(self._store, factory=factory)
-            for effort in efforts(factory):
-                search = search.with_effort(effort)
-                if min(found := self.recalls(search)) >= recall:
-                    measured = self.tuned(factory, effort, found, search, recall)
-                    best = min(best, (measured, search), key=lambda one: one[0].milliseconds)
-                    break
+            measured, search = self.tried(factory, recall=recall)
+            if min(measured.recall_clean, measured.recall_noise) >= recall:
+                best = min(best, (measured, search), key=lambda one: one[0].milliseconds)
         self._progress("trying factories", len(factories), len(factories))
         return best
+
+    def tried(self, factory: str, *, recall: float) -> tuple[Tuned, NearestSearch]:
+        """With the least effort that finds enough, or else with the most.
+
+        Raises:
+            InputError: as `best`.
+        """
+        search = self._exact.by(factory)
+        for effort in efforts(factory):
+            search = search.with_effort(effort)
+            if min(found := self.recalls(search)) >= recall:
+                break
+        return self.tuned(factory, effort, found, search, recall), search
 
     def recalls(self, search: NearestSearch) -> tuple[float, float]:
         """(of exemplars as they are, of changed ones): the share of the exact answer that is found."""
@@ -142,9 +151,9 @@ class Tuner:
             mode=self._mode,
             k=self._k,
             queries=len(asked.features),
-            exemplars=len(self._store),
-            recall_clean=round(recalls[0], 4),
-            recall_noise=round(recalls[1], 4),
+            exemplars=self._exact.exemplars,
+            recall_clean=math.floor(1e4 * recalls[0]) / 1e4,  # down, so that what falls short is never said to do
+            recall_noise=math.floor(1e4 * recalls[1]) / 1e4,
             milliseconds=round(own, 3),
             exact_milliseconds=round(exact, 3),
         )

@@ -20,6 +20,7 @@ from tmm_engine.index.errors import IndexStateError, InputError, ModelError, Tmm
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.graph import GraphCache
+from tmm_engine.index.neighbours.matrix import MatrixCache
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.store.changes import rebuild_features
 from tmm_engine.index.store.commit import leftovers, remove_leftovers
@@ -275,7 +276,7 @@ def _parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _damaged_caches(index: Path, manifest: Manifest, done: Verification) -> list[Path]:
     """Caches that are not what was written; notes what could not be looked at."""
-    kinds = (FaissCache, GraphCache, OwnCalibrations)
+    kinds = (FaissCache, GraphCache, MatrixCache, OwnCalibrations)
     damaged = [path for kind in kinds for path in kind(index / CACHE, manifest.content).check(manifest.exemplars)]
     try:
         return damaged + damaged_graphs(index)

@@ -66,7 +66,7 @@ def found(engine: Engine, query, **options) -> list[tuple[str, float]]:
 
 def test_it_is_the_default_and_says_what_it_did(engine: Engine):
     result = engine.search(noisy(12), k=5)
-    assert (result.mode, result.config, result.scored, result.backend) == ("robust", None, N, "FAISS")
+    assert (result.mode, result.config, result.scored, result.backend) == ("robust", None, N, "matrix products, fp32")
     assert result.score_meaning == "cosine similarity of robust descriptors"
     assert all(hit.confidence is None for hit in result.hits)
     assert result.hits[0].id == result.recognised_as == "0012"

@@ -56,6 +56,8 @@ def searched(index: Path, factory: str) -> None:
     effort = [*efforts(factory)][-1]
     tuned = replace(tuned, factory=factory, ef_search=effort.ef_search, nprobe=effort.nprobe, rerank=30)
     replace(manifest, neighbours=factory, tuned=tuned).write(index)
+    for kept in (index / "cache").glob("*.faiss*"):  # of what tuning chose, which depends on the machine
+        kept.unlink()
 
 
 def found(index: Path, *modes: dict[str, Any]) -> list[list[list[tuple[str, float]]]]:

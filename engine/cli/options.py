@@ -1,14 +1,14 @@
 """Options that several commands share, and how their texts are read. Nothing heavy is imported."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from tmm_engine.index.errors import nearest
+from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.sizes import parse_size
 
 if TYPE_CHECKING:
     from tmm_engine.cluster.connection import RayOptions
@@ -90,14 +90,12 @@ def ratio(context: click.Context, parameter: click.Parameter, text: str | None) 
     return value
 
 
-def size_in_bytes(context: click.Context, parameter: click.Parameter, text: str) -> int:
+def size_in_bytes(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     """Parse `4GiB`, `512 MB` or a plain number of bytes."""
-    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    match = re.fullmatch(r"([0-9.]+) *([A-Za-z]*)", text.strip())
     try:
-        return int(float(match[1]) * units[match[2].upper()]) if match else int(text)
-    except (KeyError, ValueError):
-        raise click.BadParameter(f"expected a size like 512MiB or 4GiB, got {text!r}") from None
+        return None if text is None else parse_size(text)
+    except InputError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 source_options = joined(

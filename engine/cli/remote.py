@@ -19,6 +19,8 @@ HERE_ONLY = {
     "limit": None,
     "precision": "fp32",
     "backend": "auto",
+    "memory": None,
+    "search_precision": None,
     "version": None,
     "verify": False,
     "model": None,
@@ -44,7 +46,7 @@ def remote_answers(
 
     for name, default in HERE_ONLY.items():
         if options[name] != default:
-            raise click.UsageError(f"--{name} has no effect on an index that is on a server")
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect on an index that is on a server")
     key = os.environ.get(READING) or os.environ.get(WRITING)
     results: list[SearchResult | FailedQuery] = []
     with Client(address, key=key) as client:

@@ -12,6 +12,7 @@ from tmm_engine.cli.options import (
     modes,
     opened_source,
     ratio,
+    size_in_bytes,
     source_options,
 )
 from tmm_engine.cli.output import echo_json
@@ -118,6 +119,14 @@ FLAGS = {"settings": "set"}
     "(--html) and in --json.",
 )
 @cache_option
+@click.option(
+    "--memory", callback=size_in_bytes, help="What the process may hold between searches, as 2GiB. Default: no bound."
+)
+@click.option(
+    "--search-precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Look at all exemplars, in these numbers, and at the best again in fp32. Default: as the index was tuned.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON line per query and mode instead of tables.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page of queries and neighbours.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a Parquet file with a row for every neighbour.")
@@ -168,6 +177,8 @@ def search(index: str, images: tuple[Path, ...], **options: Any) -> None:
         backend=options["backend"],
         version=options["version"],
         verify=options["verify"],
+        memory=options["memory"],
+        search_precision=options["search_precision"],
     )
     with opened as engine:
         if "tmm" in options["modes"]:

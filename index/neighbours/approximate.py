@@ -13,6 +13,8 @@ from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache, Kept
 from tmm_engine.index.neighbours.factories import (
     EXACT,
+    HALF,
+    LARGEST_HALF,
     Effort,
     check_trainable,
     fitting_dimension,
@@ -85,23 +87,31 @@ class Approximate:
         """How many rows are looked at one by one."""
         return len(self._beside)
 
+    def size(self) -> int:
+        """Bytes that it takes in memory."""
+        counted = _Counted()
+        _untyped.write_index(self._index, _untyped.PyCallbackIOWriter(counted))
+        return counted.total + self._others.nbytes
+
     def search(self, xq: Float32[np.ndarray, "q d"], *, fetch: int) -> Int64[np.ndarray, "q found"]:
-        """Rows of candidates for each query, in no order; −1 where fewer were found.
+        """Rows of candidates for each query, best first by what the index knows; −1 where fewer were found.
 
         Args:
             xq: As `vectors.comparable` makes them.
             fetch: How many of the index, and as many of the rows beside it.
         """
-        _, found = self._index.search(
+        distances, found = self._index.search(
             filled(xq, self._index.d), min(fetch, self._index.ntotal), params=self._parameters()
         )
         if self._rows is not None:
             found = np.where(found >= 0, self._rows[found], -1)
         if not len(self._beside) or not len(xq):
             return found
-        kind = faiss.METRIC_INNER_PRODUCT if self._metric is Metric.COSINE else faiss.METRIC_L2
-        _, near = faiss.knn(xq, self._others, min(fetch, len(self._beside)), metric=kind)
-        return np.concatenate([found, np.where(near >= 0, self._beside[near], -1)], axis=1)
+        kind, sign = (faiss.METRIC_INNER_PRODUCT, -1) if self._metric is Metric.COSINE else (faiss.METRIC_L2, 1)
+        others, near = faiss.knn(xq, self._others, min(fetch, len(self._beside)), metric=kind)
+        found = np.concatenate([found, np.where(near >= 0, self._beside[near], -1)], axis=1)
+        order = np.argsort(sign * np.concatenate([distances, others], axis=1), axis=1, kind="stable")
+        return np.take_along_axis(found, order, axis=1)
 
     def _parameters(self) -> faiss.SearchParameters | None:
         if (clusters := faiss.try_extract_index_ivf(self._index)) is not None:
@@ -129,6 +139,16 @@ class Approximate:
         return kept
 
 
+class _Counted:
+    """Takes what is written, and counts it."""
+
+    total = 0
+
+    def __call__(self, content: bytes) -> int:
+        self.total += len(content)
+        return len(content)
+
+
 def cache_name(metric: Metric, factory: str, column: str) -> str:
     """Of the file that holds such an index of such a column."""
     return f"{metric} {factory}" if column == FEATURE else f"{metric} {factory} {column}"
@@ -147,6 +167,8 @@ def built(store: ExemplarStore, metric: Metric, *, column: str, factory: str) ->
         if not index.is_trained:
             index.train(filled(taken(store, _sample(index, len(store)), column, metric), dimension))
         for features in scanned(store, column, metric):
+            if HALF in factory and np.abs(features).max(initial=0) > LARGEST_HALF:
+                raise InputError(f"fp16 holds numbers up to {LARGEST_HALF:,.0f}, some features are larger: use fp32")
             index.add(filled(features, dimension))
     except RuntimeError as error:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 
 import faiss
 
@@ -10,6 +11,8 @@ from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.store.where import shortened
 
 EXACT = "Flat"
+HALF = "SQfp16"
+LARGEST_HALF = 65504.0
 # FAISS ends the process, or does not come back, for strings such as HNSW0, PQ0 or NSG1: these forms are safe.
 FACTORIES = re.compile(
     r"(IVF(?P<lists>[1-9]\d{0,5}),)?(IDMap,)?(Flat|SQ[468]|SQfp16|PQ(?P<codes>[1-9]\d{0,3}))"
@@ -18,6 +21,19 @@ FACTORIES = re.compile(
 CODES = 256  # centroids of a product quantizer, each of which needs an exemplar to train on
 RERANK = 4  # candidates of an approximate search, for each neighbour wanted, that are scored exactly
 MOST_RERANKED = 1000  # beyond the neighbours wanted
+
+
+class SearchPrecision(StrEnum):
+    """Of the numbers that are looked at for every exemplar; the best are scored again in fp32."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+    @property
+    def factory(self) -> str:
+        """FAISS's name for looking at all exemplars so."""
+        return {"fp32": EXACT, "fp16": HALF, "int8": "SQ8"}[self]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
-"""Exact and approximate k-nearest neighbours over features, by FAISS: L2 distance and cosine similarity."""
+"""k-nearest neighbours over features, exact by matrix products or approximate by FAISS: L2 distance and cosine."""
 
 import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -8,27 +10,32 @@ from jaxtyping import Float32, Float64, Int64
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.neighbours.approximate import Approximate
 from tmm_engine.index.neighbours.cache import FaissCache
-from tmm_engine.index.neighbours.factories import EXACT, Effort, make_faiss_index
+from tmm_engine.index.neighbours.factories import EXACT, Effort
+from tmm_engine.index.neighbours.matrices import Matrices
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
-from tmm_engine.index.neighbours.vectors import comparable, scanned
+from tmm_engine.index.neighbours.vectors import comparable
 from tmm_engine.index.store.exemplars import ExemplarStore
+from tmm_engine.index.types import Rows
 
 MARGIN = 16  # neighbours fetched beyond k, to see whether the k-th ties with the next
-ROUNDING = 1e-5  # FAISS adds up in float32: how far its squares and products may be off, as a share of the largest
+TOGETHER = 1 << 14  # rows whose features are asked for at once
+ROUNDING = 1e-5  # products add up in float32: how far they may be off, as a share of the largest
 
 
-class Exact:
-    """All rows of one column, looked at one by one."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """The neighbours of one query.
 
-    def __init__(self, store: ExemplarStore, metric: Metric, *, column: str) -> None:
-        self._index = make_faiss_index(store.feature_columns[column], metric, EXACT)
-        for features in scanned(store, column, metric):
-            self._index.add(features)
+    Attributes:
+        rows: Nearest first; ties in order of id.
+        scores: Minus the L2 distance, or the cosine similarity.
+        agreement: The share of them that were the nearest, too, before they were scored exactly, in [0, 1].
+    """
 
-    def search(self, xq: Float32[np.ndarray, "q d"], *, fetch: int) -> Int64[np.ndarray, "q found"]:
-        """The nearest rows for each query, nearest first; −1 where a distance is infinite."""
-        return self._index.search(xq, fetch)[1]
+    rows: Int64[np.ndarray, "found"]
+    scores: Float64[np.ndarray, "found"]
+    agreement: float
 
 
 class Neighbours:
@@ -41,6 +48,7 @@ class Neighbours:
         factory: A FAISS factory string: ``Flat`` is exact; ``HNSW32``, ``IVF256,Flat`` and others are approximate.
         effort: How thoroughly an approximate index is searched.
         cache: Where to keep what is not flat; without it, it is built anew.
+        matrices: Of the store, where they are shared or kept; otherwise its column is held in memory.
 
     Raises:
         InputError: FAISS does not know the factory string, or cannot train or fill it with these exemplars.
@@ -55,34 +63,35 @@ class Neighbours:
         factory: str = EXACT,
         effort: Effort | None = None,
         cache: FaissCache | None = None,
+        matrices: Matrices | None = None,
     ) -> None:
         self.metric = metric
-        self._store, self._column = store, column
-        self._effort = effort or Effort()
-        self._exact = factory == EXACT
-        self._finder: Exact | Approximate = (
-            Exact(store, metric, column=column)
-            if factory == EXACT
-            else Approximate(store, metric, column=column, factory=factory, effort=self._effort, cache=cache)
-        )
+        self._store, self._effort = store, effort or Effort()
+        matrices = matrices or Matrices(store)
+        self._finder: Approximate | None = None
+        if factory != EXACT:
+            self._finder = Approximate(store, metric, column=column, factory=factory, effort=self._effort, cache=cache)
+            if matrices.budget.left is not None:
+                matrices.budget.claim(self._finder.size(), f"the index {factory!r} of the column {column!r}")
+        self._matrix = matrices.column(column)
 
     def with_effort(self, effort: Effort) -> "Neighbours":
         """The same index, searched more or less thoroughly; an exact one is as it was."""
         other = copy.copy(self)
         other._effort = effort
-        if isinstance(self._finder, Approximate):
+        if self._finder is not None:
             other._finder = self._finder.with_effort(effort)
         return other
 
     def keep(self, cache: FaissCache) -> None:
         """Put an approximate index of all rows, built without a cache, into one."""
-        if isinstance(self._finder, Approximate):
+        if self._finder is not None:
             self._finder.keep(cache)
 
     @property
     def beside(self) -> int:
         """How many rows an approximate index does not know, so that they are looked at one by one."""
-        return 0 if isinstance(self._finder, Exact) else self._finder.beside
+        return 0 if self._finder is None else self._finder.beside
 
     def search(
         self, queries: Float32[np.ndarray, "q d"], *, k: int
@@ -90,32 +99,49 @@ class Neighbours:
         """For each query its min(k, n) nearest exemplars, nearest first: their rows and scores; larger is better.
 
         A score is minus the L2 distance, or the cosine similarity, recomputed from the stored features in float64:
-        FAISS rounds differently for one query and for many. Ties break by exemplar id. An approximate index may find
+        products round differently for one query and for many. Ties break by exemplar id. An approximate index may find
         fewer than k.
         """
-        wanted = k + MARGIN if self._exact else max(k + MARGIN, self._effort.fetched(k))
-        found = self._finder.search(comparable(queries, self.metric), fetch=min(len(self._store), wanted))
-        return [self._best(query, rows[rows >= 0], k) for query, rows in zip(queries, found, strict=True)]
+        return [(found.rows, found.scores) for found in self.ranked(queries, k=k)]
+
+    def ranked(self, queries: Float32[np.ndarray, "q d"], *, k: int) -> list[Found]:
+        """As `search`, and how far what found the candidates agrees."""
+        if not len(queries):
+            return []
+        wanted = k + MARGIN if self._finder is None else max(k + MARGIN, self._effort.fetched(k))
+        found = self._found(queries, fetch=min(len(self._store), wanted))
+        chosen = [rows[rows >= 0] for rows in found]
+        return [
+            self._best(query, rows, features, k)
+            for query, rows, features in zip(queries, chosen, self._each(chosen), strict=True)
+        ]
 
     def _best(
-        self, query: Float32[np.ndarray, "d"], rows: Int64[np.ndarray, "found"], k: int
-    ) -> tuple[Int64[np.ndarray, "best"], Float64[np.ndarray, "best"]]:
-        if self._exact and len(rows) < min(k, len(self._store)):  # infinite distances, which FAISS leaves out
+        self,
+        query: Float32[np.ndarray, "d"],
+        rows: Int64[np.ndarray, "found"],
+        features: Float32[np.ndarray, "found d"],
+        k: int,
+    ) -> Found:
+        first = rows[:k]
+        if self._finder is None and len(rows) < min(k, len(self._store)):  # distances that are infinite in float32
             rows = np.arange(len(self._store))
-        scores = self._scores(query, rows)
+            features = self.features(rows)
+        scores = exact_scores(query, features, self.metric)
         fetched = len(rows)
         while k < fetched < len(self._store) and self._unsettled(query, scores, k):
             wider = min(len(self._store), 4 * fetched)
-            rows = self._finder.search(comparable(query[None], self.metric), fetch=wider)[0]
+            rows = self._found(query[None], fetch=wider)[0]
             rows = rows[rows >= 0]
             if len(rows) <= fetched:
                 break  # an approximate index has no more to give
-            fetched, scores = len(rows), self._scores(query, rows)
+            fetched, scores = len(rows), exact_scores(query, self.features(rows), self.metric)
         best = best_first(scores, rows, self._store.ids, k=k)
-        return rows[best], scores[best]
+        agreement = float(np.isin(first, rows[best]).mean()) if len(first) else 1.0
+        return Found(rows[best], scores[best], agreement)
 
     def _unsettled(self, query: Float32[np.ndarray, "d"], scores: Float64[np.ndarray, "found"], k: int) -> bool:
-        """Whether FAISS, with its rounding, may have left out one of the k best: too many nearly tie."""
+        """Whether rounding to float32 may have left out one of the k best: too many nearly tie."""
         kth, worst = float(np.sort(scores)[-k]), float(scores.min())
         if self.metric is Metric.COSINE:
             return kth - worst <= ROUNDING
@@ -124,13 +150,25 @@ class Neighbours:
         lost = ROUNDING * reach**2 + len(query) * float(float32.tiny)
         return worst**2 - kth**2 <= lost or reach**2 > float(float32.max)
 
-    def _scores(
-        self, query: Float32[np.ndarray, "d"], rows: Int64[np.ndarray, "found"]
-    ) -> Float64[np.ndarray, "found"]:
-        return exact_scores(query, self._features(rows), self.metric)
+    def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+        """As they are stored, in the order of the rows."""
+        return self._matrix.take(rows)
 
-    def _features(self, rows: Int64[np.ndarray, "found"]) -> Float32[np.ndarray, "found d"]:
-        return self._store.features(rows, column=self._column)
+    def _found(self, queries: Float32[np.ndarray, "q d"], *, fetch: int) -> Int64[np.ndarray, "q found"]:
+        """Rows for each query; −1 where there is none."""
+        xq = comparable(queries, self.metric)
+        if self._finder is None:
+            return self._matrix.nearest(xq, fetch=fetch, metric=self.metric)
+        return self._finder.search(xq, fetch=fetch)
+
+    def _each(self, chosen: list[Int64[np.ndarray, "_"]]) -> Iterator[Float32[np.ndarray, "_ d"]]:
+        """The features of each of several lists of rows; where the store has to be asked, once for many lists."""
+        group = max(1, TOGETHER // max([1, *map(len, chosen)]))
+        for start in range(0, len(chosen), group):
+            lists = chosen[start : start + group]
+            rows = np.unique(np.concatenate(lists))
+            features = self.features(rows)
+            yield from (features[np.searchsorted(rows, own)] for own in lists)
 
 
 def exact_scores(

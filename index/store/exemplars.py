@@ -58,7 +58,7 @@ class Subset:
 
     def __init__(self, store: ExemplarStore, rows: Rows) -> None:
         self._store = store
-        self._rows = rows
+        self.rows = rows
         self.image_shape = store.image_shape
         self.feature_dim = store.feature_dim
         self.feature_columns = store.feature_columns
@@ -67,30 +67,30 @@ class Subset:
         self.label_is_predicted = store.label_is_predicted[rows]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def images(self, rows: Rows) -> UInt8[np.ndarray, "rows c h w"]:
         """Images of the given rows, in their order."""
-        return self._store.images(self._rows[rows])
+        return self._store.images(self.rows[rows])
 
     def features(self, rows: Rows, *, column: str = FEATURE) -> Float32[np.ndarray, "rows d"]:
         """Features of the given rows, in their order."""
-        return self._store.features(self._rows[rows], column=column)
+        return self._store.features(self.rows[rows], column=column)
 
     def predictions(self, rows: Rows) -> Int64[np.ndarray, "rows"]:
         """Predicted classes of the given rows, in their order."""
-        return self._store.predictions(self._rows[rows])
+        return self._store.predictions(self.rows[rows])
 
     def metadata(self, rows: Rows) -> list[Metadata]:
         """Metadata of the given rows, in their order."""
-        return self._store.metadata(self._rows[rows])
+        return self._store.metadata(self.rows[rows])
 
     def scan_images(self, batch_size: int) -> Iterator[UInt8[np.ndarray, "batch c h w"]]:
         """All images in row order."""
         for start in range(0, len(self), batch_size):
-            yield self._store.images(self._rows[start : start + batch_size])
+            yield self._store.images(self.rows[start : start + batch_size])
 
     def scan_features(self, batch_size: int, *, column: str = FEATURE) -> Iterator[Float32[np.ndarray, "batch d"]]:
         """All features in row order."""
         for start in range(0, len(self), batch_size):
-            yield self._store.features(self._rows[start : start + batch_size], column=column)
+            yield self._store.features(self.rows[start : start + batch_size], column=column)

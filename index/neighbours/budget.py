@@ -1,0 +1,78 @@
+"""How much memory features may take."""
+
+import math
+import mmap
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tmm_engine.index.errors import InputError
+
+BLOCK = 64 << 20  # bytes that are looked at together beyond what may stay in memory
+
+
+@dataclass(slots=True)
+class Budget:
+    """How many bytes of features may stay in memory between searches; None is all.
+
+    Attributes:
+        left: Of it, for what is yet to be opened.
+    """
+
+    left: int | None = None
+    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def take(self, wanted: int) -> int:
+        """As much of it as is wanted, or is left."""
+        with self._guard:
+            if self.left is None:
+                return wanted
+            taken = min(wanted, self.left)
+            self.left -= taken
+            return taken
+
+    def claim(self, wanted: int, what: str) -> None:
+        """All that is wanted, for what cannot do with less.
+
+        Raises:
+            InputError: so much is not left.
+        """
+        if (taken := self.take(wanted)) < wanted:
+            self.give_back(taken)
+            raise InputError(
+                f"memory: {what} takes {wanted >> 20:,} MiB, and {taken >> 20:,} MiB of the bound are left: raise it, "
+                f"or search exactly"
+            )
+
+    def give_back(self, taken: int) -> None:
+        """What was taken and is let go of."""
+        with self._guard:
+            if self.left is not None:
+                self.left += taken
+
+    @classmethod
+    def beside(cls, memory: int, *, held: int, images: int) -> "Budget":
+        """What a bound on the process leaves for features.
+
+        Args:
+            memory: Bytes that the process may hold.
+            held: That it holds already.
+            images: That may be kept for images, at most a quarter of the bound.
+
+        Raises:
+            InputError: it leaves nothing beside a block of features and a block of scores.
+        """
+        left = memory - images - held - 2 * BLOCK
+        if left < 0:
+            raise InputError(
+                f"memory: expected at least {math.ceil((held + 2 * BLOCK) / 0.75) >> 20:,} MiB, since the process "
+                f"holds {held >> 20:,} MiB, works with blocks of {2 * BLOCK >> 20} MiB and keeps a quarter for images, "
+                f"got {memory >> 20:,} MiB"
+            )
+        return cls(left)
+
+
+def held_memory() -> int:
+    """Bytes that the process holds now, by the kernel's count; 0 where that cannot be asked."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * mmap.PAGESIZE if status.exists() else 0

@@ -1,0 +1,62 @@
+"""`engine bench scale`: small indexes, drawn as the large ones; figures are what the records say; runs go on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_engine_cli import run
+from tmm_engine.bench import scale
+from tmm_engine.bench.drawn import Drawn
+from tmm_engine.bench.records import read_records
+
+
+def test_the_same_exemplars_are_drawn_whatever_comes_after():
+    few, many = (Drawn(count, 32).chunk(0) for count in (8192, 20_000))
+    np.testing.assert_array_equal(few[0], many[0])
+    images = few[0].reshape(8192, 32).astype(np.float64)
+    assert (images.min(axis=1) == 0).all()
+    assert (images.max(axis=1) == 255).all()
+    assert [len(Drawn(20_000, 32).chunk(number)[0]) for number in range(3)] == [8192, 8192, 3616]
+    features = images[:, 2:] - images[:, 2:].mean(0)
+    means = np.stack([features[few[1] == label].mean(0) for label in range(10)])
+    within = ((features - means[few[1]]) ** 2).sum() / (features**2).sum()
+    assert within < 0.5
+
+
+def test_a_run_measures_prints_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scale, "EACH", 2)
+    monkeypatch.setattr(scale, "CANDIDATES", 50)
+    monkeypatch.setattr(scale, "opened_alone", lambda *_: {"open_s": 0.5, "first_s": 1.0, "memory_mib": 512.0})
+    asked = ("bench", "scale", "--sizes", "512,1024", "--dimension", 32, "--repeats", 2, "--factory", "IVF8,SQ8",
+             "--out", tmp_path / "scale.jsonl", "--folder", tmp_path / "indexes", "--json")  # fmt: skip
+    done = run(*asked, "--plot", tmp_path / "scale.png")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    ratios = {"default_over_faiss", "default_batch_over_faiss", "two_over_one", "candidates_over_default"}
+    of_512 = next(line for line in lines if line["exemplars"] == 512)
+    assert ratios | {"default_p50_ms", "default_p99_ms", "open_0k_s"} <= of_512.keys()
+    assert of_512["memory_0k_gib"] == 0.5
+    paths = {line["path"]: line for line in lines if line.get("exemplars") == 1024 and "path" in line}
+    assert paths.keys() == {"default, fp16", "default, int8", "approximate, IVF8,SQ8"}
+    assert paths["approximate, IVF8,SQ8"].keys() >= {"approximate_over_exact", "recall_clean", "recall_noise"}
+    assert paths["default, fp16"]["recall_clean"] > 0.95
+    assert -2 < lines[-1]["slope"] < 2
+    assert (tmp_path / "scale.png").stat().st_size > 1000
+    records = read_records(tmp_path / "scale.jsonl").records
+    assert len(next(own for own in records if own["path"] == "default")["seconds"]) == 2
+    assert {own["path"] for own in records if own["exemplars"] == 512} >= {"build", "opened", "faiss flat", "8 clients"}
+    again = run(*asked[:-1])
+    assert f"exemplars 512, dimension 32, default_over_faiss {of_512['default_over_faiss']:.4g}" in again.stdout
+    assert read_records(tmp_path / "scale.jsonl").records == records
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [(("--sizes", "many"), "whole numbers"), (("--sizes", "100"), "at least 512"), (("--dimension", 40), "16")],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, given: tuple[object, ...], why: str):
+    done = run("bench", "scale", "--out", tmp_path / "scale.jsonl", *given)
+    assert done.exit_code == 1
+    assert why in done.stderr
