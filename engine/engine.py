@@ -399,6 +399,11 @@ class Engine:
         """
         options = AuditOptions(kinds=kinds, k=k, rate=rate, sources=sources, memory=memory)
         snapshot = self._snapshot if where is None else self._filtered(self._snapshot, where)
+        if against is not None and against._snapshot.shares(snapshot):
+            raise InputError(
+                "against: expected another index, got this one, whose images are in both; copies within an index are "
+                "duplicates"
+            )
         others = None if against is None else Others.of_index(against._snapshot, snapshot)
         return audit_snapshot(snapshot, options, others=others, progress=progress)
 

@@ -144,6 +144,12 @@ class Snapshot:
             path=path,
         )
 
+    def shares(self, other: "Snapshot") -> bool:
+        """Whether some exemplars are in both because both are of one index, whatever filters have left of it."""
+        if self.manifest is None or other.manifest is None:
+            return self is other
+        return self.manifest.content == other.manifest.content and not self.rows.keys().isdisjoint(other.rows)
+
     def matching(self, where: str) -> "Snapshot":
         """The exemplars alone for which a filter is true; its answers are those of an index of them.
 

@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine.bench.benchmark import Run, Sheet
 from tmm_engine.bench.benchmarks.audit import KEY, measure_audit, quoted, section
+from tmm_engine.bench.known import compared, confirmed
 from tmm_engine.bench.planting.cleanlab import cleanlab_scores
 from tmm_engine.bench.planting.data import Planted, drawn, plant
 from tmm_engine.bench.planting.faults import CHANGES, copies_of, flipped
@@ -78,6 +79,18 @@ def test_measures_are_those_of_scikit_learn() -> None:
     share = average_precision(truth, scores, missing=1)
     assert share == pytest.approx(never, abs=0.25 / truth.sum())
     assert share < average_precision(truth, scores)
+
+
+def test_confirmed_label_errors_are_those_that_a_majority_denies() -> None:
+    def voted(place: int, given: int, **others: int) -> dict[str, object]:
+        return {"id": place, "mturk": {"given": given, **others}}
+
+    looked, wrong = confirmed([voted(1, 5), voted(3, 2, guessed=3), voted(4, 1, both=2, neither=2), voted(7, 0)], 9)
+    assert np.flatnonzero(looked).tolist() == [1, 3, 4, 7]
+    assert np.flatnonzero(wrong).tolist() == [3, 7]
+    found = compared(wrong, np.array([0, 1, 2, 9, 4, 5, 6, 7, 8.0]))
+    assert found["ap"] == pytest.approx((1 + 2 / 3) / 2)
+    assert found["among_first_15"] == 2
 
 
 def test_one_image_per_group() -> None:

@@ -24,6 +24,7 @@ from tmm_engine.auditing.writing import PAGE, write_audit
 from tmm_engine.bench.planting.faults import copies_of
 from tmm_engine.index import InputError, Metric
 from tmm_engine.index.neighbours.graph import NeighbourGraph
+from tmm_engine.relabelling import line_of, read_ids, read_labels
 
 N = 150
 COPIES = copies_of(IMAGES[:N, None], share=0.12, seed=0)  # three of each change
@@ -149,12 +150,47 @@ def test_what_cannot_be_done_is_said() -> None:
         ({"kinds": []}, "expected at least one of"),
         ({"kinds": "leaks"}, "two sources"),
         ({"sources": "hlf"}, "did you mean 'half'"),
+        ({"rate": float("nan")}, "above 0 and below 1, got nan"),
         ({"memory": 1000}, "MiB to compare"),
     ],
 )
 def test_options_out_of_range_are_refused(engine: Engine, options: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         engine.audit(**options)  # type: ignore[arg-type]
+
+
+def test_against_itself_is_refused_and_against_another_part_of_it_is_not(engine: Engine) -> None:
+    with pytest.raises(InputError, match="expected another index, got this one"):
+        engine.audit(kinds="leaks", against=engine)
+    assert engine.matching("half = 'two'").audit(kinds="leaks", against=engine.matching("half = 'one'")).of("leaks")
+
+
+IDS = ["a, b.png", "ö/猫.png", "two\nlines", "a\r", ' "quoted"', '"', "\u2028", "=1+1", "plain"]
+
+
+def test_decisions_come_back_as_they_were_decided(tmp_path: Path) -> None:
+    path = tmp_path / "ids.txt"
+    text = "".join(f"{line_of(id_)}\n" for id_ in IDS)
+    path.write_bytes(text.encode())
+    assert read_ids(path) == IDS
+    assert line_of("ö/猫, 1.png") == "ö/猫, 1.png"
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() + b"\r\n")  # edited elsewhere
+    assert read_ids(path) == IDS
+    path.write_text('"torn')
+    with pytest.raises(InputError, match="a text file of ids, one a line"):
+        read_ids(path)
+    table = tmp_path / "labels.csv"
+    for separator in (",", ";", "\t"):
+        with table.open("w", encoding="utf-8-sig", newline="") as file:
+            rows = [("id", "label", "was", "score"), *((id_, f"of {id_}", "x", "0.9") for id_ in IDS), ("", "", "", "")]
+            csv.writer(file, delimiter=separator).writerows(rows)
+        assert read_labels(table) == {id_: f"of {id_}" for id_ in IDS}
+    table.write_text("id;label\na;b\na;c\n")
+    with pytest.raises(InputError, match="expected different ids, got 'a' twice"):
+        read_labels(table)
+    table.write_text("id;label\na\n")
+    with pytest.raises(InputError, match="expected a label for 'a', got none"):
+        read_labels(table)
 
 
 def test_commands(tmp_path: Path) -> None:
@@ -222,6 +258,7 @@ def test_commands(tmp_path: Path) -> None:
     assert "no exemplar has the id 'nobody'" in run("relabel", index, "--from", tmp_path / "labels.csv").stderr
     (tmp_path / "labels.csv").write_text("id\nnobody\n")
     assert "got no label" in run("relabel", index, "--from", tmp_path / "labels.csv").stderr
+    assert "expected another index, got this one" in run("audit", index, "--against", index).stderr
     (tmp_path / "empty").touch()
     assert "got none" in run("delete", index, "--from", tmp_path / "empty").stderr
 

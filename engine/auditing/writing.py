@@ -14,6 +14,7 @@ from tmm_engine.engine import Engine
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import InputError, printable
 from tmm_engine.index.files import replacing
+from tmm_engine.relabelling import line_of
 from tmm_engine.views.audit import data_uri, render_audit
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _decisions(findings: Iterable[Finding]) -> dict[str, str]:
 
 
 def _lines(ids: Iterable[str]) -> str:
-    return "".join(f"{id_}\n" for id_ in dict.fromkeys(ids))
+    return "".join(f"{line_of(id_)}\n" for id_ in dict.fromkeys(ids))
 
 
 def _task(finding: Finding, engine: Engine) -> dict[str, Any]:

@@ -71,11 +71,12 @@ def delete(index: Path, ids: tuple[str, ...], where: str | None, listed: Path | 
       engine delete photos.idx --from audit/decisions/delete-duplicates.txt
     """
     from tmm_engine.index.store.changes import delete_exemplars
+    from tmm_engine.relabelling import read_ids
 
     if (bool(ids) or listed is not None) == (where is not None):
         raise click.UsageError("give either --id or --from, or --where")
     if listed is not None:
-        ids = (*ids, *_lines(listed))
+        ids = (*ids, *read_ids(listed))
     report = delete_exemplars(index, ids=ids, where=where)
     _say(index, report, f"{report.deleted:,} deleted")
 
@@ -217,19 +218,6 @@ def repair(index: Path, model: str | None) -> None:
         done = repair_index(index, model=model, progress=progress)
     for line in done or ["nothing was to be repaired"]:
         click.echo(line)
-
-
-def _lines(path: Path) -> list[str]:
-    """Of a text file, without empty ones."""
-    from tmm_engine.index.errors import InputError
-
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"expected a text file of ids, one a line, got {path} ({error})") from error
-    if not lines:
-        raise InputError(f"{path}: expected ids, one a line, got none")
-    return lines
 
 
 def _say(index: Path, report: "ChangeReport", what: str) -> None:
