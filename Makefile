@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FLOOR := .venv-floor
 
-.PHONY: demo test test-all test-floor check format clean
+.PHONY: demo test test-all test-floor check docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/engine demo --out demo-output
@@ -24,6 +24,10 @@ check: $(VENV)/.installed-dev
 	.ci/links
 	$(BIN)/mypy
 	PYTHONPATH=.links $(BIN)/lint-imports
+	$(MAKE) docs
+
+docs: $(VENV)/.installed-dev  # docs/_build/html/index.html
+	$(BIN)/sphinx-build --quiet --builder html --fail-on-warning --keep-going docs docs/_build/html
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -39,7 +43,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --editable ".[bench,hf,onnx,oracle,pandas,polars,ray,serve,timm]" --group dev
+	$(BIN)/python -m pip install --editable ".[bench,hf,onnx,oracle,pandas,polars,ray,serve,timm]" --group dev --group docs
 	touch $@
 
 $(FLOOR)/.installed: pyproject.toml .ci/floors
@@ -51,4 +55,4 @@ $(FLOOR)/.installed: pyproject.toml .ci/floors
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FLOOR) demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) demo-output docs/_build .mypy_cache .pytest_cache .ruff_cache

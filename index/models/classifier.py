@@ -134,7 +134,7 @@ class Classifier:
                 that has its weights already, and the folder of transformers holds them.
             ema: Of a checkpoint with raw and averaged weights, take the averaged ones.
             seed: Random weights instead, for tests and demonstrations; needs ``num_classes``. Not for a factory.
-            num_classes: C. For a factory a check only.
+            num_classes: How many classes (C); for a factory a check only.
             small_stem: First convolution 3×3 with stride 1. Not for a factory. Weights do not show a stride: say it
                 for an architecture whose first convolution is 3×3 by itself, with another stride.
             max_pool: Whether there is a max-pool after it, which weights do not show either. Default: there is, and
