@@ -53,9 +53,9 @@ def answer(result: engine_package.SearchResult) -> list[tuple[str, float]]:
 def test_the_public_surface():
     assert engine_package.__all__ == [
         "Audit", "Calibration", "Candidate", "Classification", "Classifications", "Engine", "Evidence", "Explanation",
-        "FailedQuery", "Finding", "Hit", "Kind", "Known", "Mode", "Prefilter", "Query", "RayOptions", "Rule", "SearchOptions",
-        "SearchResult", "SearchResults", "Version", "build_index", "repair_index", "verify_index", "write_audit",
-        "write_html", "write_parquet", "write_png",
+        "FailedQuery", "Finding", "Hit", "Kind", "Known", "Mode", "Prefilter", "Query", "RayOptions", "Rule",
+        "SearchOptions", "SearchResult", "SearchResults", "Version", "build_index", "repair_index", "verify_index",
+        "write_audit", "write_html", "write_parquet", "write_png",
     ]  # fmt: skip
     assert rerank_package.__all__ == [
         "DEFAULT_PRESET", "GlobalRecipe", "PRESETS", "Ranking", "TmmConfig", "TmmNN", "preset",
