@@ -22,6 +22,7 @@ SUMMARIES = {
     "latency": "How long does every path take?",
     "ray": "What does a second machine bring?",
     "scale": "How does every path grow with the number of exemplars?",
+    "serve": "What does HTTP cost, and what holds under load, hostile requests and kills?",
     "reliability": "What is lost or wrong under faults and hostile input?",
 }
 """By name, which is that of its file in `benchmarks/`: a line of help, so that listing them imports none."""

@@ -60,6 +60,10 @@ def install(app: FastAPI) -> None:
     async def of_validation(_: Request, error: RequestValidationError) -> JSONResponse:
         return problem(422, "; ".join(_sentence(each) for each in error.errors()))
 
+    @app.exception_handler(Exception)
+    async def of_others(_: Request, error: Exception) -> JSONResponse:
+        return problem(500, f"this should not happen ({type(error).__name__}); the server's log says where")
+
     async def of_ours(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, TmmEngineError)
         return problem(status_of(error), str(error))

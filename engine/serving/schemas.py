@@ -105,7 +105,7 @@ class SearchParameters(Options):
 class ClassifyParameters(Options):
     """Of a classification over HTTP; those in the body of the request win over those in its address."""
 
-    alpha: Annotated[float, Field(gt=0, lt=1, description="How often a set may miss the right class.")] = 0.05
+    alpha: Annotated[float, Field(ge=1e-6, lt=1, description="How often a set may miss the right class.")] = 0.05
     outliers: Annotated[
         float, Field(ge=0, lt=1, description="What share of calibration images may be as far from everything.")
     ] = 0.01
