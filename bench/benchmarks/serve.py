@@ -42,9 +42,9 @@ AT_LEAST = {"throughput_ratio": 0.8, "schema_cases": 2000, "kills": 50}
 @click.option("--out", type=click.Path(path_type=Path), help="Raw records as JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def command(index: Path, *, only: str, as_json: bool, out: Path | None, **options: Any) -> None:
-    """What does engine serve cost, and what does it hold? Over loopback; bounded in count and time.
+    """What does HTTP cost, and what holds under load, hostile requests and kills? Over loopback.
 
-    Speed is measured on INDEX; what may break something, on a small index of digits.
+    Speed is measured on INDEX; what may break something, on a small index of digits. Exit code 1 if anything broke.
 
     \b
     Examples:
