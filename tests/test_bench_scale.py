@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.test_engine_cli import run
 from tmm_engine.bench import scale
+from tmm_engine.bench.benchmarks.scale import figures_of, plot_scale
 from tmm_engine.bench.drawn import Drawn
 from tmm_engine.bench.records import read_records
 
@@ -25,6 +27,35 @@ def test_the_same_exemplars_are_drawn_whatever_comes_after():
     assert within < 0.5
 
 
+def record(n: int, path: str, *seconds: float, **more: Any) -> dict[str, Any]:
+    return {"exemplars": n, "dimension": 32, "path": path, "seconds": [*seconds]} | more
+
+
+def test_figures_are_ratios_of_medians_and_the_picture_shows_them(tmp_path: Path):
+    tuned = {"recall_clean": 0.99, "recall_noise": 0.98}
+    records = [
+        record(60_000, "faiss flat", 1.0, 9.0, 2.0),
+        record(60_000, "default", 3.0, 3.0, 8.0),
+        record(60_000, "one client", 1.0),
+        record(60_000, "two clients", 2.5),
+        record(600_000, "default", 30.0),
+        record(1_000_000, "opened", 4.0, open_s=4.0),
+        record(1_000_000, "opened, memory=2GiB", 3.0, memory_mib=1536.0),
+        record(1_000_000, "approximate, IVF8,SQ8", 0.1, exact_seconds=[2.0], faiss_seconds=[0.05], tuned=tuned),
+    ]
+    few, _, many, approximate, growth = figures_of(records)
+    assert (few["default_over_faiss"], few["two_over_one"], few["default_p50_ms"]) == (1.5, 2.5, 3000.0)
+    assert (many["open_1m_s"], many["memory_1m_gib"]) == (4.0, 1.5)
+    assert approximate == {
+        "exemplars": 1_000_000, "dimension": 32, "path": "approximate, IVF8,SQ8",
+        "approximate_over_exact": 0.05, **tuned, "approximate_over_faiss": 2.0,
+    }  # fmt: skip
+    assert growth == {"dimension": 32, "slope": pytest.approx(1.0)}
+    plot_scale(records, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_a_run_measures_prints_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scale, "EACH", 2)
     monkeypatch.setattr(scale, "CANDIDATES", 50)

@@ -130,6 +130,22 @@ def test_a_change_makes_other_matrices(index: Path):
     assert answers(index) == answers(fresh)
 
 
+def test_an_index_that_changes_before_its_matrices_are_made_is_searched_as_it_was_opened(index: Path):
+    def found(engine: Engine) -> list[str]:
+        return [hit.id for hit in engine.search(IMAGES[7], k=5, mode="cosine").hits]
+
+    with Engine.open(index, model=network(), device="cpu") as opened:
+        with Engine.open(index, model=network(), device="cpu") as other:
+            before = found(other)
+            other.delete(ids=["00000007"])
+            after = found(other)
+        assert found(opened) == before
+        with Engine.open(index, model=network(), device="cpu") as again:
+            assert found(again) == after
+        assert found(opened) == before
+    assert "00000007" in set(before) - set(after)
+
+
 # ---- memory
 
 
