@@ -35,7 +35,9 @@ class Plan:
             return cls(exemplars, candidates, candidates, many)
         generator = np.random.default_rng(config.seed)
         if candidates is not None:
-            others = np.setdiff1d(np.arange(exemplars), candidates)
+            beside = np.ones(exemplars, dtype=bool)
+            beside[candidates] = False
+            others = np.flatnonzero(beside)
             count = min(config.sample.companions, len(others))
             companions = np.sort(generator.choice(others, count, replace=False))
             return cls(exemplars, np.concatenate([candidates, companions]), candidates, False)
