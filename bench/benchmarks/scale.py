@@ -188,7 +188,7 @@ def plot_scale(records: Sequence[Record], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("the picture needs the 'bench' extra: pip install 'tmm-engine[bench]'") from None
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     lines = {
         "faiss flat": "FAISS flat, cosine",
@@ -213,7 +213,7 @@ def plot_scale(records: Sequence[Record], path: Path) -> None:
         )
     axes.set(xlabel="exemplars", ylabel="seconds, median")
     axes.grid(which="both", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
