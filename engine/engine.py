@@ -20,6 +20,7 @@ from tmm_engine.classifying.calibration import Calibration, check_name
 from tmm_engine.classifying.classification import Classification, Classifications
 from tmm_engine.classifying.classifying import Doubt, classified
 from tmm_engine.classifying.kept import KeptCalibrations
+from tmm_engine.cluster.connection import RayOptions
 from tmm_engine.describing import DEFAULT_VIEWS, describe
 from tmm_engine.index.arguments import checked
 from tmm_engine.index.errors import ImageError, IndexStateError, InputError, member, printable
@@ -96,6 +97,7 @@ class Engine:
         verify: bool = False,
         memory: str | int | None = None,
         search_precision: str | None = None,
+        ray: RayOptions | str | bool | None = None,
     ) -> "Engine":
         """Open an index made by `build_index` or `engine build-index`.
 
@@ -117,13 +119,20 @@ class Engine:
             search_precision: Of what is looked at for every exemplar: ``fp32`` is exact, ``fp16`` and ``int8`` read a
                 half and a quarter, with the best scored again in fp32; each answer notes how far both agree.
                 None: as the index was tuned or built to be searched.
+            ray: Search with the machines of a Ray cluster, as `build_index` builds with them: exemplars in shards, one
+                worker each, which hold the CPUs and GPUs until the engine is closed. Answers are those of one machine.
 
         Raises:
-            InputError: a bound on memory with no room for one block of features, a device or precision that this
-                machine does not have, or a cache smaller than one chunk of images.
+            InputError: a bound on memory with no room for one block of features, or beside Ray; a device or precision
+                that this machine does not have, a cache smaller than one chunk of images, or no Ray at the address.
             IndexStateError: no index there, of another format version, or damaged.
             ModelError: the model cannot be rebuilt, or is not the one that the features were computed with.
         """
+        if ray and memory is not None:
+            raise InputError(
+                "memory has no effect with ray, whose workers hold the features of their exemplars: leave it out, or "
+                "use more workers"
+            )
         opening = Opening(
             model=model,
             device=device,
@@ -134,6 +143,7 @@ class Engine:
             verify=verify,
             memory=None if memory is None else parse_size(memory),
             search_precision=None if search_precision is None else member(SearchPrecision, search_precision),
+            ray=RayOptions.of(ray),
         )
         return cls(Snapshot.open(Path(path), opening), opening=opening)
 
@@ -645,6 +655,8 @@ class Engine:
     def refresh(self) -> bool:
         """Move on to the newest version, all at once: a search that is under way in another thread ends on the old one.
 
+        With Ray it does not: its workers make place for those of the newest version.
+
         Returns:
             Whether there was a newer one.
 
@@ -657,6 +669,8 @@ class Engine:
         assert shown is not None
         if (newest.version, newest.content) == (shown.version, shown.content):
             return False
+        if opening.ray is not None:
+            self._snapshot.searcher.close()  # its workers hold what the next ones need
         self._opening = replace(opening, version=None)
         self._held = Snapshot.open(path, self._opening)
         return True

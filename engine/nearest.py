@@ -15,7 +15,7 @@ from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision
 from tmm_engine.index.neighbours.matrices import Matrices
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
-from tmm_engine.index.neighbours.search import Neighbours
+from tmm_engine.index.neighbours.search import Found, Neighbours
 from tmm_engine.index.store.exemplars import ExemplarStore, Subset
 from tmm_engine.options import Prefilter
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
@@ -197,6 +197,10 @@ class NearestSearch:
         other._made = {key: made.with_effort(effort) for key, made in self._made.items()}
         return other
 
+    def neighbours(self, queries: Float32[np.ndarray, "q d"], metric: Metric, *, column: str, k: int) -> list[Found]:
+        """The exemplars nearest to features in a column; see `Neighbours.ranked`."""
+        return self._neighbours(metric, column, Timings(len(queries))).ranked(queries, k=k)
+
     def keep(self, cache: FaissCache) -> None:
         """Put what was built without a cache into one."""
         for made in self._made.values():
@@ -231,16 +235,19 @@ class NearestSearch:
         with self._guard:  # searches at the same time would each make them
             if (metric, column) not in self._made:
                 with timings.step("loading features"):
-                    self._made[metric, column] = Neighbours(
-                        self._store,
-                        metric,
-                        column=column,
-                        factory=self._factory,
-                        effort=self._effort,
-                        cache=self._cache,
-                        matrices=self._matrices,
-                    )
+                    self._made[metric, column] = self._make(metric, column)
             return self._made[metric, column]
+
+    def _make(self, metric: Metric, column: str) -> Neighbours:
+        return Neighbours(
+            self._store,
+            metric,
+            column=column,
+            factory=self._factory,
+            effort=self._effort,
+            cache=self._cache,
+            matrices=self._matrices,
+        )
 
 
 def _moved(

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from tmm_engine.backends import Backend, choose_backbone, choose_device
+from tmm_engine.cluster.connection import RayOptions
 from tmm_engine.index.descriptors.columns import ROBUST_FEATURE, Describer, describer_of
 from tmm_engine.index.errors import ModelError
 from tmm_engine.index.models.classifier import Classifier
@@ -53,6 +54,7 @@ class Opening:
     verify: bool = False
     memory: int | None = None
     search_precision: SearchPrecision | None = None
+    ray: RayOptions | None = None
 
 
 def open_parts(path: Path, opening: Opening) -> Parts:

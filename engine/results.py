@@ -129,6 +129,8 @@ class SearchResult(Exports):
         trigger: float32 (c, h, w) in pixel units, τ (tmm only).
         triggered_query: float32 (c, h, w), the blended query (tmm only).
         explanation: Examples and counter-examples, where they were asked for.
+        complete: False where some exemplars could not be seen, since workers that hold them were lost: the first note
+            says which.
     """
 
     query: str
@@ -150,6 +152,7 @@ class SearchResult(Exports):
     trigger: Float[np.ndarray, "c h w"] | None = None
     triggered_query: Float[np.ndarray, "c h w"] | None = None
     explanation: Explanation | None = None
+    complete: bool = True
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{hit.id} ({hit.class_name}, {hit.score:.4g})" for hit in self.hits[:SHOWN])
@@ -193,9 +196,10 @@ class SearchResult(Exports):
 
     def to_json(self) -> dict[str, Any]:
         """Everything but pixel arrays; one JSON line of ``engine search --json``."""
-        pixels = ("hits", "query_image", "trigger", "triggered_query", "explanation")
+        pixels = ("hits", "query_image", "trigger", "triggered_query", "explanation", "complete")
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in pixels}
-        explained = {} if self.explanation is None else {"explanation": self.explanation.to_json()}
+        explained: dict[str, Any] = {} if self.explanation is None else {"explanation": self.explanation.to_json()}
+        explained |= {} if self.complete else {"complete": False}
         return fields | {"hits": [hit.to_json() for hit in self.hits]} | explained
 
     def to_arrow(self) -> "pyarrow.Table":

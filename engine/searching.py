@@ -136,6 +136,11 @@ class Searcher:
         return self._tmm.backbone.name
 
     @property
+    def tmm(self) -> TmmNN:
+        """Ranks by TMM-NN."""
+        return self._tmm
+
+    @property
     def describer(self) -> Describer | None:
         """Of the store's descriptors, if it has them."""
         return self._describer

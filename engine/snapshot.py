@@ -23,7 +23,7 @@ from tmm_engine.index.store.lance_store import LanceStore, matching_rows
 from tmm_engine.index.store.manifest import CACHE, Manifest
 from tmm_engine.index.store.where import shortened
 from tmm_engine.nearest import NearestSearch
-from tmm_engine.opening import Opening, open_parts
+from tmm_engine.opening import Opening, Parts, open_parts
 from tmm_engine.options import Mode, SearchOptions
 from tmm_engine.query import Query
 from tmm_engine.rerank.backbone import Backbone, Precision
@@ -122,7 +122,17 @@ class Snapshot:
     @classmethod
     def open(cls, path: Path, opening: Opening) -> "Snapshot":
         """A version of an index on disk; see `Engine.open`."""
-        parts, precision = open_parts(path, opening), opening.search_precision
+        parts = open_parts(path, opening)
+        opened = cls._of_parts(path, parts, opening)
+        if opening.ray is None:
+            return opened
+        from tmm_engine.cluster.searching import sharded_searcher
+
+        return replace(opened, searcher=sharded_searcher(path, parts, opening, opening.ray, opened.searcher.tmm))
+
+    @classmethod
+    def _of_parts(cls, path: Path, parts: Parts, opening: Opening) -> "Snapshot":
+        precision = opening.search_precision
         images, budget = opening.cache_bytes, Budget()
         if opening.memory is not None:
             images = min(images, opening.memory // 4)

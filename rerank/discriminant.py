@@ -50,12 +50,17 @@ class Discriminant:
             shrinkage: What is added to every variance, as a share of the mean variance; above 0, since there may be
                 fewer exemplars than dimensions.
         """
-        moments: _Moments | None = None
+        moments: Moments | None = None
         for chunk in chunks:
             for rows in chunk.split(ROWS):
-                moments = moments or _Moments(rows)
+                moments = moments or Moments.about(rows)
                 moments.add(rows)
         assert moments is not None, "no features to fit"
+        return cls.of(moments, shrinkage=shrinkage)
+
+    @classmethod
+    def of(cls, moments: "Moments", *, shrinkage: float) -> "Discriminant":
+        """From the moments of φ(x_i^t)."""
         mean, covariance = moments.mean_and_covariance()
         variance = covariance.diagonal().mean()
         covariance.diagonal().add_(shrinkage * variance.where(variance > 0, 1.0))
@@ -87,22 +92,39 @@ class Discriminant:
         return torch.linalg.solve_triangular(self.factor.to(features), centred, upper=False).T
 
 
-class _Moments:
-    """First and second moments about a point near the mean, so that float32 products do not cancel."""
+class Moments:
+    """First and second moments about a point near the mean, so that float32 products do not cancel.
 
-    def __init__(self, first: Float[Tensor, "n d"]) -> None:
-        d = first.shape[1]
-        self.origin = first.mean(dim=0)
+    Args:
+        origin: That point, (d,).
+    """
+
+    def __init__(self, origin: Float[Tensor, "d"]) -> None:
+        d, device = len(origin), origin.device
+        self.origin = origin
         self.count = 0
-        self.total = torch.zeros(d, dtype=torch.float64, device=first.device)
-        self.products = torch.zeros((d, d), dtype=torch.float64, device=first.device)
+        self.total = torch.zeros(d, dtype=torch.float64, device=device)
+        self.products = torch.zeros((d, d), dtype=torch.float64, device=device)
+
+    @classmethod
+    def about(cls, first: Float[Tensor, "n d"]) -> "Moments":
+        """About the mean of some rows; none are counted yet."""
+        return cls(first.mean(dim=0))
 
     def add(self, rows: Float[Tensor, "n d"]) -> None:
+        """Count more rows."""
         shifted = rows - self.origin
         self.count += len(rows)
         self.total += shifted.sum(dim=0, dtype=torch.float64)
         self.products += shifted.T @ shifted  # (d, n) @ (n, d) -> (d, d)
 
+    def merge(self, count: int, total: Float64[Tensor, "d"], products: Float64[Tensor, "d d"]) -> None:
+        """Count what others have counted about the same point: moments are sums."""
+        self.count += count
+        self.total += total
+        self.products += products
+
     def mean_and_covariance(self) -> tuple[Float64[Tensor, "d"], Float64[Tensor, "d d"]]:
+        """Of all rows."""
         mean = self.total / self.count
         return self.origin.double() + mean, self.products / self.count - torch.outer(mean, mean)

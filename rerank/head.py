@@ -110,9 +110,12 @@ class HeadFinder:
         if not isinstance(config.trigger, IndexTrigger):
             return DiscriminantScorer(Discriminant.fit([triggered], shrinkage=shrinkage), query)
         if shrinkage not in self._global_discriminants:
-            features = partial(self._tensors.feature_chunks, triggered.dtype, column=GLOBAL_FEATURE)
-            fitted = Discriminant.fit(features(), shrinkage=shrinkage)
-            lengths = torch.cat([fitted.lengths(chunk) for chunk in features()])
-            self._global_discriminants[shrinkage] = fitted, lengths
+            self._global_discriminants[shrinkage] = self._fitted(shrinkage, triggered.dtype)
         fitted, lengths = self._global_discriminants[shrinkage]
         return DiscriminantScorer(fitted, query, lengths)
+
+    def _fitted(self, shrinkage: float, dtype: torch.dtype) -> tuple[Discriminant, Float[Tensor, "all"]]:
+        """Of all exemplars under the global trigger, and their lengths by it."""
+        features = partial(self._tensors.feature_chunks, dtype, column=GLOBAL_FEATURE)
+        fitted = Discriminant.fit(features(), shrinkage=shrinkage)
+        return fitted, torch.cat([fitted.lengths(chunk) for chunk in features()])

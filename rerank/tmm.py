@@ -72,9 +72,12 @@ class TmmNN:
         self.store, self.global_trigger = store, global_trigger
         self.backbone = backbone or TorchBackbone(self.classifier, precision)
         self._exact = TorchBackbone(self.classifier)
-        self._cache_bytes = cache_bytes
+        self.cache_bytes = cache_bytes
         self._tensors = ExemplarTensors(store, device=classifier.device, cache_bytes=cache_bytes)
-        self._heads = HeadFinder(self.classifier, store, self._tensors)
+        self._heads = self._head_finder()
+
+    def _head_finder(self) -> HeadFinder:
+        return HeadFinder(self.classifier, self.store, self._tensors)
 
     @property
     def classes(self) -> ExemplarClasses:
@@ -86,7 +89,7 @@ class TmmNN:
         return TmmNN(
             self.classifier,
             store,
-            cache_bytes=self._cache_bytes,
+            cache_bytes=self.cache_bytes,
             backbone=self.backbone,
             global_trigger=self.global_trigger,
         )
@@ -211,10 +214,17 @@ class TmmNN:
         for start in range(0, len(views), size):
             yield range(start, min(start + size, len(views)))
 
+    @property
+    def tensors(self) -> ExemplarTensors:
+        """The exemplars on the scoring device."""
+        return self._tensors
+
+    def exemplars(self, config: TmmConfig, *, exact: bool) -> TriggeredExemplars:
+        """The exemplars through the backbone of the pass, or in the classifier's own precision."""
+        return TriggeredExemplars(self.store, self._tensors, self._exact if exact else self.backbone, config)
+
     def _search(self, config: TmmConfig, k: int, progress: Progress, timings: Timings) -> "_Search":
-        rough, exact = (
-            TriggeredExemplars(self.store, self._tensors, backbone, config) for backbone in (self.backbone, self._exact)
-        )
+        rough, exact = (self.exemplars(config, exact=exact) for exact in (False, True))
         return _Search(config, k, rough, exact, self._heads, progress, timings)
 
 

@@ -1,7 +1,11 @@
 """Small classifiers on 8×8 images, and exemplars with their features."""
 
+import os
 import signal
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -134,3 +138,17 @@ def make_queries(make_images: Callable[..., np.ndarray]) -> Callable[..., Tensor
         return torch.tensor(make_images(q, seed=seed)).to(dtype) / 255.0
 
     return make
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[ModuleType]:
+    """Ray on this machine, with room for two workers."""
+    found: ModuleType = pytest.importorskip("ray")
+    root = Path(__file__).parents[1]
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lance is not fork-safe")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("PYTHONPATH", f"{root}:{os.environ.get('PYTHONPATH', '')}")
+        found.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+        yield found
+        found.shutdown()

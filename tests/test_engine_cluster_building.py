@@ -6,8 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -28,19 +27,6 @@ ROOT = Path(__file__).parents[1]
 COUNT = 1300  # three batches of the network, so three parts
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[ModuleType]:
-    """Two workers' worth of Ray on this machine."""
-    found: ModuleType = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lance is not fork-safe")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-        found.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-        yield found
-        found.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from tmm_engine.cli.options import (
     modes,
     opened_source,
     ratio,
+    ray_asked,
+    ray_options,
     size_in_bytes,
     source_options,
 )
@@ -133,6 +135,7 @@ FLAGS = {"settings": "set"}
 @click.option("--png", type=click.Path(path_type=Path), help="Write a picture of queries and neighbours.")
 @model_option
 @device_option
+@ray_options
 def search(index: str, images: tuple[Path, ...], **options: Any) -> None:
     """Find the exemplars of INDEX that the model sees as most like each IMAGE (files or folders).
 
@@ -145,6 +148,7 @@ def search(index: str, images: tuple[Path, ...], **options: Any) -> None:
       engine search photos.idx query.png -k 5
       engine search photos.idx query.png --where "label = 'cat'" --version 2
       engine search photos.idx queries/ --mode robust,l2,cosine --html answer.html --png answer.png
+      engine search /nfs/photos.idx query.png --mode tmm --ray head:6379
       engine search photos.idx query.png --explain --html why.html
       engine search http://localhost:8000/photos query.png
       engine search photos.idx --id cat/001.png --mode tmm --candidates 2000 --json
@@ -179,6 +183,7 @@ def search(index: str, images: tuple[Path, ...], **options: Any) -> None:
         verify=options["verify"],
         memory=options["memory"],
         search_precision=options["search_precision"],
+        ray=ray_asked(options),
     )
     with opened as engine:
         if "tmm" in options["modes"]:

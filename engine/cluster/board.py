@@ -15,8 +15,9 @@ class Tallies:
         """So much of a part is done."""
         self._done[part] = done
 
-    def total(self) -> int:
-        """Of all parts."""
+    def total(self, first: int = 0) -> int:
+        """Of all parts from one on; those before are forgotten."""
+        self._done = {part: done for part, done in self._done.items() if part >= first}
         return sum(self._done.values())
 
 
@@ -34,13 +35,13 @@ class Board:
         self._known = 0
         self._asked: Any = None
 
-    def read(self, say: Callable[[int], None]) -> None:
-        """Say how much is done, if that is known by now; nobody waits for it."""
+    def read(self, say: Callable[[int], None], *, first: int = 0) -> None:
+        """Say how much is done of the parts from one on, if that is known by now; nobody waits for it."""
         import ray
         from ray.exceptions import RayError
 
         if self._asked is None:
-            self._asked = self.actor.total.remote()
+            self._asked = self.actor.total.remote(first)
         ready, _ = ray.wait([self._asked], timeout=0)
         if ready:
             with suppress(RayError):
