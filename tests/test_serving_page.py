@@ -1,7 +1,9 @@
 """The page of `engine serve` in a real browser: what a person does there, by mouse and by keyboard, and axe."""
 
 import io
+import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,8 @@ HITS = "#mode-{} .hits:not(.empty) > li:not(.beyond)"
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    write_photos(folder / "photos", count=60)
+    photos = write_photos(folder / "photos", count=60)
+    shutil.copy(photos / KNOWN, photos / "digit-5" / "copy.png")
     build_index(folder / "photos", folder / "photos.idx", make_classifier(), views=2)
     return folder / "photos.idx"
 
@@ -147,7 +150,7 @@ def test_a_filter_leaves_some_and_its_error_is_the_servers(page, client: httpx.C
     found(page)
     page.get_by_label("Only exemplars where").fill("label = 'digit-8'")
     page.get_by_role("button", name="Filter", exact=True).click()
-    expect(page.locator("#where-help")).to_contain_text("of 60 match")
+    expect(page.locator("#where-help")).to_contain_text("of 61 match")
     total = client.get("/collections/photos/exemplars", params={"where": "label = 'digit-8'"}).json()["total"]
     assert all(id_.startswith("digit-8/") for id_ in found(page, count=min(10, total)))
     page.get_by_label("Only exemplars where").fill("nonsense = 3")
@@ -199,11 +202,34 @@ def test_what_cannot_be_searched_with_is_said_in_the_servers_words(page, client:
 @pytest.mark.slow
 def test_another_collection_is_chosen(page):
     page.goto("/")
-    page.get_by_label("Collection").select_option("same")
+    page.get_by_label("Collection", exact=True).select_option("same")
     expect(page).to_have_url(re.compile("collection=same"))
     page.locator("#exemplars a").first.click()
     assert "collection=same" in page.url
     found(page)
+
+
+@pytest.mark.slow
+def test_an_audit_is_gone_through_by_keyboard_and_taken_away(page):
+    page.goto("/")
+    page.get_by_role("link", name="Audit").click()
+    page.get_by_role("button", name="Look for it").click()
+    expect(page.locator("#audit-finding .finding")).to_be_visible()
+    page.get_by_label("Show").select_option("duplicates")
+    expect(page.locator("#audit-at")).to_have_text("1 of 1")
+    assert serious(page) == []
+    page.locator("#audit-finding").focus()
+    page.keyboard.press("y")
+    expect(page.locator("#audit-decided")).to_contain_text("1 finding decided: 1 to delete")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="delete.txt").click()
+    assert Path(download.value.path()).read_text() in (f"{KNOWN}\n", "digit-5/copy.png\n")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="All findings").click()
+    found = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    assert [each["decision"] for each in found if each["kind"] == "duplicates"] == ["act on it"]
+    page.reload()  # the address has the job
+    expect(page.locator("#audit-finding .finding")).to_be_visible()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-// What is shown, as the page's address has it: a collection, an exemplar, a filter, changes.
+// What is shown, as the page's address has it: a collection, an exemplar, a filter, changes; or an audit, by its job.
 
 export const UNCHANGED = { darken: 0, blur: 0, noise: 0 };
 
@@ -8,14 +8,16 @@ export function read(search = location.search) {
   const changes = Object.fromEntries(
     Object.keys(UNCHANGED).map((name) => [name, Math.max(0, Number(found.get(name)) || 0)]),
   );
-  return { collection: found.get("collection"), id: found.get("id"), where: found.get("where") ?? "", changes };
+  const [collection, id, audit] = ["collection", "id", "audit"].map((name) => found.get(name));
+  return { collection, id, audit, where: found.get("where") ?? "", changes };
 }
 
 /** The address of what is to be shown. */
-export function write({ collection, id = null, where = "", changes = UNCHANGED }) {
+export function write({ collection, id = null, audit = null, where = "", changes = UNCHANGED }) {
   const said = new URLSearchParams();
   if (collection) said.set("collection", collection);
   if (id !== null) said.set("id", id);
+  if (audit !== null) said.set("audit", audit);
   if (where) said.set("where", where);
   for (const [name, value] of Object.entries(changes)) if (value) said.set(name, value);
   return `?${said}`;

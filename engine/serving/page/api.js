@@ -43,6 +43,12 @@ export const collections = async () => (await json("collections")).collections;
 export const collection = (name) => json(path(name));
 export const likeness = (name) => json(path(name, "/likeness"));
 
+export const job = (id) => json(`jobs/${encodeURIComponent(id)}`);
+
+/** A job that looks for what is wrong with a collection. */
+export const audit = (name) =>
+  json(path(name, "/audit"), { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" });
+
 /** One exemplar, at a place in the order in which they are stored. */
 export async function exemplarAt(name, start) {
   const found = await json(path(name, `/exemplars?limit=1&start=${start}`));

@@ -2,6 +2,7 @@
 
 import * as address from "./address.js";
 import * as api from "./api.js";
+import { AuditView } from "./audit.js";
 import { Changes } from "./changes.js";
 import { complain, element, find, say } from "./dom.js";
 import { askForKey, guarded } from "./guarded.js";
@@ -12,7 +13,7 @@ import { offerReasons, showReasons } from "./why.js";
 import { ALIKE, MODES, ORDER, agrees, className, count } from "./words.js";
 
 const ASKED = 100; // neighbours, of which the first are shown: the first of another class may come late
-const PREFETCHED = { k: ASKED, pictures: true };
+const WANTED = { k: ASKED, pictures: true };
 
 const uploads = new Map(); // what was dropped, by number: history has the number
 const views = new Map(); // by mode
@@ -31,6 +32,11 @@ const changes = new Changes((values) => {
   history.replaceState(history.state, "", here());
   search();
 });
+
+const audit = new AuditView(
+  () => place(),
+  (job) => go(address.write({ collection: state.about.name, audit: job })),
+);
 
 /** Of what is shown, or with other parts. */
 const here = (other = {}) =>
@@ -60,6 +66,16 @@ async function follow(url, kept) {
   const upload = kept?.upload;
   const known = upload === undefined || uploads.has(upload);
   if (state.about?.name !== name && !(await open(name, () => own === turn))) return;
+  audit.leave();
+  if (asked.audit !== null) {
+    state.query = null;
+    state.where = "";
+    show();
+    turnTo("audit");
+    document.title = `Audit · ${name} · tmm-engine`;
+    await audit.show(asked.audit);
+    return;
+  }
   state.query = asked.id !== null ? { id: asked.id } : uploads.has(upload) ? { file: uploads.get(upload), upload } : null;
   state.where = asked.where;
   state.changes = asked.changes;
@@ -131,10 +147,12 @@ function turnTo(name) {
   const asked = name === "query";
   find("main").dataset.view = name;
   find("loading").hidden = true;
-  find("start").hidden = asked;
+  find("start").hidden = name !== "start";
+  find("audit").hidden = name !== "audit";
+  find("to-audit").hidden = !state.about;
   for (const id of ["query", "filter", "modes", "legend"]) find(id).hidden = !asked;
-  find("picker").hidden = !state.about;
-  find("order").hidden = asked || !state.about;
+  find("picker").hidden = !state.about || name === "audit";
+  find("order").hidden = name !== "start" || !state.about;
   find("picker-title").textContent = asked ? "Another that is known" : "Or begin with one that is known";
   if (!asked) find("why").hidden = true;
 }
@@ -200,6 +218,8 @@ async function search() {
     });
     if (!found || signal.aborted) return;
     if (find("why").hidden) offerReasons(found.clean, first.mode);
+    await first.seen(); // before the other modes take the server's time
+    if (signal.aborted) return;
     const others = await Promise.all(rest.map((view) => answer(view, {}, signal)));
     if (!signal.aborted) announce([found, ...others].filter(Boolean));
   } catch (error) {
@@ -225,7 +245,7 @@ async function filtered(signal) {
 /** One mode's answer on the page, once it is there; what came of it, or null. */
 async function answer(view, options, signal, refused = (error) => view.fail(`${error.message}.`)) {
   const { about, query, where } = state;
-  const wanted = { ...PREFETCHED, mode: view.mode, where, ...options };
+  const wanted = { ...WANTED, mode: view.mode, where, ...options };
   const ask = (own) =>
     guarded(() => api.search(about.name, query, own, signal), { signal, busy: (text) => view.wait(text) });
   const key = `${view.mode} ${JSON.stringify(options)}`;
@@ -303,11 +323,13 @@ function listen() {
       find("answers").focus();
       return;
     }
-    const link = event.target.closest("a[data-id], #home");
+    const link = event.target.closest("a[data-id], #home, #to-audit");
     if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey) return;
     event.preventDefault();
-    go(link.id === "home" ? here({ id: null, where: "", changes: address.UNCHANGED }) : link.href);
-    find(link.id === "home" ? "home" : "query-name").focus({ preventScroll: true });
+    const bare = { id: null, where: "", changes: address.UNCHANGED };
+    const own = { home: here(bare), "to-audit": here({ ...bare, audit: "" }) };
+    go(own[link.id] ?? link.href);
+    (link.id ? link : find("query-name")).focus({ preventScroll: true });
     scrollTo({ top: 0 });
   });
   find("collection").addEventListener("change", (event) => go(address.write({ collection: event.target.value })));

@@ -78,6 +78,11 @@ export class ModeView {
     list.scrollLeft = scrolled;
   }
 
+  /** Once the pictures of the neighbours are there. */
+  seen() {
+    return Promise.allSettled([...this.body.querySelectorAll(".hits img")].map((image) => image.decode()));
+  }
+
   /** How many of the unchanged query's neighbours are still there. */
   static staying(clean, now) {
     const ids = new Set(now.hits.slice(0, SHOWN).map((hit) => hit.id));
@@ -129,7 +134,7 @@ export class ModeView {
     const shown = pictures?.trigger ? ["query", "trigger", "triggered"] : [];
     const said = {
       query: "query",
-      trigger: "its trigger; mid-grey is no change",
+      trigger: "trigger; mid-grey is no change",
       triggered: "triggered: what is searched with",
     };
     return element(
@@ -152,12 +157,12 @@ export class ModeView {
     const gone = now === clean ? [] : clean.hits.slice(0, SHOWN).filter((hit) => !(ranks.get(hit.id) < SHOWN));
     const [near, far] = [gone.filter((hit) => ranks.has(hit.id)), gone.filter((hit) => !ranks.has(hit.id))];
     const list = (name, hits, text) =>
-      hits.length && [element("h3", {}, name), element("ul", {}, hits.map((hit) => small(place, hit.id, text(hit))))];
+      hits.length > 0 && [element("h3", {}, name), element("ul", {}, hits.map((hit) => small(place, hit.id, text(hit))))];
     return element(
       "div",
       { class: "gone", hidden: !gone.length },
-      list("No more among them, now", near, (hit) => ordinal(ranks.get(hit.id) + 1)),
-      list(`Not even among the first ${now.hits.length}`, far, (hit) => hit.class_name),
+      list("Further down now", near, (hit) => ordinal(ranks.get(hit.id) + 1)),
+      list(`Not among the first ${now.hits.length} any more`, far, (hit) => hit.class_name),
     );
   }
 
