@@ -5,6 +5,9 @@ pictures, gain and offset of the pixels among the unknowns (Lucas and Kanade 198
 forward compositional). What is left is measured by normalised cross-correlation where both have pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, UInt8
@@ -51,7 +54,7 @@ def residuals(
     """
     found = [np.empty(0, np.float32)]
     shown = _Frame(*still.shape[1:])
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         for start in range(0, len(pairs), BATCH):
             first, second = pairs[start : start + BATCH].T
             target, moved = _grey(still[first]), _grey(moving[second])
@@ -62,6 +65,17 @@ def residuals(
             found.append(apart.numpy())
             progress("aligning pairs", start + len(first), len(pairs))
     return np.concatenate(found)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hundreds of small steps: on a busy machine threads wait ten times as long for each other as they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _grey(pictures: UInt8[np.ndarray, "n h w"]) -> Pictures:

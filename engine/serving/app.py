@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from importlib.metadata import version
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -12,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from tmm_engine import __version__
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.serving import problems
 from tmm_engine.serving.collection import Collections, UnknownCollectionError
@@ -58,7 +58,7 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
 
     app = FastAPI(
         title="tmm-engine",
-        version=version("tmm-engine"),
+        version=__version__,
         description=ABOUT,
         docs_url=None,
         redoc_url=None,
