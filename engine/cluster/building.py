@@ -52,6 +52,8 @@ def embed_with(crew: Crew, connection: Connection, job: BuildJob) -> list[Fragme
             fragments += written.fragments
         job.progress("building", total, total)
     intake.finish()
+    lost = f"; {crew.lost} lost on the way and replaced, their work done again" if crew.lost else ""
+    job.report.remarks += (f"embedded by {connection}{lost}",)
     return fragments
 
 

@@ -69,7 +69,12 @@ class Connection:
 
     def __str__(self) -> str:
         kind = "a GPU" if self.gpus else f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"
-        return f"Ray: {self.workers} workers with {kind} each, on {self.nodes} machine{'s' if self.nodes > 1 else ''}"
+        workers, machines = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in self._counts)
+        return f"{workers} of Ray with {kind} each, on {machines}"
+
+    @property
+    def _counts(self) -> tuple[tuple[int, str], ...]:
+        return (self.workers, "worker"), (self.nodes, "machine")
 
 
 @contextmanager

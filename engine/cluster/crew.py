@@ -59,7 +59,6 @@ class Crew:
         connection: To the cluster.
 
     Attributes:
-        present: Workers that are ready.
         lost: How many workers were lost and replaced.
     """
 
@@ -72,7 +71,6 @@ class Crew:
         self._prepared: tuple[Any, ...] = ()
         self._again, self._found = deque[_Task](), dict[int, Any]()
         self._failures, self._last_present = 0, time.monotonic()
-        self.present: list[Presence] = []
         self.lost = 0
 
     def close(self) -> None:
@@ -161,7 +159,6 @@ class Crew:
             if reference == worker.starting:
                 Identity.own().check(answer.identity, answer.machine)
                 worker.starting, self._failures = None, 0
-                self.present.append(answer)
             else:
                 self._found[worker.tasks.pop(reference).number] = answer
 
