@@ -1,31 +1,17 @@
-"""A real browser on a page, and what axe says of it."""
+"""A real browser on a page."""
 
 import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
+from tmm_engine.bench.serving.page import CHROMIUM
+from tmm_engine.bench.serving.page import browser as started
+
 PHONE, TABLET, DESKTOP = (390, 844), (820, 1180), (1440, 900)
 SECONDS = 20_000  # milliseconds that anything may take on a machine that is busy
 
-DROP = """([name, content]) => {
-  const bytes = Uint8Array.from(atob(content), (each) => each.charCodeAt(0));
-  const transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], name, {type: "image/png"}));
-  for (const type of ["dragenter", "dragover", "drop"])
-    document.body.dispatchEvent(new DragEvent(type, {dataTransfer: transfer, bubbles: true, cancelable: true}));
-}"""
 PASTE = """([name, content]) => {
   const bytes = Uint8Array.from(atob(content), (each) => each.charCodeAt(0));
   const transfer = new DataTransfer();
@@ -41,14 +27,13 @@ MOVE = """([name, value]) => {
 
 @contextmanager
 def browser() -> Iterator:
-    """Debian's Chromium; skips where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    """As `bench.serving.page`; skips where there is none."""
+    pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("axe_playwright_python.sync_playwright")
     if not CHROMIUM.exists():
         pytest.skip(f"needs Chromium at {CHROMIUM}")
-    with playwright.sync_playwright() as own:
-        started = own.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield started
-        started.close()
+    with started() as own:
+        yield own
 
 
 @contextmanager
@@ -66,25 +51,9 @@ def page_of(browser, base_url: str, *, size: tuple[int, int] = DESKTOP, **option
     assert hosts <= {base_url.split("/")[2]}, hosts
 
 
-def drop(page, name: str, content: bytes) -> None:
-    page.evaluate(DROP, [name, base64.b64encode(content).decode()])
-
-
 def paste(page, name: str, content: bytes) -> None:
     page.evaluate(PASTE, [name, base64.b64encode(content).decode()])
 
 
 def move(page, slider: str, value: float) -> None:
     page.evaluate(MOVE, [slider, value])
-
-
-def serious(page) -> list[str]:
-    """What axe finds serious or critical."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    found = axe.Axe().run(page).response["violations"]
-    return [
-        f"{each['id']}: {node['html'][:200]}"
-        for each in found
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser import PHONE, TABLET, browser, drop, move, page_of, paste, serious
+from tests.browser import PHONE, TABLET, browser, move, page_of, paste
 from tests.digits import IMAGES, make_classifier, write_photos
 from tests.serving import running
 from tmm_engine import Engine, build_index
+from tmm_engine.bench.serving.page import drop, serious
 from tmm_engine.serving.keys import Keys, Right
 from tmm_engine.serving.settings import Settings
 

@@ -15,7 +15,7 @@ from tmm_engine.cli.output import echo_json
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.progress import Progress
 
-PARTS = ("speed", "contract", "hostile", "kills")
+PARTS = ("speed", "contract", "hostile", "kills", "page")
 AT_MOST = {
     "overhead_ms": 3.0,
     "overload_errors": 0,
@@ -23,6 +23,8 @@ AT_MOST = {
     "schema_failures": 0,
     "hostile_failures": 0,
     "lost": 0,
+    "page_ms": 400,
+    "axe_serious": 0,
 }
 AT_LEAST = {"throughput_ratio": 0.8, "schema_cases": 2000, "kills": 50}
 
@@ -38,6 +40,7 @@ AT_LEAST = {"throughput_ratio": 0.8, "schema_cases": 2000, "kills": 50}
 @click.option("--examples", type=click.IntRange(min=1), default=60, show_default=True, help="Of each operation.")
 @click.option("--cases", type=click.IntRange(min=1), default=300, show_default=True, help="Hostile requests.")
 @click.option("--kills", type=click.IntRange(min=1), default=50, show_default=True, help="Servers killed.")
+@click.option("--drops", type=click.IntRange(min=1), default=20, show_default=True, help="Pictures on the page.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Raw records as JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
@@ -114,7 +117,13 @@ def _kills(index: Path, folder: Path, options: dict[str, Any], progress: Progres
     return counted | {"changes": sum(each["added"] + each["removed"] for each in found)}, found
 
 
-MEASURES = {"speed": _speed, "contract": _contract, "hostile": _hostile, "kills": _kills}
+def _page(index: Path, folder: Path, options: dict[str, Any], progress: Progress) -> Measured:
+    from tmm_engine.bench.serving.page import measure_page
+
+    return measure_page(index, drops=options["drops"], seed=options["seed"], progress=progress)
+
+
+MEASURES = {"speed": _speed, "contract": _contract, "hostile": _hostile, "kills": _kills, "page": _page}
 
 
 def _digits(folder: Path) -> Path:
@@ -146,7 +155,11 @@ def _show(figures: dict[str, float], *, as_json: bool) -> None:
         for name, value in figures.items():
             bar = f" (bar {bars[name]:g}: {'holds' if held[name] else 'DOES NOT HOLD'})" if name in held else ""
             click.echo(f"{name.replace('_', ' ')}: {value:.4g}{bar}")
-    broken = [name for name in ("overload_errors", "schema_failures", "hostile_failures", "lost") if figures.get(name)]
+    broken = [
+        name
+        for name in ("overload_errors", "schema_failures", "hostile_failures", "lost", "axe_serious")
+        if figures.get(name)
+    ]
     if broken:
         raise IndexStateError(f"{', '.join(broken)}: see the records")
 
