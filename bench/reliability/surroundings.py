@@ -256,10 +256,10 @@ def unwritable(disk: Path) -> Iterator[None]:
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A file system of 1 MiB in memory; None where it cannot be mounted."""
+def small_disk(folder: Path, *, mebibytes: int = 1) -> Iterator[Path | None]:
+    """A small file system in memory; None where it cannot be mounted."""
     folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
     if (
         os.name != "posix"
         or shutil.which("mount") is None

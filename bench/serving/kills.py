@@ -16,7 +16,8 @@ from tmm_engine.engine import Engine
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.progress import Progress
 
-SECONDS = (0.3, 2.0)  # until the kill
+SECONDS = (0.0, 1.5)  # from the first change that was answered for to the kill
+PATIENCE = 60.0
 
 
 @dataclass(slots=True)
@@ -71,6 +72,9 @@ def _work_until_killed(server: Served, image: bytes, seconds: float) -> Told:
         for name in ("a", "b"):
             pool.submit(_change, server, image, name, told, over)
             pool.submit(_search, server, image, told, over)
+        began = time.monotonic()
+        while not told.there and time.monotonic() - began < PATIENCE:
+            time.sleep(0.01)
         time.sleep(seconds)
         server.process.kill()
         server.process.join()

@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problems, in the words of the command line."""
 
 import errno
+import os
 from http import HTTPStatus
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tmm_engine.cli.wording import for_command_line
 from tmm_engine.index.errors import IndexStateError, InputError, ModelError, TmmEngineError, printable
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = ("is the disk full?", *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -44,8 +45,8 @@ def status_of(error: TmmEngineError) -> int:
     """Of an error of ours: the request's fault, or that of what the server has."""
     if isinstance(error, InputError):
         return HTTPStatus.UNPROCESSABLE_ENTITY
-    causes = [error, error.__cause__, error.__context__]
-    full = any(isinstance(each, OSError) and each.errno in FULL for each in causes) or "disk full" in str(error)
+    said = f"{error} {error.__cause__}"  # Lance, too, says it in the system's words
+    full = any(words in said for words in FULL)
     return HTTPStatus.INSUFFICIENT_STORAGE if full else HTTPStatus.INTERNAL_SERVER_ERROR
 
 

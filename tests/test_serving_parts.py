@@ -1,0 +1,166 @@
+"""Parts of the server: lanes, keys, where it listens, how it stops, and a disk that is full."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from tests.digits import make_classifier, write_photos, write_queries
+from tests.serving import running
+from tmm_engine import Engine, build_index
+from tmm_engine.bench.reliability.surroundings import small_disk
+from tmm_engine.cli.main import main
+from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.serving.keys import READING, WRITING, Keys, Right
+from tmm_engine.serving.lane import BusyError, Lane
+from tmm_engine.serving.problems import status_of
+from tmm_engine.serving.running import listening, named_indexes
+from tmm_engine.serving.settings import Settings
+
+
+def held(lane: Lane) -> threading.Event:
+    """Let a lane be busy until the event is set."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(items: list[int]) -> list[int]:
+        begun.set()
+        go_on.wait()
+        return items
+
+    lane.ask([0], wait)
+    begun.wait()
+    return go_on
+
+
+def test_what_waits_and_is_alike_is_worked_off_together_and_in_order():
+    lane, seen = Lane("test", limit=10, together=3), []
+
+    def work(items: list[int]) -> list[int]:
+        seen.append(items)
+        return [10 * item for item in items]
+
+    go_on = held(lane)
+    asked = [lane.ask([item], work, kind=item % 2) for item in range(1, 9)] + [lane.ask([9, 10], work)]
+    assert len(lane) == 10
+    go_on.set()
+    assert [each.result() for each in asked] == [[10 * item] for item in range(1, 9)] + [[90, 100]]
+    assert seen == [[1, 3, 5], [2, 4, 6], [7], [8], [9, 10]]
+    lane.close()
+
+
+def test_a_full_or_closed_lane_refuses_and_says_when_to_come_again():
+    lane = Lane("test", limit=2, together=1)
+    go_on = held(lane)
+    waiting = [lane.ask([1], list), lane.ask([2], list)]
+    with pytest.raises(BusyError, match="ask again in 1 s"):
+        lane.ask([3], list)
+    cancelled = waiting[0].cancel()
+    go_on.set()
+    lane.close()
+    assert (cancelled, waiting[1].result()) == (True, [2])
+    with pytest.raises(BusyError):
+        lane.ask([4], list)
+
+
+def test_an_error_is_that_of_what_was_asked():
+    lane = Lane("test", limit=10, together=4)
+    with pytest.raises(ZeroDivisionError):
+        lane.ask([1, 0], lambda items: [1 // item for item in items]).result()
+    assert lane.ask([2], list).result() == [2]
+    lane.close()
+
+
+def test_keys_are_those_of_the_file_and_the_environment(tmp_path: Path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nread-only for-reading\n\nread-write for-writing\n")
+    keys = Keys.given(file, {WRITING: "of-the-environment", READING: ""})
+    rights = [
+        keys.right_of(key) for key in ("for-reading", "for-writing", "of-the-environment", "for-readinG", "", None)
+    ]
+    assert rights == [Right.READ, Right.WRITE, Right.WRITE, None, None, None]
+    assert "for-reading" not in repr(keys)
+    assert Keys().right_of(None) is Right.WRITE
+    for text in ("read-only short", "both for-reading", "for-reading", "read-only two words"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"keys|expected a key"):
+            Keys.given(file, {})
+    with pytest.raises(InputError, match="expected a file of keys"):
+        Keys.given(tmp_path / "none", {})
+
+
+def test_without_keys_only_this_machine_is_listened_to():
+    with (
+        pytest.raises(InputError, match="without a key only this machine may ask"),
+        listening("0.0.0.0", 0, Settings()),
+    ):
+        pass
+    with listening("127.0.0.1", 0, Settings()) as found:
+        with pytest.raises(InputError, match="nobody can listen on"), listening(*found.getsockname(), Settings()):
+            pass
+        refused = CliRunner().invoke(main, ["serve", "none.idx", "--host", "0.0.0.0"])
+        assert (refused.exit_code, "without a key" in refused.stderr) == (1, True)
+
+
+def test_indexes_are_called_as_their_folders_or_as_said():
+    assert named_indexes(["a/photos.idx", "cats=b/photos.idx"]) == {
+        "photos": Path("a/photos.idx"),
+        "cats": Path("b/photos.idx"),
+    }
+    for given in (["a/x.idx", "b/x.idx"], ["=x"], ["a/b=x"]):
+        with pytest.raises(InputError):
+            named_indexes(given)
+
+
+def test_a_stopped_server_finishes_what_it_has_begun(tmp_path: Path):
+    write_photos(tmp_path / "photos", count=20)
+    [query] = write_queries(tmp_path / "queries", count=1).iterdir()
+    build_index(tmp_path / "photos", tmp_path / "photos.idx", make_classifier(), views=1)
+    answers: list[httpx.Response] = []
+    arrived = threading.Event()
+
+    def image() -> Iterator[bytes]:
+        yield query.read_bytes()
+        arrived.set()
+
+    def ask(address: str) -> None:
+        address += "?settings=trigger.steps=60&settings=head.min_steps=60"
+        answers.append(httpx.post(address, content=image(), timeout=60, headers={"content-type": "image/png"}))
+
+    with running({"photos": tmp_path / "photos.idx"}) as client:
+        asking = threading.Thread(target=ask, args=(f"{client.base_url}/collections/photos/search",))
+        asking.start()
+        arrived.wait()
+    asking.join()
+    assert [each.status_code for each in answers] == [200], answers
+
+
+def test_a_full_disk_while_adding_is_said_and_loses_nothing(tmp_path: Path):
+    [query] = write_queries(tmp_path / "queries", count=1).iterdir()
+    write_photos(tmp_path / "photos", count=12)
+    with small_disk(tmp_path / "disk", mebibytes=64) as disk:
+        if disk is None:
+            pytest.skip("no small disk can be mounted here")
+        index = disk / "photos.idx"
+        build_index(tmp_path / "photos", index, make_classifier(), views=1)
+        with running({"photos": index}) as client:
+            before = client.get("/collections/photos").json()["exemplars"]
+            with (disk / "filling").open("wb", buffering=0) as filling, pytest.raises(OSError):
+                while True:
+                    filling.write(bytes(4096))
+            response = client.put(
+                "/collections/photos/exemplars/new", content=query.read_bytes(), headers={"content-type": "image/png"}
+            )
+            assert response.status_code == 507, response.text
+            assert client.post("/collections/photos/search", files={"image": query.read_bytes()}).status_code == 200
+        (disk / "filling").unlink()
+        with Engine.open(index, device="cpu", verify=True) as engine:
+            assert len(engine) == before
+
+
+def test_the_status_of_a_full_disk_is_told_from_damage():
+    full = IndexStateError("x cannot be written")
+    full.__cause__ = OSError(28, "No space left on device")
+    assert [status_of(each) for each in (full, IndexStateError("damaged"), InputError("wrong"))] == [507, 500, 422]
