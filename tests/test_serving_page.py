@@ -186,6 +186,9 @@ def test_tmm_is_asked_for_by_hand_and_shows_its_trigger(page):
     found(page, "tmm")
     expect(page.locator("#mode-tmm figcaption")).to_have_count(3)
     expect(page.locator("#mode-tmm .stayed")).to_be_empty()
+    move(page, "darken", 0.5)  # what was found is of another picture
+    expect(page.locator("#stayed li")).to_have_count(3)
+    expect(page.locator("#mode-tmm .hits")).to_have_count(0)
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ const state = {
 };
 const changes = new Changes((values) => {
   state.changes = values;
+  views.get("tmm")?.outdate();
+  changes.forget("tmm");
   history.replaceState(history.state, "", here());
   search();
 });

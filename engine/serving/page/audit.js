@@ -155,7 +155,7 @@ export class AuditView {
       element(
         "ul",
         { class: "tiles" },
-        this.#tile(finding, "the picture in question", "it"),
+        this.#tile(finding, finding.kind === "duplicates" ? "the first" : "the picture in question", "it"),
         finding.evidence.map((each) => this.#tile(each, alike(each), "")),
       ),
     );

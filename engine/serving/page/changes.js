@@ -53,6 +53,11 @@ export class Changes {
     if (!isChanged(this.values)) find("stayed").replaceChildren();
   }
 
+  /** What was said of a mode is of another picture. */
+  forget(mode) {
+    find("stayed").querySelector(`[data-mode="${mode}"]`)?.remove();
+  }
+
   /** How many stayed in a mode. */
   tellStayed(mode, staying) {
     const line = element("li", { "data-mode": mode }, element("b", {}, mode), bar(staying, true));
