@@ -206,7 +206,7 @@ class Snapshot:
         )
         exact = self.searcher.nearest.by(EXACT)
         tuner = Tuner(exact, Sample(clean, noisy), mode=str(mode), k=min(k, len(self.store)), progress=progress)
-        return tuner.best(factories or usual_factories(len(self.store)), recall=recall)
+        return tuner.best(tuple(factories) or usual_factories(len(self.store)), recall=recall)
 
     def search(
         self, queries: list[Query], options: SearchOptions, progress: Progress, *, of: "Snapshot"

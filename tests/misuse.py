@@ -77,6 +77,7 @@ def calls() -> Calls:
         "Engine.search": (engine.search, {"query": images[0], "mode": "l2"}),
         "Engine.search_each": (engine.search_each, {"queries": [images[0]], "mode": "l2"}),
         "Engine.sync": (engine.sync, {"source": source, "dry_run": True}),
+        "Engine.tune_neighbours": (engine.tune_neighbours, {"k": 1, "factories": ["Flat"], "sample": 2}),
         "Engine.to_arrow": (engine.to_arrow, {"columns": ["image"]}),
         "Query": (search, {"name": "q", "pixels": np.zeros(SHAPE, np.float32), "label": 0}),
         "SearchOptions": (SearchOptions, {"mode": "l2"}),

@@ -179,9 +179,10 @@ def test_a_shift_of_many_images_is_told(engine: Engine, calibrated: Calibration)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": 0.0}, "alpha: expected a share above 0 and below 1"),
+        ({"alpha": 0.0}, "alpha: expected a share from 1e-06 to below 1"),
         ({"alpha": 1.0}, "alpha: expected"),
-        ({"outliers": 1.0}, "outliers: expected a share from 0"),
+        ({"alpha": 5e-324}, "alpha: expected"),
+        ({"outliers": 1.0}, "outliers: expected 0, or a share"),
         ({"calibration": "by-cosin"}, "no calibration 'by-cosin': there are by-cosine"),
         ({"calibration": "../x"}, "expected a calibration's name"),
         ({"calibration": "by-cosine", "k": 4}, "made with k 5, not 4"),

@@ -21,6 +21,7 @@ from tmm_engine.snapshot import Snapshot
 STRANGE = 0.1  # of calibration images are as far from their nearest class as what is counted in a batch
 BATCH = 20  # queries from which on a shift is looked for
 SIGMAS = 4.0
+SMALLEST = 1e-6  # share that is told from none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +29,8 @@ class Doubt:
     """How much doubt is too much.
 
     Attributes:
-        alpha: How often a set may miss the right class, in (0, 1).
-        outliers: The largest familiarity of an outlier, in [0, 1); 0: nothing is one.
+        alpha: How often a set may miss the right class, from a millionth to below 1.
+        outliers: The largest familiarity of an outlier, likewise, or 0: nothing is one.
 
     Raises:
         InputError: out of range.
@@ -39,10 +40,12 @@ class Doubt:
     outliers: float = 0.01
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.alpha, Real) and 0.0 < self.alpha < 1.0):
-            raise InputError(f"alpha: expected a share above 0 and below 1, as in 0.05, got {self.alpha!r}")
-        if not (isinstance(self.outliers, Real) and 0.0 <= self.outliers < 1.0):
-            raise InputError(f"outliers: expected a share from 0 to below 1, as in 0.01, got {self.outliers!r}")
+        if not (isinstance(self.alpha, Real) and SMALLEST <= self.alpha < 1.0):
+            raise InputError(f"alpha: expected a share from {SMALLEST:g} to below 1, as in 0.05, got {self.alpha!r}")
+        if not (isinstance(self.outliers, Real) and (self.outliers == 0 or SMALLEST <= self.outliers < 1.0)):
+            raise InputError(
+                f"outliers: expected 0, or a share from {SMALLEST:g} to below 1, as in 0.01, got {self.outliers!r}"
+            )
 
 
 def classified(
