@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tmm_engine.bench.attack import features_of
@@ -51,7 +51,6 @@ def test_pixels_stay_pixels_and_the_query_stays_as_it_is(perturbation, classifie
         assert result.tobytes() == perturb(perturbation.name, image, seed=3, classifier=classifier).tobytes()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), SEEDS, st.floats(0, 1), st.sampled_from([(1, 5, 5), (3, 8, 8), (3, 32, 32)]))
 def test_gaussian_noise_has_its_norm_after_clipping(content, seed, share, shape):
     image = picture(content, shape)

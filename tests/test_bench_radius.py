@@ -77,7 +77,6 @@ class Threshold:
         return frozenset({1, 2 + passed % 2})
 
 
-@settings(deadline=None)
 @given(st.floats(1e-3, 6), st.floats(1e-3, 1))
 def test_the_search_brackets_a_known_radius(radius, tolerance):
     top_set = Threshold(radius)
@@ -183,7 +182,7 @@ def top_rows(queries: np.ndarray, features: np.ndarray, k: int, metric: Metric) 
 
 
 @pytest.mark.parametrize("metric", Metric)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.integers(3, 12), st.integers(1, 5), st.booleans())
 def test_the_closed_form_is_exact(metric, seed, d, n, k, positive):
     k = min(k, n - 1)

@@ -34,7 +34,7 @@ def write(path: Path, count: int, *, method: str = "l2") -> list[dict]:
     return records
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.dictionaries(st.text(max_size=8).filter(lambda name: name != "settings"), values), max_size=5))
 def test_what_is_written_is_read(tmp_path_factory, found):
     path = tmp_path_factory.mktemp("records") / "r.jsonl"

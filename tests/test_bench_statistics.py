@@ -21,7 +21,7 @@ numbers = st.lists(st.floats(-100, 100), min_size=2, max_size=12).map(np.array)
 seeds = st.integers(0, 2**31)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(numbers, seeds, st.sampled_from([np.mean, np.median]))
 def test_an_interval_holds_its_estimate_and_stays_within_the_values(values, seed, statistic):
     found = bootstrap_interval(values, statistic, resamples=200, seed=seed)
@@ -68,7 +68,7 @@ def test_values_that_cannot_be_averaged_are_refused(values):
         bootstrap_interval(np.array(values))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(-10, 10)), min_size=1, max_size=30))
 def test_by_query_is_each_query_s_mean(pairs):
     queries, values = (np.array(column) for column in zip(*pairs, strict=True))
@@ -97,7 +97,7 @@ def test_repeating_a_query_s_records_narrows_nothing():
     assert naive.high - naive.low < 0.5 * (many.high - many.low)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 200).flatmap(lambda trials: st.tuples(st.integers(0, trials), st.just(trials))))
 def test_wilson_solves_its_equation(counts):
     successes, trials = counts
@@ -120,7 +120,7 @@ def test_wilson_refuses_counts_that_cannot_be(counts):
 radius = st.floats(0, 5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(radius, min_size=1, max_size=20), st.lists(radius, max_size=8))
 def test_without_censoring_the_curve_is_the_share(radii, grid):
     radii, grid = np.array(radii), np.sort([*grid, *radii])  # the radii themselves: at least, not more than
@@ -128,7 +128,7 @@ def test_without_censoring_the_curve_is_the_share(radii, grid):
     np.testing.assert_allclose(curve, [(radii >= epsilon).mean() for epsilon in grid], atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(radius, st.booleans()), min_size=1, max_size=20), st.lists(radius, min_size=1, max_size=8))
 def test_with_censoring_the_curve_lies_between_what_is_known_and_what_is_possible(pairs, grid):
     radii, censored = np.array([value for value, _ in pairs]), np.array([flag for _, flag in pairs])

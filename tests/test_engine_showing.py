@@ -70,7 +70,7 @@ def test_a_small_confidence_is_not_zero(value: float, shown: str) -> None:
     assert confidence(value) == shown
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=st.text(st.characters(codec=None, exclude_categories=()), min_size=1, max_size=40))
 def test_any_text_can_be_reported(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("any")

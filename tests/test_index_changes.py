@@ -149,7 +149,7 @@ class Life(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-Life.TestCase.settings = settings(max_examples=5, stateful_step_count=7, deadline=None)
+Life.TestCase.settings = settings(max_examples=5, stateful_step_count=7)
 TestLife = Life.TestCase
 
 

@@ -98,7 +98,7 @@ def test_the_users_model_is_not_changed(training):
 
 
 @given(mean=st.lists(st.floats(-1, 1), min_size=3, max_size=3), std=st.lists(st.floats(0.1, 2), min_size=3, max_size=3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_normalisation_is_inside_the_backbone(mean, std):
     classifier = small_classifier(mean=mean, std=std)
     normalised = torchvision.transforms.functional.normalize(images(), mean, std)
@@ -328,7 +328,7 @@ def test_metadata_that_save_did_not_write(tmp_path, text, message):
 
 
 @given(parameter=st.integers(0, 3), bit=st.integers(0, 31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_one_bit_of_one_weight_changes_the_fingerprint(parameter, bit):
     model = small_model()
     values = list(model.parameters())[parameter].data.view(-1)

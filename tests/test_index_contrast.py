@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -15,7 +15,6 @@ BATCHES = st.tuples(st.integers(1, 5), st.just(2), st.integers(1, 4), st.integer
 )
 
 
-@settings(deadline=None)
 @given(image=PIXELS, darker=st.floats(0.01, 1.0), lift=st.floats(0.0, 1.0))
 def test_darkening_and_lost_contrast_are_undone(image, darker, lift):
     assume(image.min() < image.max())
@@ -23,7 +22,6 @@ def test_darkening_and_lost_contrast_are_undone(image, darker, lift):
     torch.testing.assert_close(stretch_contrast(faded), stretch_contrast(image), rtol=0.0, atol=1e-10)
 
 
-@settings(deadline=None)
 @given(images=BATCHES.map(torch.from_numpy))
 def test_it_is_linear_onto_the_whole_range_for_all_channels_together(images):
     for image, stretched in zip(images, stretch_contrast(images), strict=True):
@@ -36,14 +34,12 @@ def test_it_is_linear_onto_the_whole_range_for_all_channels_together(images):
         np.testing.assert_allclose(stretched, expected, rtol=0.0, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(images=BATCHES.map(torch.from_numpy))
 def test_twice_is_once_bit_for_bit(images):
     once = stretch_contrast(images)
     assert torch.equal(stretch_contrast(once), once)
 
 
-@settings(deadline=None)
 @given(images=BATCHES.map(torch.from_numpy))
 def test_a_batch_is_its_images_one_by_one_and_stays_as_it_was(images):
     before = images.clone()
@@ -53,7 +49,6 @@ def test_a_batch_is_its_images_one_by_one_and_stays_as_it_was(images):
     assert torch.equal(images, before)
 
 
-@settings(deadline=None)
 @given(level=st.floats(0, 1, width=32), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_a_constant_image_stays(level, dtype):
     image = torch.full((3, 4, 4), level, dtype=dtype)

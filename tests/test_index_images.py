@@ -336,7 +336,7 @@ def test_pillows_warnings_stay_inside_and_filters_are_restored():
         assert warnings.filters == filters
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(format_=st.sampled_from(FORMATS), data=st.data())
 def test_damaged_files_give_an_image_or_an_image_error(monkeypatch, format_, data):
     monkeypatch.setattr(images, "MAX_PIXELS", 100_000)  # a damaged header may otherwise ask for gigabytes

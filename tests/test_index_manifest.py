@@ -101,7 +101,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(fields())
 def test_what_is_written_is_read(given):
     files = {name: FileDigest(*digest) for name, digest in given.pop("files").items()}

@@ -75,7 +75,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(problem=problems(), k=st.integers(1, 130))
 def test_exact_search_is_the_head_of_the_full_ranking(metric, problem, k):
     features, queries = problem
@@ -86,7 +86,7 @@ def test_exact_search_is_the_head_of_the_full_ranking(metric, problem, k):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems())
 def test_scores_are_those_of_the_definition(metric, problem):
     features, queries = problem
@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_definition(metric, problem):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(), seed=st.integers(0, 2**32 - 1), k=st.integers(1, 20))
 def test_the_order_of_exemplars_does_not_matter(metric, problem, seed, k):
     features, queries = problem
@@ -108,7 +108,7 @@ def test_the_order_of_exemplars_does_not_matter(metric, problem, seed, k):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(), k=st.integers(1, 20))
 def test_a_batch_gives_what_single_queries_give_bit_for_bit(metric, problem, k):
     features, queries = problem
@@ -246,7 +246,7 @@ def test_cosine_is_an_inner_product_of_normalised_features():
 # ---- ranking
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     scores=hnp.arrays(
         np.float64, st.integers(1, 40), elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, 1e-300])

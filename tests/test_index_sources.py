@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
@@ -380,7 +380,6 @@ def test_a_failed_download_says_what_is_expected_where(tmp_path, monkeypatch, na
 # --- arrays ---
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 9), channels=st.sampled_from([1, 3]), side=st.integers(4, 6))
 def test_arrays_of_every_layout_and_type_agree(n, channels, side):
     images = np.random.default_rng(n).integers(0, 256, (n, channels, side, side + 1), dtype=np.uint8)

@@ -142,7 +142,7 @@ def stored(kind: str, content: Exemplars, *, batch: int = 4) -> Iterator[Exempla
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(content=exemplars(), data=st.data())
 def test_what_goes_in_comes_out(kind, content, data):
     n = len(content)

@@ -133,7 +133,7 @@ states = st.dictionaries(
 )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(states, min_size=2, max_size=4), st.booleans())
 def test_after_any_history_the_rows_are_those_of_a_fresh_build(history: list[State], labelled: bool):
     folder = Path(tempfile.mkdtemp())

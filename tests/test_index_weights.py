@@ -56,7 +56,7 @@ def test_nested_checkpoints(tmp_path, key):
 
 
 @given(prefixes=st.lists(st.sampled_from(["module.", "_orig_mod."]), max_size=3))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_wrapper_prefixes_are_removed(tmp_path_factory, prefixes):
     expected = small_model().state_dict()
     path = tmp_path_factory.mktemp("prefixes") / "c.safetensors"
@@ -137,7 +137,7 @@ def test_missing_files_and_folders(tmp_path, reader):
 
 
 @given(cut=st.floats(0, 0.999), name=st.sampled_from(["c.safetensors", "c.pt"]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_truncated_files(tmp_path_factory, cut, name):
     path = tmp_path_factory.mktemp("cut") / name
     state = {"w": torch.arange(100.0)}

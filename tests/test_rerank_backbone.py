@@ -141,7 +141,7 @@ def test_what_is_specialised_is_not_specialised_again(follows):
 SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     size=SIDES,
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -311,7 +311,7 @@ def test_what_cannot_be_rewritten_is_used_as_it_is(make):
 # ---- the pass
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     blend=st.sampled_from(Blend),
     clamp=st.booleans(),

@@ -43,7 +43,6 @@ def similarities(query: torch.Tensor, exemplars: torch.Tensor, shrinkage: float)
 # ---- the slow one
 
 
-@settings(deadline=None)
 @given(
     seed=SEEDS,
     n=st.integers(1, 40),
@@ -67,7 +66,7 @@ def test_it_is_the_cosine_similarity_of_whitened_features(*, seed, n, d, offset,
     np.testing.assert_allclose(found, slow_similarities(query, exemplars, shrinkage), rtol=0.0, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=SEEDS, n=st.integers(2, 60), d=st.integers(1, 24), offset=st.floats(0.0, 30.0), shrinkage=SHRINKAGES)
 @example(seed=11286, n=2, d=1, offset=0.5, shrinkage=10.0)  # two numbers that are nearly the same
 def test_float32_is_close_to_float64(*, seed, n, d, offset, shrinkage):
@@ -99,7 +98,7 @@ def test_exemplars_that_are_all_alike_are_like_nothing_and_no_division_fails(n, 
 # ---- one pass
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     seed=SEEDS,
     sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6),
@@ -131,7 +130,6 @@ def test_the_moments_are_float64_and_those_of_numpy_far_from_the_origin():
 # ---- what it says of exemplars
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, n=st.integers(3, 40), d=st.integers(2, 16), data=st.data())
 def test_a_query_that_is_an_exemplar_has_similarity_1_and_duplicates_of_it_tie(*, seed, n, d, data):
     exemplars = torch.from_numpy(features_of(seed, n, d, offset=2.0))
@@ -147,7 +145,6 @@ def test_a_query_that_is_an_exemplar_has_similarity_1_and_duplicates_of_it_tie(*
     assert int(found[:n].argmax()) == row
 
 
-@settings(deadline=None)
 @given(seed=SEEDS, n=st.integers(3, 30), d=st.integers(2, 8), shrinkage=SHRINKAGES)
 def test_moving_and_scaling_all_features_changes_nothing(*, seed, n, d, shrinkage):
     exemplars, query = (torch.from_numpy(features_of(seed + i, count, d)) for i, count in enumerate((n, 1)))
@@ -175,7 +172,7 @@ def test_what_all_exemplars_share_counts_little():
 # ---- Eq. 3 with the Gaussian model: Fisher's discriminant
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS, n=st.integers(12, 60), d=st.integers(2, 8), share=st.floats(0.01, 0.9))
 def test_before_lengths_count_it_is_scikit_learns_discriminant_of_query_against_exemplars(*, seed, n, d, share):
     """Its covariance is (1−s)·Σ + s·mean variance·I, ours Σ + s/(1−s)·mean variance·I: 1/(1−s) times that.

@@ -120,7 +120,7 @@ def test_the_seed_and_nothing_else_decides(classifier, make_images):
     assert [value.numpy().tobytes() for value in classifier.backbone.state_dict().values()] == before
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(images=SOME_IMAGES)
 def test_the_intensity_is_the_mean_of_the_images_standard_deviations(classifier, images):
     config = made_with(trigger_steps=0, blend=Blend.ADDED)
@@ -180,7 +180,7 @@ def test_constant_images_are_refused_where_the_intensity_matters(classifier, ble
 # ---- how it is kept
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     trigger=hnp.arrays(np.float32, SHAPE, elements=st.floats(-10, 10, width=32)),
     intensity=st.floats(0, 1),

@@ -94,7 +94,7 @@ def test_graphs_agree_with_pytorch(any_export: Export) -> None:
                 assert_equal(got, features(any_export, images, trigger, intensity=0.3, blend=blend, clamp=clamp))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(drawn=st.builds(draw, st.integers(1, 40), seed=st.integers(0, 2**32)), intensity=st.floats(0, 1), **CHOICES)
 def test_every_intensity(
     export: Export, drawn: tuple[Tensor, Tensor], intensity: float, blend: Blend, clamp: bool
@@ -213,7 +213,6 @@ def test_a_cut_file(
     assert capfd.readouterr() == ("", "")
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_changed_bit_is_noticed(
     export: Export, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -89,7 +89,7 @@ def state_bytes(classifier):
     return [value.numpy().tobytes() for module in modules for value in module.state_dict().values()]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     image=IMAGES,
     seed=st.integers(0, MAX_SEED),

@@ -30,7 +30,7 @@ def rows_before(exemplars, config, candidates):
     return np.concatenate([candidates, np.sort(companions)]), candidates
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     config=configs().filter(lambda config: config.draws),
     sample=st.builds(Sample, max_exemplars=st.integers(1, 60), companions=st.integers(0, 50)),

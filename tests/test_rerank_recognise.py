@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -38,7 +38,6 @@ def share(ratio: float, threshold: float) -> float:
     return Recognised.nearest(0, (ratio, 1.0), threshold=threshold).share
 
 
-@settings(deadline=None)
 @given(distances=PAIRS, threshold=THRESHOLDS)
 def test_the_share_is_the_logistic_function_of_the_ratio_and_never_overflows(distances, threshold):
     found = Recognised.nearest(3, distances, threshold=threshold)
@@ -52,7 +51,6 @@ def test_the_share_is_the_logistic_function_of_the_ratio_and_never_overflows(dis
     assert found.share == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-@settings(deadline=None)
 @given(distances=st.tuples(DISTANCES, DISTANCES, DISTANCES).map(sorted), threshold=THRESHOLDS)
 def test_the_nearer_the_nearest_and_the_farther_the_second_the_more_it_moves(distances, threshold):
     near, between, far = distances
@@ -63,7 +61,6 @@ def test_the_nearer_the_nearest_and_the_farther_the_second_the_more_it_moves(dis
         assert of((4.0 * near, 4.0 * far)).ratio == pytest.approx(of((near, far)).ratio, rel=1e-9)  # has no scale
 
 
-@settings(deadline=None)
 @given(low=st.floats(0.5, 1.4), step=st.floats(1e-3, 1.4), threshold=st.floats(MIN_RECOGNITION, 1.0))
 def test_around_the_threshold_the_share_falls_strictly(low, step, threshold):
     low, high = threshold * low, threshold * min(low + step, 1.45)
@@ -71,7 +68,6 @@ def test_around_the_threshold_the_share_falls_strictly(low, step, threshold):
     assert share(high, threshold) < share(low, threshold)
 
 
-@settings(deadline=None)
 @given(threshold=THRESHOLDS)
 def test_a_half_at_the_threshold_all_but_everything_at_zero_and_nothing_far_above(threshold):
     assert share(threshold, threshold) == 0.5
@@ -80,7 +76,6 @@ def test_a_half_at_the_threshold_all_but_everything_at_zero_and_nothing_far_abov
     assert share(4.0 * threshold, threshold) < 1e-25
 
 
-@settings(deadline=None)
 @given(threshold=THRESHOLDS, distance=DISTANCES)
 def test_of_two_as_near_none_is_recognised(threshold, distance):
     found = Recognised.nearest(0, (distance, distance), threshold=threshold)
@@ -91,7 +86,6 @@ def test_of_two_as_near_none_is_recognised(threshold, distance):
     assert share(1.0, 0.8) == pytest.approx(1.0 / (1.0 + math.exp(5.0)))  # in the preset robust: 0.7 % of the way
 
 
-@settings(deadline=None)
 @given(angle=st.floats(0.0, math.pi))
 def test_a_chord_is_the_distance_of_directions_up_to_a_factor(angle):
     distance = math.dist((1.0, 0.0), (math.cos(angle), math.sin(angle)))
@@ -99,7 +93,6 @@ def test_a_chord_is_the_distance_of_directions_up_to_a_factor(angle):
     assert chord(1.0) == chord(math.nextafter(1.0, 2.0)) == chord(1.0 + 1e-6) == 0.0
 
 
-@settings(deadline=None)
 @given(query=FEATURES, exemplar=FEATURES, part=st.floats(0.0, 1.0))
 def test_features_move_on_the_line_between_the_two(query, exemplar, part):
     def moved(share: float) -> torch.Tensor:
@@ -117,7 +110,6 @@ def test_features_move_on_the_line_between_the_two(query, exemplar, part):
 # ---- by plain neighbours
 
 
-@settings(deadline=None)
 @given(
     features=FEATURES,
     scores=st.tuples(st.floats(0.0, 100.0), st.floats(0.0, 100.0)).map(sorted),
@@ -134,7 +126,6 @@ def test_by_l2_it_is_the_ratio_of_distances_in_units_of_the_querys_length(featur
     assert found == Recognised.nearest(7, (first, second), threshold=threshold)
 
 
-@settings(deadline=None)
 @given(
     features=FEATURES,
     cosines=st.tuples(st.floats(-1.0, 1.0), st.floats(-1.0, 1.0)).map(lambda pair: sorted(pair, reverse=True)),

@@ -42,7 +42,6 @@ def test_a_head_scores_by_its_last_row_and_is_as_sure_as_its_softmax(ranked_by):
     np.testing.assert_allclose(scores, logits[:, -1] if ranked_by is Score.LOGIT else np.log(p / (1 - p)), rtol=1e-9)
 
 
-@settings(deadline=None)
 @given(rows=ROWS)
 def test_known_lengths_change_nothing_whatever_the_rows(rows):
     features = random_features(0)
@@ -76,7 +75,7 @@ class Chosen:
 
 
 @pytest.mark.parametrize("inner", [HeadScorer(random_head(), Score.LOGIT), discriminant_scorer(lengths=True)])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows=st.none() | ROWS, weight=st.floats(0.01, 100.0))
 def test_fused_is_confidence_plus_weighted_cosine_similarity(inner: Scorer, rows, weight):
     clean, query = random_features(2), random_features(3, 1)[0]

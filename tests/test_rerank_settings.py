@@ -178,7 +178,7 @@ def test_the_reason_names_all_that_would_help():
 # ---- settings in words
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(config=configs(), before=configs(), order=st.randoms(use_true_random=False))
 def test_words_in_any_order_make_the_same_configuration_whatever_it_was_before(config, before, order):
     shuffled = words(config)
@@ -189,7 +189,6 @@ def test_words_in_any_order_make_the_same_configuration_whatever_it_was_before(c
     assert before.with_settings(spelled) == config
 
 
-@settings(deadline=None)
 @given(config=configs(), trigger=triggers, head=heads)
 def test_what_both_ways_have_in_common_stays_and_so_does_the_rest(config, trigger, head):
     changed = config.with_settings([f"head={head.kind}", f"trigger={trigger.kind}"])
@@ -295,7 +294,7 @@ def test_wrong_settings_say_what_was_expected(text, message):
 # ---- JSON, and records
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(config=configs())
 def test_json_has_what_has_an_effect_and_makes_the_same_configuration(config):
     plain = config.to_json()
@@ -377,7 +376,7 @@ def test_configurations_share_a_pass_unless_something_before_the_head_differs(na
 # ---- global triggers
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(recipe=recipes, order=st.randoms(use_true_random=False))
 def test_a_recipe_is_made_of_its_words_too(recipe, order):
     assert "trigger" not in recipe.to_json()
@@ -387,7 +386,7 @@ def test_a_recipe_is_made_of_its_words_too(recipe, order):
     assert GlobalRecipe.of(recipe) is recipe
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(config=configs())
 def test_the_recipe_of_a_configuration_has_what_both_have(config):
     recipe = GlobalRecipe.of(config)

@@ -78,7 +78,7 @@ def test_best_first_is_a_sort_by_score_then_id(values, k, shuffle):
     assert best.tolist() == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_rerank_is_a_permutation_of_its_candidates_and_scores_fall(classifier, make_store, make_queries, data):
     store = make_store(classifier, 40)

@@ -26,7 +26,7 @@ def found_in(classifier, queries, config, *, shared=None, together=False):
     return find_triggers(classifier, queries, config, shared=shared, together=together)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(formula=st.sampled_from(Blend), clamp=st.booleans(), intensity=st.floats(0.0, 1.0), seed=st.integers(0, 1000))
 def test_it_is_applied_as_its_blending_says(formula, clamp, intensity, seed):
     blending = Blending(formula=formula, clamp=clamp)

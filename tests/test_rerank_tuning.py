@@ -46,7 +46,6 @@ def equation_3(head, data):
 # ---- batches
 
 
-@settings(deadline=None)
 @given(
     n=st.integers(1, 100),
     size=st.integers(1, 120),
@@ -79,7 +78,7 @@ def test_epochs_and_seeds_differ():
 # ---- Fisher
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n=st.integers(1, 12), seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 1.0, 30.0]), bias=st.booleans())
 def test_the_closed_form_fisher_is_autograds(n, seed, scale, bias):
     head = random_head(bias=bias, seed=seed)
@@ -189,7 +188,7 @@ def test_nothing_given_is_changed_and_the_head_holds_no_graph():
 
 
 @given(seed=st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_log_odds_are_those_of_the_softmax_and_rank_as_it_does(seed):
     head = random_head(seed=seed)
     features = torch.randn(30, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

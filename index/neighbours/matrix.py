@@ -171,7 +171,7 @@ def _nearest(
 
     One product is all that several threads work on: beside other work each such step waits for the slowest of them.
     """
-    queries = torch.from_numpy(np.ascontiguousarray(xq))
+    queries = torch.from_numpy(np.require(xq, requirements=("C", "W")))
     parts: list[tuple[Tensor, Tensor]] = []
     for block, norms, start in blocks:
         values = torch.from_numpy(block)
