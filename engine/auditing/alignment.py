@@ -5,8 +5,7 @@ pictures, gain and offset of the pixels among the unknowns (Lucas and Kanade 198
 forward compositional). What is left is measured by normalised cross-correlation where both have pixels.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -52,30 +51,31 @@ def residuals(
         pairs: Positions.
         progress: Told of pairs done.
     """
-    found = [np.empty(0, np.float32)]
-    shown = _Frame(*still.shape[1:])
-    with torch.inference_mode(), _one_thread():
-        for start in range(0, len(pairs), BATCH):
-            first, second = pairs[start : start + BATCH].T
-            target, moved = _grey(still[first]), _grey(moving[second])
-            motion = _aligned(shown, shown.blurred(target, COARSE), shown.blurred(moved, COARSE))
-            target, moved = shown.blurred(target, FINE), shown.blurred(moved, FINE)
-            aligned, inside = shown.moved(moved, motion)
-            apart = torch.minimum(_apart(target, aligned, inside), _apart(target, moved, torch.ones_like(inside)))
-            found.append(apart.numpy())
-            progress("aligning pairs", start + len(first), len(pairs))
+    shown, found, threads = _Frame(*still.shape[1:]), [np.empty(0, np.float32)], torch.get_num_threads()
+
+    def apart(start: int) -> Float32[np.ndarray, "b"]:
+        first, second = pairs[start : start + BATCH].T
+        return _compared(shown, _grey(still[first]), _grey(moving[second]))
+
+    starts = range(0, len(pairs), BATCH)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for start, batch in zip(starts, pool.map(apart, starts), strict=True):
+            found.append(batch)
+            progress("aligning pairs", start + len(batch), len(pairs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads to come: those of the pool changed it
     return np.concatenate(found)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Hundreds of small steps: on a busy machine threads wait ten times as long for each other as they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+@torch.inference_mode()
+def _compared(shown: "_Frame", target: Pictures, moved: Pictures) -> Float32[np.ndarray, "n"]:
+    """By one thread: in hundreds of small steps several would wait for each other longer than they work."""
+    motion = _aligned(shown, shown.blurred(target, COARSE), shown.blurred(moved, COARSE))
+    target, moved = shown.blurred(target, FINE), shown.blurred(moved, FINE)
+    aligned, inside = shown.moved(moved, motion)
+    return torch.minimum(_apart(target, aligned, inside), _apart(target, moved, torch.ones_like(inside))).numpy()
 
 
 def _grey(pictures: UInt8[np.ndarray, "n h w"]) -> Pictures:
