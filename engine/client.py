@@ -68,6 +68,8 @@ class Client:
         server, _, name = address.rstrip("/").rpartition("/")
         if not server.startswith(("http://", "https://")) or not name:
             raise InputError(f"expected an address like http://localhost:8000/photos, got {address!r}")
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise InputError("expected a key of letters, digits and signs, got one with others")
         headers = {} if key is None else {HEADER: key}
         self._address, self._base = address, f"/collections/{quote(name, safe='')}"
         self._http: httpx.Client = httpx.Client(base_url=server, headers=headers, timeout=seconds)
@@ -171,11 +173,11 @@ class Client:
             What the change did: ``version``, ``exemplars``, ``added``, ``replaced`` …
         """
         body = {"image": base64.b64encode(_content(image)).decode(), "label": label}
-        return self._asked("PUT", f"{self._base}/exemplars/{quote(id_)}", json=body)
+        return self._asked("PUT", f"{self._base}/exemplars/{_in_address(id_)}", json=body)
 
     def delete(self, id_: str) -> dict[str, Any]:
         """Remove an exemplar."""
-        return self._asked("DELETE", f"{self._base}/exemplars/{quote(id_)}")
+        return self._asked("DELETE", f"{self._base}/exemplars/{_in_address(id_)}")
 
     def refresh(self) -> dict[str, Any]:
         """Let the newest version on disk be searched now."""
@@ -288,3 +290,8 @@ def _settings(config: TmmConfig) -> list[str]:
         f"{name}={str(value).lower() if isinstance(value, bool) or value is None else value}"
         for name, value in config.to_json().items()
     ]
+
+
+def _in_address(id_: str) -> str:
+    """Wholly quoted: dots between slashes would be resolved on the way, and name another exemplar."""
+    return quote(id_, safe="").replace(".", "%2E")

@@ -282,6 +282,7 @@ def in_memory(engine: Engine) -> Engine:
         ("label = 3; DROP TABLE x", "without ; comments"),
         ("label = 3 -- and more", "without ; comments"),
         ('"page" = 3', "without ; comments or double quotes"),
+        ("length(Repeat ('x', 2000000000)) > 3", "repeat\\(…\\) is not allowed"),
         ("label = " + "1 + " * 5000 + "1", "at most 500 words"),
         ("label" + " is null" * 3000, "at most 500 words"),
         ("(" * 20_000 + "label = 1" + ")" * 20_000, "expected a condition in SQL"),

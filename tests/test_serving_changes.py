@@ -90,6 +90,12 @@ def test_what_cannot_become_an_exemplar_is_refused_and_changes_nothing(client: h
     assert client.get(PHOTOS).json()["version"] == before
 
 
+def test_many_come_as_json_alone(client: httpx.Client, query: bytes):
+    body = json.dumps({"exemplars": [{"id": "own", "image": base64.b64encode(query).decode()}]})
+    plain = client.post(f"{PHOTOS}/exemplars", content=body, headers={"content-type": "text/plain"})
+    assert (plain.status_code, plain.json()["detail"]) == (415, "expected a body of application/json, got 'text/plain'")
+
+
 def test_only_a_key_to_write_with_may_change(client: httpx.Client, query: bytes):
     address = f"{PHOTOS}/exemplars/digit-3/0003.png"
     changes = [

@@ -1,5 +1,6 @@
 """Parts of the server: lanes, keys, where it listens, how it stops, and a disk that is full."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
+from starlette.responses import PlainTextResponse
 
 from tests.digits import make_classifier, write_photos, write_queries
 from tests.serving import running
@@ -14,9 +16,10 @@ from tmm_engine import Engine, build_index
 from tmm_engine.bench.reliability.surroundings import small_disk
 from tmm_engine.cli.main import main
 from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.serving.jobs import WAITING, Jobs
 from tmm_engine.serving.keys import READING, WRITING, Keys, Right
 from tmm_engine.serving.lane import BusyError, Lane
-from tmm_engine.serving.problems import status_of
+from tmm_engine.serving.problems import SameOrigin, status_of
 from tmm_engine.serving.running import listening, named_indexes
 from tmm_engine.serving.settings import Settings
 
@@ -164,3 +167,51 @@ def test_the_status_of_a_full_disk_is_told_from_damage():
     full = IndexStateError("x cannot be written")
     full.__cause__ = OSError(28, "No space left on device")
     assert [status_of(each) for each in (full, IndexStateError("damaged"), InputError("wrong"))] == [507, 500, 422]
+
+
+@pytest.mark.parametrize(
+    ("method", "origin", "status"),
+    [
+        ("POST", "http://elsewhere.example", 403),
+        ("DELETE", "null", 403),
+        ("POST", "http://127.0.0.1:8000", 200),
+        ("POST", None, 200),
+        ("GET", "http://elsewhere.example", 200),
+    ],
+)
+def test_a_page_of_another_origin_may_change_nothing(method: str, origin: str | None, status: int):
+    async def asked() -> int:
+        transport = httpx.ASGITransport(SameOrigin(PlainTextResponse("yes")))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            return (await client.request(method, "/", headers={"origin": origin} if origin else {})).status_code
+
+    assert asyncio.run(asked()) == status
+
+
+def test_a_panic_below_python_ends_neither_a_lane_nor_a_job():
+    class PanicError(BaseException):
+        pass
+
+    def panics(_: object) -> list[int]:
+        raise PanicError("index out of bounds")
+
+    lane = Lane("lane", limit=4, together=1)
+    with pytest.raises(PanicError):
+        lane.ask([1], panics).result()
+    assert lane.ask([1], lambda items: items).result() == [1]
+    lane.close()
+    jobs = Jobs()
+    job = jobs.start("audit", "photos", panics)
+    jobs.start("audit", "photos", lambda _: None)._future.result()
+    assert (job.state, job.error) == ("failed", "this should not happen: PanicError: index out of bounds")
+    jobs.close()
+
+
+def test_only_so_many_jobs_may_wait():
+    jobs, go_on = Jobs(), threading.Event()
+    for _ in range(WAITING):
+        jobs.start("audit", "photos", lambda _: go_on.wait())
+    with pytest.raises(BusyError):
+        jobs.start("audit", "photos", lambda _: None)
+    go_on.set()
+    jobs.close()

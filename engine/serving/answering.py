@@ -13,7 +13,7 @@ from tmm_engine.options import SearchOptions
 from tmm_engine.query import Query
 from tmm_engine.results import FailedQuery
 from tmm_engine.serving.collection import Collection, Shown
-from tmm_engine.serving.lane import Lane
+from tmm_engine.serving.lane import BusyError, Lane
 from tmm_engine.serving.reading import Forms, Parameters, decoded, read_queries
 from tmm_engine.serving.state import State
 
@@ -57,10 +57,13 @@ async def read(
         change: Of every query, by the parameters.
 
     Raises:
+        BusyError: too many images wait to be decoded.
         HTTPException: as `read_queries`.
         InputError: options without effect, or no exemplar has an id.
     """
     limits, shown = state.settings.limits, collection.shown
+    if state.decoding.statistics().tasks_waiting >= limits.waiting:
+        raise BusyError(1.0)
     given = await read_queries(request, forms, limits)
     options = given.parameters.asked()
 

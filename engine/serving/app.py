@@ -18,7 +18,7 @@ from tmm_engine.serving.collection import Collections, UnknownCollectionError
 from tmm_engine.serving.jobs import Jobs, UnknownJobError
 from tmm_engine.serving.lane import BusyError
 from tmm_engine.serving.metrics import Counting, Metrics
-from tmm_engine.serving.problems import BodyLimit, Problem, problem
+from tmm_engine.serving.problems import BodyLimit, Problem, SameOrigin, problem
 from tmm_engine.serving.routes import audit, changes, classify, health, jobs, page, search
 from tmm_engine.serving.routes import collections as of_collections
 from tmm_engine.serving.schemas import ClassifyBody, ClassifyForm, NewExemplar, NewExemplars, SearchBody, SearchForm
@@ -72,6 +72,7 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
     app.add_middleware(Counting, metrics=metrics)
     app.add_middleware(BodyLimit, limit=settings.limits.body_bytes)
     if settings.hosts:
+        app.add_middleware(SameOrigin)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.hosts])
     plain = app.openapi
 
@@ -110,5 +111,5 @@ async def _watch(collections: Collections) -> None:
         await asyncio.sleep(REFRESH_SECONDS)
         for collection in collections.values():
             if collection.changed:
-                with suppress(TmmEngineError):  # it says so itself
+                with suppress(Exception):  # the collection says so itself, whatever it is
                     await to_thread.run_sync(collection.refresh)

@@ -1,6 +1,8 @@
 """A collection: an index under a name, as long as the server runs."""
 
+import dataclasses
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from tmm_engine.serving.lane import Lane
 from tmm_engine.serving.likeness import Likeness
 from tmm_engine.serving.settings import Limits
 from tmm_engine.serving.thumbnails import Thumbnails
+
+PATIENCE = 30.0
+"""Seconds after which an index that could not be opened is tried again."""
 
 
 class UnknownCollectionError(TmmEngineError):
@@ -99,6 +104,7 @@ class Collection:
         self._stamp: tuple[int, ...] = ()
         self.trouble: str | None = None
         """Why the newest version could not be opened."""
+        self._tried = 0.0
         limits = limits or Limits()
         self.quick = Lane(f"{name}: quick", limit=limits.waiting, together=limits.batch)
         self.thorough = Lane(f"{name}: thorough", limit=limits.waiting, together=limits.batch)
@@ -111,15 +117,13 @@ class Collection:
             report = add_exemplars(
                 self.path, source, self.shown.engine.classifier, replace_same=replace, progress=progress
             )
-        self.refresh(report.version)
-        return report
+        return self._shown_after(report)
 
     def delete(self, ids: Sequence[str]) -> ChangeReport:
         """Remove exemplars, and show the index without them; see `Engine.delete`."""
         with self._writing:
             report = delete_exemplars(self.path, ids=ids)
-        self.refresh(report.version)
-        return report
+        return self._shown_after(report)
 
     def refresh(self, version: int | None = None) -> bool:
         """Show the newest version, which is opened and made ready first; requests under way end on the one before.
@@ -134,29 +138,42 @@ class Collection:
             TmmEngineError: the index is gone, or damaged; the collection stays where it was.
         """
         with self._opening:
+            if version is None and not (self.changed or self.trouble):
+                return False
             if version is not None and version <= self.shown.version:
                 return False
             try:
                 newest = self._opened()
-            except TmmEngineError as error:
-                self.trouble = str(error)
+            except Exception as error:
+                self.trouble, self._tried = str(error) or type(error).__name__, time.monotonic()
                 raise
             self.trouble = None
             if (newest.version, newest.content) == (self.shown.version, self.shown.content):
+                newest.engine.close()
                 return False
             self.shown = newest
             return True
 
     @property
     def changed(self) -> bool:
-        """Whether the index on disk is not the one that was last looked at."""
-        return self._stamp != _stamp_of(self.path)
+        """Whether the index on disk is to be looked at: it is another one, or could not be opened a while ago."""
+        again = self.trouble is not None and time.monotonic() - self._tried > PATIENCE
+        return again or self._stamp != _stamp_of(self.path)
 
     def close(self) -> None:
         """Finish what was begun, and let go of the index."""
         for lane in (self.quick, self.thorough, self.changes):
             lane.close()
         self.shown.engine.close()
+
+    def _shown_after(self, report: ChangeReport) -> ChangeReport:
+        """The change is on disk, whether or not it can be shown now."""
+        try:
+            self.refresh(report.version)
+        except TmmEngineError as error:
+            said = f"the change is on disk, and not searched yet: {error}"
+            return dataclasses.replace(report, remarks=(*report.remarks, said))
+        return report
 
     def _opened(self) -> Shown:
         self._stamp = _stamp_of(self.path)

@@ -11,6 +11,10 @@ from typing import Any
 
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.progress import Progress
+from tmm_engine.serving.lane import BusyError
+
+WAITING = 32
+"""Jobs that may be under way or wait."""
 
 KEPT = 100
 """Jobs that are remembered; the oldest that have ended are forgotten first."""
@@ -92,7 +96,7 @@ class Job:
             self._end(JobState.CANCELLED)
         except TmmEngineError as error:
             self._fail(str(error))
-        except Exception as error:
+        except BaseException as error:  # a panic in Rust is no Exception
             self._fail(f"this should not happen: {type(error).__name__}: {error}")
 
     def _report(self, step: str, done: int, total: int) -> None:
@@ -124,9 +128,14 @@ class Jobs:
             kind: What it does, in a word.
             collection: To which.
             work: Is given where to report to; what it returns is the result.
+
+        Raises:
+            BusyError: too many wait.
         """
         job = Job(kind, collection)
         with self._guard:
+            if sum(not each.over for each in self._jobs.values()) >= WAITING:
+                raise BusyError(float(WAITING))
             self._jobs[job.id] = job
             over = [each.id for each in self._jobs.values() if each.over]
             for known in over[: max(0, len(self._jobs) - KEPT)]:

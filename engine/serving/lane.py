@@ -92,12 +92,13 @@ class Lane:
         while batch := self._next():
             began, items = time.perf_counter(), [item for each in batch for item in each.items]
             try:
-                answers = iter(batch[0].work(items))
+                answers = iter([*batch[0].work(items)])
                 for each in batch:
                     each.answers.set_result([next(answers) for _ in each.items])
-            except Exception as error:
+            except BaseException as error:  # a panic in Rust is no Exception, and the lane goes on
                 for each in batch:
-                    each.answers.set_exception(error)
+                    if not each.answers.done():
+                        each.answers.set_exception(error)
             self._seconds = (time.perf_counter() - began) / len(items)
 
     def _next(self) -> list[_Asked]:

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tmm_engine.results import FailedQuery, SearchResult
 from tmm_engine.serving.collection import Collections
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -118,7 +119,8 @@ class Counting:
             await self._app(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._metrics.count(scope["method"], route, status, time.perf_counter() - began)
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.count(method, route, status, time.perf_counter() - began)
 
 
 def _steps(results: Sequence[SearchResult | FailedQuery]) -> Iterator[tuple[str, str, float]]:

@@ -4,6 +4,7 @@ import errno
 import os
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -104,6 +105,28 @@ class BodyLimit:
             return message
 
         await self._app(scope, counted, send)
+
+
+class SameOrigin:
+    """Refuses what a page of another origin asks through a visitor's browser, but for what changes nothing.
+
+    Args:
+        app: What is asked otherwise.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an application of ASGI."""
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+                said = f"expected a request from this server's own page, got one from a page of {origin}"
+                await problem(403, said)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _sentence(error: dict[str, Any]) -> str:

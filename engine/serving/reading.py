@@ -118,7 +118,7 @@ async def read_queries(request: Request, forms: Forms[Parameters], limits: Limit
         HTTPException: another kind of body, or too many images.
         RequestValidationError: not what the schema says.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = kind_of(request)
     address = _several(request.query_params.multi_items(), forms.parameters)
     if kind == "application/json":
         body = valid(forms.body, address | json_object(await request.body()))
@@ -138,6 +138,11 @@ async def read_queries(request: Request, forms: Forms[Parameters], limits: Limit
         many = f"at most {limits.images} queries in a request, got {len(asked.queries)}; ask in several"
         raise HTTPException(422 if not asked.queries else 413, f"expected {many if asked.queries else few}")
     return asked
+
+
+def kind_of(request: Request) -> str:
+    """Of its body, without parameters; empty where it does not say."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def decoded(asked: Sequence[Upload | Named], engine: Engine, limits: Limits) -> list[Query | FailedQuery]:

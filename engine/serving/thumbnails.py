@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -36,8 +36,8 @@ class Thumbnails:
     """
 
     def __init__(self, store: ExemplarStore) -> None:
-        self._store = store
-        self._kept: Callable[[int, int | None], Thumbnail] = lru_cache(KEPT)(self._made)
+        # of nothing that knows this object: in a cycle the store would stay in memory after the version is gone
+        self._kept: Callable[[int, int | None], Thumbnail] = lru_cache(KEPT)(partial(_made, store))
 
     def of(self, row: int, *, side: int | None = None) -> Thumbnail:
         """One exemplar's.
@@ -49,7 +49,8 @@ class Thumbnails:
         """
         return self._kept(row, side)
 
-    def _made(self, row: int, side: int | None) -> Thumbnail:
-        image = self._store.images(np.array([row]))[0]
-        content = png_bytes(as_picture(image) if side is None else enlarged(image, side=side))
-        return Thumbnail(content, f'"{hashlib.blake2b(content, digest_size=16).hexdigest()}"')
+
+def _made(store: ExemplarStore, row: int, side: int | None) -> Thumbnail:
+    image = store.images(np.array([row]))[0]
+    content = png_bytes(as_picture(image) if side is None else enlarged(image, side=side))
+    return Thumbnail(content, f'"{hashlib.blake2b(content, digest_size=16).hexdigest()}"')

@@ -68,11 +68,18 @@ def matching_positions(dataset: "lance.LanceDataset", where: str, vocabulary: Vo
     return np.flatnonzero(np.isin(everything, found))
 
 
+GROWING = re.compile(
+    r"\b(repeat|lpad|rpad|replace|regexp_replace|array_repeat|list_repeat|array_resize|list_resize|range"
+    r"|generate_series)\s*\(",
+    re.IGNORECASE,
+)
+
+
 def check_where(where: str) -> None:
     """Refuse what would overwhelm the parser, or of which it would silently ignore a part.
 
     Raises:
-        InputError: too long, too deep, or more than one statement.
+        InputError: too long, too deep, more than one statement, or with a function whose result is as large as it says.
     """
     if len(where) > MAX_WHERE_CHARACTERS:
         raise InputError(f"where: expected at most {MAX_WHERE_CHARACTERS:,} characters, got {len(where):,}")
@@ -82,6 +89,8 @@ def check_where(where: str) -> None:
             f"where: expected one condition without ; comments or double quotes, got {shortened(where)}; texts stand "
             f"in single quotes, columns of odd names in backticks"
         )
+    if grows := GROWING.search(skeleton):
+        raise InputError(f"where: {grows[1].lower()}(…) is not allowed: what it makes may take any amount of memory")
     words = len(WORDS.findall(skeleton))
     if words > MAX_WHERE_WORDS:
         raise InputError(

@@ -20,7 +20,12 @@ export const key = {
 /** The response to a request, with the key; a Problem or Offline otherwise. */
 async function ask(path, options = {}) {
   const headers = new Headers(options.headers);
-  if (key.get()) headers.set(KEY, key.get());
+  if (key.get()) {
+    if (!/^[\x21-\x7e]+$/.test(key.get())) {
+      throw new Problem(401, "A key has letters, digits and signs, without spaces.");
+    }
+    headers.set(KEY, key.get());
+  }
   let response;
   try {
     response = await fetch(path, { ...options, headers });

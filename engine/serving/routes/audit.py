@@ -20,7 +20,7 @@ router = APIRouter(tags=["audit"], dependencies=[Depends(may_read)])
     "/collections/{name}/audit",
     status_code=202,
     response_model=JobAnswer,
-    responses=documented(400, 401, 404, 413, 422),
+    responses=documented(400, 401, 403, 404, 413, 422, 503),
 )
 async def audit(collection: Chosen, asked: AuditBody, state: Serving) -> Response:
     """Look for what is wrong with the images, as a job whose result has findings, rules and notes."""

@@ -1,6 +1,7 @@
 """Changing a collection: for those who have a key to write with, if there are keys."""
 
 import asyncio
+import math
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from tmm_engine.results import FailedQuery
 from tmm_engine.serving.arriving import Arriving, source_of
 from tmm_engine.serving.collection import Collection
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.reading import FORM, RAW, from_base64, json_object, valid
+from tmm_engine.serving.reading import FORM, RAW, from_base64, json_object, kind_of, valid
 from tmm_engine.serving.routes.collections import ExemplarId, row_of, summary
 from tmm_engine.serving.schemas import ChangeAnswer, JobAnswer, NewExemplar, NewExemplars, RefreshAnswer
 from tmm_engine.serving.settings import Limits
@@ -24,6 +25,8 @@ from tmm_engine.serving.state import Chosen, Serving, may_write
 from tmm_engine.serving.wire import as_json
 
 router = APIRouter(tags=["changes"], dependencies=[Depends(may_write)])
+MAX_DECODED = 1 << 30
+"""Bytes that the images of one request may become."""
 REFUSED = (401, 403, 404, 422, 503)
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 BODIES = {
@@ -94,7 +97,16 @@ async def delete_exemplar(collection: Chosen, exemplar_id: ExemplarId) -> Respon
 )
 async def add_exemplars(request: Request, collection: Chosen, state: Serving) -> Response:
     """Add many exemplars, as a job: one new version, whole or not at all."""
+    kind = kind_of(request)
+    if kind != "application/json":
+        raise HTTPException(415, f"expected a body of application/json, got {kind or 'no content-type'!r}")
     body = valid(NewExemplars, json_object(await request.body()))
+    decoded = len(body.exemplars) * math.prod(collection.shown.engine.store.image_shape)
+    if decoded > MAX_DECODED:
+        raise HTTPException(
+            413,
+            f"expected images of at most {MAX_DECODED:,} bytes together, got {decoded:,}; add them in several requests",
+        )
     arriving = [
         Arriving(each.id, from_base64(each.image, each.id), each.label, each.metadata) for each in body.exemplars
     ]
@@ -118,7 +130,7 @@ def _add(
 
 
 async def _arriving(request: Request, exemplar_id: str, label: str | None) -> Arriving:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = kind_of(request)
     if kind == "application/json":
         body = valid(NewExemplar, {"label": label} | json_object(await request.body()))
         return Arriving(exemplar_id, from_base64(body.image, "image"), body.label, body.metadata)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from tmm_engine.classifying.classification import Classification, Classifications
@@ -23,7 +24,7 @@ router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
     "/collections/{name}/classify",
     response_model=ClassifyAnswer,
     openapi_extra=bodies(CLASSIFY),
-    responses=documented(400, 401, 404, 413, 415, 422, 503),
+    responses=documented(400, 401, 403, 404, 413, 415, 422, 503),
 )
 async def classify(
     request: Request, collection: Chosen, state: Serving, _parameters: Annotated[ClassifyParameters, Query()]
@@ -44,10 +45,10 @@ async def classify(
         return answered(queries, ask)
 
     results = await answers(collection.thorough, asked, work, alone=True)
-    content = {
-        "collection": collection.name,
-        "version": asked.shown.version,
-        "notes": notes,
-        "results": [classified(each, pixels=how.pixels) for each in results],
-    }
-    return Response(as_json(content), media_type="application/json")
+
+    def content() -> bytes:
+        told = [classified(each, pixels=how.pixels) for each in results]
+        about = {"collection": collection.name, "version": asked.shown.version, "notes": notes}
+        return as_json(about | {"results": told})
+
+    return Response(await to_thread.run_sync(content), media_type="application/json")

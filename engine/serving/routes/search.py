@@ -26,7 +26,7 @@ router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
     "/collections/{name}/search",
     response_model=SearchAnswer,
     openapi_extra=bodies(SEARCH),
-    responses=documented(400, 401, 404, 413, 415, 422, 503),
+    responses=documented(400, 401, 403, 404, 413, 415, 422, 503),
 )
 async def search(
     request: Request, collection: Chosen, state: Serving, _parameters: Annotated[SearchParameters, Query()]
@@ -46,9 +46,10 @@ async def search(
         return found
 
     thorough = options.mode == Mode.TMM or options.explain
-    results = await answers(collection.thorough if thorough else collection.quick, asked, work)
+    lane = collection.thorough if thorough else collection.quick
+    results = await answers(lane, asked, work, alone=options.together)  # strangers' triggers would be optimised with it
     content = partial(_content, collection, asked, results)
-    heavy = asked.parameters.pictures or asked.parameters.pixels
+    heavy = asked.parameters.pictures or asked.parameters.pixels or len(results) > 1
     return Response(await to_thread.run_sync(content) if heavy else content(), media_type="application/json")
 
 
