@@ -42,7 +42,7 @@ from tmm_engine.index.store.syncing import SyncReport, sync_index
 from tmm_engine.index.store.target import locked
 from tmm_engine.index.store.where import shortened
 from tmm_engine.index.types import ImageLike
-from tmm_engine.opening import Opening
+from tmm_engine.opening import Opening, open_parts
 from tmm_engine.options import SearchKeywords, SearchOptions
 from tmm_engine.query import Query, answered, as_query
 from tmm_engine.relabelling import relabelled
@@ -662,17 +662,20 @@ class Engine:
 
         Raises:
             InputError: the index is in memory only.
-            IndexStateError: it is gone, or damaged; the engine stays where it was.
+            IndexStateError: it is gone, or damaged; the engine stays where it was. Or Ray has no workers for it: then
+                the engine answers nothing any more.
         """
         path, opening = self._on_disk()
         newest, shown = Manifest.read(path), self.manifest
         assert shown is not None
         if (newest.version, newest.content) == (shown.version, shown.content):
             return False
+        newest_opening, before = replace(opening, version=None), self._snapshot
         if opening.ray is not None:
-            self._snapshot.searcher.close()  # its workers hold what the next ones need
-        self._opening = replace(opening, version=None)
-        self._held = Snapshot.open(path, self._opening)
+            open_parts(path, newest_opening)  # what is damaged is refused while there are workers
+            before.searcher.close()  # they hold what the next ones need
+        self._held, self._opening = Snapshot.open(path, newest_opening, after=before), newest_opening
+        self._last_filter = None
         return True
 
     def compare_backends(self) -> dict[str, float]:
@@ -711,11 +714,13 @@ class Engine:
             progress: Told of what has been tried.
 
         Raises:
-            InputError: the index is in memory only; a recall, k or sample out of range; or a factory string that FAISS
-                does not know or cannot train with so few exemplars.
+            InputError: the index is in memory only, or in workers of Ray's; a recall, k or sample out of range; or a
+                factory string that FAISS does not know or cannot train with so few exemplars.
             IndexStateError: it was changed meanwhile, or cannot be written.
         """
         path = self._changeable()
+        if self._opening is not None and self._opening.ray is not None:
+            raise InputError("expected an engine without Ray to tune; those with Ray then search as it was tuned")
         snapshot, shown = self._snapshot, self.manifest
         assert shown is not None
         tuned, search = snapshot.tuned(recall=recall, k=k, factories=factories, sample=sample, progress=progress)
@@ -728,7 +733,8 @@ class Engine:
         except OSError as error:
             raise IndexStateError(f"{path} cannot be written: {error.strerror or error}; nothing was changed") from None
         search.keep(snapshot.cache)
-        self._held = Snapshot.open(path, self._opening or Opening())
+        self._held = Snapshot.open(path, self._opening or Opening(), after=snapshot)
+        self._last_filter = None
         return tuned
 
     # -------------------------------------------------------------------------------------------- inside

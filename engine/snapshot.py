@@ -50,6 +50,7 @@ class Snapshot:
         manifest: Of the version; None in memory.
         path: The index's folder; None in memory.
         where: The filter that has narrowed it, if one has.
+        held: Bytes that the process held beside features when the index was first opened, for a bound on memory.
     """
 
     classifier: Classifier
@@ -61,6 +62,7 @@ class Snapshot:
     manifest: Manifest | None = None
     path: Path | None = None
     where: str | None = None
+    held: int = 0
 
     @classmethod
     def of(
@@ -120,10 +122,17 @@ class Snapshot:
         return cls(classifier, store, vocabulary, searcher, _rows(store), global_trigger, manifest=manifest, path=path)
 
     @classmethod
-    def open(cls, path: Path, opening: Opening) -> "Snapshot":
-        """A version of an index on disk; see `Engine.open`."""
+    def open(cls, path: Path, opening: Opening, *, after: "Snapshot | None" = None) -> "Snapshot":
+        """A version of an index on disk; see `Engine.open`.
+
+        Args:
+            path: Its folder.
+            opening: How.
+            after: In whose place it comes; what that one holds of features does not count against the bound.
+        """
         parts = open_parts(path, opening)
-        opened = cls._of_parts(path, parts, opening)
+        held = after.held if after else held_memory()
+        opened = replace(cls._of_parts(path, parts, opening, held), held=held)
         if opening.ray is None:
             return opened
         from tmm_engine.cluster.searching import sharded_searcher
@@ -131,12 +140,12 @@ class Snapshot:
         return replace(opened, searcher=sharded_searcher(path, parts, opening, opening.ray, opened.searcher.tmm))
 
     @classmethod
-    def _of_parts(cls, path: Path, parts: Parts, opening: Opening) -> "Snapshot":
+    def _of_parts(cls, path: Path, parts: Parts, opening: Opening, held: int) -> "Snapshot":
         precision = opening.search_precision
         images, budget = opening.cache_bytes, Budget()
         if opening.memory is not None:
             images = min(images, opening.memory // 4)
-            budget = Budget.beside(opening.memory, held=held_memory(), images=images)
+            budget = Budget.beside(opening.memory, held=held, images=images)
         return cls.of(
             parts.classifier,
             parts.store,
@@ -224,7 +233,13 @@ class Snapshot:
             return results
         found, everything = len(self.store), len(of.store)
         note = f"restricted to the {found:,} of {everything:,} exemplars that match {shortened(options.where)}"
-        return [replace(result, exemplars=everything, notes=(note, *result.notes)) for result in results]
+        return [replace(result, exemplars=everything, notes=_noted(result, note)) for result in results]
+
+
+def _noted(result: SearchResult, note: str) -> tuple[str, ...]:
+    """Its notes with one more, before all but that of what was not seen."""
+    first = 0 if result.complete else 1
+    return (*result.notes[:first], note, *result.notes[first:])
 
 
 def _cache(path: Path, manifest: Manifest, store: ExemplarStore) -> FaissCache:

@@ -34,6 +34,10 @@ class IndexStateError(TmmEngineError):
     """An index on disk that is missing, of another format, damaged, locked, or in the way."""
 
 
+class WriterBusyError(IndexStateError):
+    """Another process goes on writing the index; trying again may do."""
+
+
 def printable(name: str | Path) -> str:
     """A name with whatever is not UTF-8 in it escaped."""
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")

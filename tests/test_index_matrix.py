@@ -170,6 +170,18 @@ def test_an_engine_answers_the_same_under_a_bound(index: Path):
             Engine.open(index, model=network(), device="cpu", memory=memory)
 
 
+def test_what_an_engine_holds_of_features_leaves_as_much_for_the_next_version(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+):
+    held = iter([500 << 20, *[1900 << 20] * 9])
+    monkeypatch.setattr("tmm_engine.snapshot.held_memory", lambda: next(held))
+    with Engine.open(index, model=network(), device="cpu", memory="2GiB") as engine:
+        engine.search(IMAGES[250], k=5, where="label >= 0")
+        engine.delete(ids=[str(engine.store.ids[0])])
+        assert len(engine) == 199
+        assert engine.search(IMAGES[250], k=5).exemplars == 199
+
+
 def test_sizes():
     assert [parse_size(text) for text in ("4GiB", "512 MB", "1.5kib", "17", 3)] == [4 << 30, 512 * 10**6, 1536, 17, 3]
     for bad in ("", "GiB", "4 parsecs", "-1"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tmm_engine.index.errors import InputError
-from tmm_engine.index.neighbours.factories import make_faiss_index
+from tmm_engine.index.neighbours.factories import Effort, make_faiss_index
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
 from tmm_engine.index.neighbours.search import MARGIN, Neighbours, exact_scores
@@ -222,6 +222,17 @@ def test_approximate_indexes_find_most_neighbours_and_score_them_exactly(metric,
 
 
 # FAISS aborts, divides by zero or loops for these.
+@pytest.mark.parametrize("metric", list(Metric))
+def test_where_an_approximate_index_looks_into_too_few_clusters_the_search_is_exact(metric: Metric):
+    features = np.random.default_rng(5).normal(size=(800, 4)).astype(np.float32)
+    store = store_of(features)
+    few = Neighbours(store, metric, factory="IVF16,Flat", effort=Effort(nprobe=1))
+    [(rows, scores)] = few.search(features[:1], k=300)  # a cluster has some 50
+    [(expected, exact)] = Neighbours(store, metric).search(features[:1], k=300)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, exact)
+
+
 DEADLY = ("HNSW0", "HNSW1", "IVF0,Flat", "PQ0", "NSG1", "LSH0", "IVF4_HNSW0,Flat", "RCQ2x0", "IMI2x0,Flat")
 
 

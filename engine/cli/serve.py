@@ -1,5 +1,6 @@
 """The command serve. Nothing heavy is imported early."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,8 @@ def _models(given: tuple[str, ...], named: dict[str, Path]) -> dict[str, str]:
 
 
 def _require_extra() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"engine serve needs the 'serve' extra: pip install 'tmm-engine[serve]' ({error})") from None
+    packages = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise InputError(
+            f"engine serve needs the 'serve' extra: pip install 'tmm-engine[serve]' (missing: {', '.join(missing)})"
+        )

@@ -15,10 +15,14 @@ class Tallies:
         """So much of a part is done."""
         self._done[part] = done
 
-    def total(self, first: int = 0) -> int:
-        """Of all parts from one on; those before are forgotten."""
-        self._done = {part: done for part, done in self._done.items() if part >= first}
-        return sum(self._done.values())
+    def total(self, first: int, stop: int | None) -> int:
+        """Of the parts from one on to before another (None: to the last)."""
+        return sum(done for part, done in self._done.items() if part >= first and (stop is None or part < stop))
+
+    def forget(self, first: int, stop: int) -> None:
+        """Those parts are done with."""
+        for part in range(first, stop):
+            self._done.pop(part, None)
 
 
 class Board:
@@ -32,22 +36,25 @@ class Board:
         import ray
 
         self.actor: Any = ray.remote(Tallies).options(num_cpus=0, max_restarts=-1).remote()
-        self._known = 0
-        self._asked: Any = None
+        self._asked: dict[int, Any] = {}  # by the first part, which is one reader's own
 
-    def read(self, say: Callable[[int], None], *, first: int = 0) -> None:
-        """Say how much is done of the parts from one on, if that is known by now; nobody waits for it."""
+    def read(self, say: Callable[[int], None], *, first: int = 0, stop: int | None = None) -> None:
+        """Say how much is done of the parts from one on to before another, if it is known by now; nobody waits."""
         import ray
         from ray.exceptions import RayError
 
-        if self._asked is None:
-            self._asked = self.actor.total.remote(first)
-        ready, _ = ray.wait([self._asked], timeout=0)
-        if ready:
-            with suppress(RayError):
-                self._known = max(self._known, ray.get(self._asked))
-            self._asked = None
-            say(self._known)
+        asked = self._asked.pop(first, None) or self.actor.total.remote(first, stop)
+        ready, _ = ray.wait([asked], timeout=0)
+        if not ready:
+            self._asked[first] = asked
+            return
+        with suppress(RayError):
+            say(ray.get(asked))
+
+    def forget(self, first: int, stop: int) -> None:
+        """Those parts are done with."""
+        self._asked.pop(first, None)
+        self.actor.forget.remote(first, stop)
 
     def close(self) -> None:
         """End it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import islice
 
 from lance.fragment import FragmentMetadata
@@ -43,7 +44,7 @@ def embed_with(crew: Crew, connection: Connection, job: BuildJob) -> list[Fragme
     with closing(Board()) as board:
         parts = _parts(source, job, connection.workers)
         tasks = ((f"images {start:,} to {start + len(items) - 1:,}", (start, items)) for start, items in parts)
-        tick = lambda: board.read(lambda done: job.progress("building", done, total))  # noqa: E731
+        tick = partial(board.read, lambda done: job.progress("building", done, total))
         for written in crew.run((_setup(job, connection, board),), tasks, tick=tick):
             assert isinstance(written, Written)
             for outcome in written.outcomes:

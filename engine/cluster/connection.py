@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,22 +89,47 @@ def connected(options: RayOptions) -> Iterator[Connection]:
         InputError: Ray is not installed, nothing answers at the address, or no worker fits.
     """
     needs_ray()
-    import ray
-
-    mine = not ray.is_initialized()
-    if mine:
-        _connect(options.address)
+    _shared.enter(options.address)
     try:
         yield _looked_at(options)
     finally:
-        if mine:
-            ray.shutdown()
+        _shared.leave()
 
 
 def needs_ray() -> None:
     """Raise InputError where Ray is not installed."""
     if find_spec("ray") is None:
         raise InputError("Ray needs the 'ray' extra: pip install 'tmm-engine[ray]'")
+
+
+class _Shared:
+    """The one connection that a process has, and how many use it."""
+
+    def __init__(self) -> None:
+        self._guard, self._users, self._ours = threading.Lock(), 0, False
+
+    def enter(self, address: str) -> None:
+        """Connect, where nobody has."""
+        import ray
+
+        with self._guard:
+            if not ray.is_initialized():
+                _connect(address)
+                self._users, self._ours = 0, True
+            self._users += 1
+
+    def leave(self) -> None:
+        """End the connection with the last who uses it, where it was made here."""
+        import ray
+
+        with self._guard:
+            self._users -= 1
+            if self._ours and self._users == 0:
+                self._ours = False
+                ray.shutdown()
+
+
+_shared = _Shared()
 
 
 def _connect(address: str) -> None:

@@ -17,6 +17,20 @@ START_SECONDS = 180.0  # without a single worker before a run is given up
 TICK_SECONDS = 0.5  # between two looks at the progress
 
 
+def losses() -> tuple[type[Exception], ...]:
+    """What Ray raises in the place of an answer whose worker is gone, be it killed for memory or with its machine."""
+    from ray import exceptions as ray
+
+    return (
+        ray.RayActorError,
+        ray.ObjectLostError,
+        ray.OutOfMemoryError,
+        ray.NodeDiedError,
+        ray.WorkerCrashedError,
+        ray.ActorUnschedulableError,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Presence:
     """What a worker says once it is ready.
@@ -144,12 +158,12 @@ class Crew:
     def _hear(self, reference: Any) -> None:
         """An answer, or that its worker was lost."""
         import ray
-        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+        from ray.exceptions import RayTaskError
 
         worker = next(own for own in self._workers if reference == own.starting or reference in own.tasks)
         try:
             answer = ray.get(reference)
-        except (RayActorError, ObjectLostError) as error:
+        except losses() as error:
             self._replace(worker, error)
         except RayTaskError as error:
             if isinstance(error.cause, TmmEngineError | OSError):

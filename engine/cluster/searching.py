@@ -19,7 +19,7 @@ from tmm_engine.index.descriptors.columns import Describer
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.factories import Effort
+from tmm_engine.index.neighbours.factories import Effort, check_trainable
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.exemplars import Subset
 from tmm_engine.index.types import Rows
@@ -133,14 +133,17 @@ def sharded_searcher(path: Path, parts: Parts, opening: Opening, ray: RayOptions
         here: TMM-NN over the store on this machine.
 
     Raises:
-        InputError: there is no Ray at the address, or no worker fits.
+        InputError: there is no Ray at the address, no worker fits, or shards are too small for the approximate index.
         IndexStateError: as `Shards`.
         ModelError: see there.
     """
     with ExitStack() as resources:
         connection = resources.enter_context(connected(ray))
         board = Board()
+        resources.callback(board.close)
         setups = _setups(path.resolve(), parts, opening, connection, board)
+        for setup in setups:
+            check_trainable(setup.factory, setup.stop - setup.start)
         shards = Shards(setups, connection, board, ids=parts.store.ids)
         resources.callback(shards.close)
         view = View(shards, parts.store)

@@ -105,6 +105,7 @@ class Shard:
 
     def __init__(self) -> None:
         self._ready: tuple[ShardSetup, Parts, ExemplarStore] | None = None
+        self._whole: NearestSearch | None = None
         self._last: tuple[bytes | None, NearestSearch, TmmNN] | None = None
 
     def prepare(self, setup: ShardSetup) -> Presence:
@@ -127,7 +128,7 @@ class Shard:
         if parts.manifest.content != setup.content:
             raise IndexStateError(f"{setup.path}: was replaced by another while workers opened it; open it again")
         self._ready = setup, parts, Subset(parts.store, np.arange(setup.start, setup.stop))
-        self._last = None
+        self._whole = self._last = None
         return presence()
 
     def process(self) -> int:
@@ -173,15 +174,15 @@ class Shard:
         return torch.cat([own.lengths(chunk) for chunk in chunks]).cpu().numpy()
 
     def _over(self, rows: Rows | None) -> tuple[NearestSearch, TmmNN]:
-        """What searches these rows; the last is kept."""
+        """What searches these rows; the last is kept, and what finds neighbours among all."""
         assert self._ready is not None, "prepare comes first"
         setup, parts, store = self._ready
         key = None if rows is None else rows.tobytes()
         if self._last is None or self._last[0] != key:
             own = store if rows is None else Subset(store, rows)
-            nearest = NearestSearch(own)
-            if rows is None:
-                nearest = NearestSearch(own, factory=setup.factory, effort=setup.effort)
+            if self._whole is None:
+                self._whole = NearestSearch(store, factory=setup.factory, effort=setup.effort)
+            nearest = self._whole if rows is None else NearestSearch(own)
             tmm = TmmNN(
                 parts.classifier,
                 own,

@@ -73,7 +73,7 @@ class View:
             return None
         rows = np.arange(len(self.store)) if self.rows is None else self.rows
         gone = np.logical_or.reduce([(rows >= start) & (rows < stop) for start, stop, _ in missing])
-        return np.flatnonzero(~gone)
+        return np.flatnonzero(~gone) if gone.any() else None
 
     def ask(self, method: str, arguments: Callable[[Piece], tuple[Any, ...] | None], **how: Any) -> list[Any]:
         """As `Shards.ask`, for every piece that is not empty: its rows, then these arguments (None: not asked)."""
@@ -206,8 +206,9 @@ class ShardedExemplars(TriggeredExemplars):
             chosen = None if rows is None else wanted[inside] - piece.start
             return (chosen, how) if inside.any() else None
 
-        say = lambda done: progress("triggering exemplars", done, len(wanted))  # noqa: E731
-        answers = self.view.ask("features", asked, reported=True, say=say)
+        answers = self.view.ask(
+            "features", asked, reported=True, say=lambda done: progress("triggering exemplars", done, len(wanted))
+        )
         progress("triggering exemplars", len(wanted), len(wanted))
         like = triggers[0].trigger
         found = [like.new_empty((len(wanted), self.store.feature_dim)) for _ in triggers]
@@ -222,12 +223,11 @@ class ShardedExemplars(TriggeredExemplars):
         """As there."""
         n, device = len(self.store), triggers[0].trigger.device
         how = self._how(triggers)
-        say = lambda done: progress("scoring exemplars", done, n)  # noqa: E731
         answers = self.view.ask(
             "scores",
             lambda piece: (how, [self._sent(own, piece) for own in scorers]),
             reported=True,
-            say=(lambda done: None) if self.stored else say,
+            say=lambda done: None if self.stored else progress("scoring exemplars", done, n),
         )
         parts = [answer for answer in answers if answer is not None]
         return [

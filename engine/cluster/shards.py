@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 
 from tmm_engine.cluster.board import Board
 from tmm_engine.cluster.connection import Connection
-from tmm_engine.cluster.crew import ATTEMPTS, START_SECONDS, TICK_SECONDS
+from tmm_engine.cluster.crew import ATTEMPTS, START_SECONDS, TICK_SECONDS, losses
 from tmm_engine.cluster.identity import Identity
 from tmm_engine.cluster.shard import Shard, ShardSetup
 from tmm_engine.index.errors import IndexStateError, TmmEngineError
@@ -92,7 +92,6 @@ class Shards:
         for held in self._held:
             ray.kill(held.actor)
         self._held = []
-        self._board.close()
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -138,20 +137,30 @@ class Shards:
             first = self._asked
             self._asked += len(self._held)
         question, answers = _Question(method, arguments, first if reported else None, say), dict[int, Any]()
-        for _ in range(ATTEMPTS):
-            lost = self._gather(question, answers)
-            if not lost:
-                return [answers.get(number) for number in range(len(arguments))]
-            for held, actor in lost:
-                self._reload(held, actor)
+        try:
+            lost = self._answered(question, answers)
+        finally:
+            if reported:
+                self._board.forget(first, first + len(arguments))
+        if not lost:
+            return [answers.get(number) for number in range(len(arguments))]
         for held, _ in lost:
             held.missing = f"its worker was lost {ATTEMPTS} times in a search"
         raise ShardMissingError
 
+    def _answered(self, question: _Question, answers: dict[int, Any]) -> list[tuple[_Held, Any]]:
+        """Fill in all answers, loading again what is lost; what was still lost at the last attempt."""
+        for _ in range(ATTEMPTS):
+            lost = self._gather(question, answers)
+            if not lost:
+                break
+            for held, actor in lost:
+                self._reload(held, actor)
+        return lost
+
     def _gather(self, question: _Question, answers: dict[int, Any]) -> list[tuple[_Held, Any]]:
         """Fill in the answers that are not there yet; the shards, with their actors, that were lost meanwhile."""
         import ray
-        from ray.exceptions import ObjectLostError, RayActorError
 
         references, lost, first = {}, [], question.first
         for number, own in enumerate(question.arguments):
@@ -168,10 +177,10 @@ class Shards:
                 number, held, actor = references.pop(reference)
                 try:
                     answers[number] = _got(reference)
-                except (RayActorError, ObjectLostError):
+                except losses():
                     lost.append((held, actor))
             if first is not None:
-                self._board.read(question.say, first=first)
+                self._board.read(question.say, first=first, stop=first + len(question.arguments))
         return lost
 
     def _reload(self, held: _Held, lost: Any) -> None:
@@ -193,7 +202,6 @@ class Shards:
     def _wait(self, held: _Held, seconds: float, *, raising: bool = False) -> None:
         """Wait for a shard that starts; where it does not, `missing` says why, and it goes on starting."""
         import ray
-        from ray.exceptions import RayActorError
 
         ends = time.monotonic() + seconds
         while held.starting is not None:
@@ -204,8 +212,8 @@ class Shards:
             try:
                 answer = _got(held.starting)
                 Identity.own().check(answer.identity, answer.machine)
-                held.starting = held.missing = None
-            except RayActorError as error:
+                held.starting = None
+            except losses() as error:
                 held.missing = str(error).strip().splitlines()[-1][:300]
                 self._start(held)
             except (TmmEngineError, OSError) as error:
@@ -214,6 +222,7 @@ class Shards:
                 held.missing = str(error)
                 self._start(held)
                 return
+        held.missing = None
 
 
 def _got(reference: Any) -> Any:

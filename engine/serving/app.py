@@ -8,11 +8,12 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tmm_engine import __version__
-from tmm_engine.index.errors import TmmEngineError
+from tmm_engine.index.errors import TmmEngineError, WriterBusyError
 from tmm_engine.serving import problems
 from tmm_engine.serving.collection import Collections, UnknownCollectionError
 from tmm_engine.serving.jobs import Jobs, UnknownJobError
@@ -56,7 +57,7 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
         await to_thread.run_sync(state.jobs.close)
         await to_thread.run_sync(collections.close)
 
-    app = FastAPI(
+    app = _Described(
         title="tmm-engine",
         version=__version__,
         description=ABOUT,
@@ -74,15 +75,19 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
     if settings.hosts:
         app.add_middleware(SameOrigin)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.hosts])
-    plain = app.openapi
-
-    def complete() -> dict[str, Any]:
-        schema = plain()
-        _add_schemas(schema)
-        return schema
-
-    app.openapi = complete  # type: ignore[method-assign]
     return app
+
+
+class _Described(FastAPI):
+    """Whose OpenAPI has the schemas of bodies that are read by hand, and of problems."""
+
+    def openapi(self) -> dict[str, Any]:
+        """As FastAPI's."""
+        schema = super().openapi()
+        known = schema["components"]["schemas"]
+        for name, own in _by_hand().items():
+            known.setdefault(name, own)
+        return schema
 
 
 def _install_own_problems(app: FastAPI) -> None:
@@ -90,19 +95,21 @@ def _install_own_problems(app: FastAPI) -> None:
     async def of_busy(_: Request, error: BusyError) -> JSONResponse:
         return problem(503, str(error), headers={"Retry-After": f"{error.seconds:.0f}"})
 
+    @app.exception_handler(WriterBusyError)
+    async def of_writing(_: Request, error: WriterBusyError) -> JSONResponse:
+        return problem(503, str(error), headers={"Retry-After": "5"})
+
     @app.exception_handler(UnknownCollectionError)
     @app.exception_handler(UnknownJobError)
     async def of_unknown(_: Request, error: TmmEngineError) -> JSONResponse:
         return problem(404, str(error))
 
 
-def _add_schemas(schema: dict[str, Any]) -> None:
-    """Of bodies that are read by hand, and of problems."""
-    models = [(model, "validation") for model in BY_HAND]
-    _, found = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-    known = schema["components"]["schemas"]
-    for name, own in found["$defs"].items():
-        known.setdefault(name, own)
+def _by_hand() -> dict[str, Any]:
+    """Schemas by name."""
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in BY_HAND]
+    _, found = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    return dict(found["$defs"])
 
 
 async def _watch(collections: Collections) -> None:

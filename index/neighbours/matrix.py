@@ -22,7 +22,7 @@ from tmm_engine.index.neighbours.budget import BLOCK, Budget
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.types import Rows
 
-ALIGNED = 1024  # rows: so many floats are whole pages
+ALIGNED = max(1024, mmap.PAGESIZE // 4)  # rows: so many floats are whole pages
 SMALLEST, LARGEST = 1e-30, 1e30  # norms of rows whose products with a unit vector stay well within float32
 
 
@@ -167,24 +167,28 @@ def _nearest(
     fetch: int,
     metric: Metric,
 ) -> Int64[np.ndarray, "q found"]:
-    """The best of each block, and of these the best.
+    """The best of the first block, of these and of the next the best, and so on.
 
     One product is all that several threads work on: beside other work each such step waits for the slowest of them.
     """
     queries = torch.from_numpy(np.require(xq, requirements=("C", "W")))
-    parts: list[tuple[Tensor, Tensor]] = []
+    found: tuple[Tensor, Tensor] | None = None
     for block, norms, start in blocks:
         values = torch.from_numpy(block)
         products = (values @ queries[0])[None] if len(xq) == 1 else queries @ values.T  # (q, rows)
-        best = _best(norms.scores(products.numpy(), metric), fetch)
-        parts.append((best[0], best[1] + start))
-    if len(parts) > 1:
-        values, rows = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-        best = _best(values.numpy(), fetch)
-        parts = [(best[0], rows.gather(1, best[1]))]
-    values, rows = parts[0]
+        best, places = _best(norms.scores(products.numpy(), metric), fetch)
+        found = (best, places + start) if found is None else _merged(found, (best, places + start), fetch)
+    assert found is not None, "a matrix has rows"
+    values, rows = found
     rows[values == -torch.inf] = -1
     return rows.numpy()
+
+
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], fetch: int) -> tuple[Tensor, Tensor]:
+    """The best of two, and their rows."""
+    values, rows = (torch.cat(both, dim=1) for both in zip(one, other, strict=True))
+    best, places = _best(values.numpy(), fetch)
+    return best, rows.gather(1, places)
 
 
 def _best(scores: Float32[np.ndarray, "q rows"], fetch: int) -> tuple[Tensor, Tensor]:

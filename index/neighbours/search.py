@@ -99,8 +99,8 @@ class Neighbours:
         """For each query its min(k, n) nearest exemplars, nearest first: their rows and scores; larger is better.
 
         A score is minus the L2 distance, or the cosine similarity, recomputed from the stored features in float64:
-        products round differently for one query and for many. Ties break by exemplar id. An approximate index may find
-        fewer than k.
+        products round differently for one query and for many. Ties break by exemplar id. Where an approximate index
+        looks into too few clusters to find k, the search is exact.
         """
         return [(found.rows, found.scores) for found in self.ranked(queries, k=k)]
 
@@ -123,11 +123,12 @@ class Neighbours:
         features: Float32[np.ndarray, "found d"],
         k: int,
     ) -> Found:
-        first = rows[:k]
-        if self._finder is None and len(rows) < min(k, len(self._store)):  # distances that are infinite in float32
-            rows = np.arange(len(self._store))
-            features = self.features(rows)
-        scores = exact_scores(query, features, self.metric)
+        first, scores = rows[:k], exact_scores(query, features, self.metric)
+        if len(rows) < min(k, len(self._store)):
+            if self._finder is not None:
+                return self._exact().ranked(query[None], k=k)[0]
+            rows = np.arange(len(self._store))  # distances that are infinite in float32
+            scores = self._scored(query, rows)
         fetched = len(rows)
         while k < fetched < len(self._store) and self._unsettled(query, scores, k):
             wider = min(len(self._store), 4 * fetched)
@@ -135,10 +136,21 @@ class Neighbours:
             rows = rows[rows >= 0]
             if len(rows) <= fetched:
                 break  # an approximate index has no more to give
-            fetched, scores = len(rows), exact_scores(query, self.features(rows), self.metric)
+            fetched, scores = len(rows), self._scored(query, rows)
         best = best_first(scores, rows, self._store.ids, k=k)
         agreement = float(np.isin(first, rows[best]).mean()) if len(first) else 1.0
         return Found(rows[best], scores[best], agreement)
+
+    def _exact(self) -> "Neighbours":
+        """Without the approximate index."""
+        other = copy.copy(self)
+        other._finder = None
+        return other
+
+    def _scored(self, query: Float32[np.ndarray, "d"], rows: Rows) -> Float64[np.ndarray, "found"]:
+        """Exactly, and so many at a time that many ties take no more memory than few."""
+        parts = (rows[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER))
+        return np.concatenate([exact_scores(query, self.features(own), self.metric) for own in parts])
 
     def _unsettled(self, query: Float32[np.ndarray, "d"], scores: Float64[np.ndarray, "found"], k: int) -> bool:
         """Whether rounding to float32 may have left out one of the k best: too many nearly tie."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from tmm_engine.index.errors import IndexStateError, printable
+from tmm_engine.index.errors import IndexStateError, WriterBusyError, printable
 from tmm_engine.index.files import sync_folder
 from tmm_engine.index.store.manifest import MANIFEST
 
@@ -74,7 +74,7 @@ def locked(index: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=WRITER_SECONDS)
     except filelock.Timeout:
-        raise IndexStateError(
+        raise WriterBusyError(
             f"another process is writing {index} and did not end in {WRITER_SECONDS:g} s; nothing was changed, "
             f"try again"
         ) from None

@@ -119,7 +119,9 @@ async def add_exemplars(request: Request, collection: Chosen, state: Serving) ->
 async def refresh(collection: Chosen) -> Response:
     """Search the newest version on disk, from now on; this also happens by itself, within seconds."""
     refreshed = await to_thread.run_sync(collection.refresh)
-    return Response(as_json(summary(collection) | {"refreshed": refreshed}), media_type="application/json")
+    return Response(
+        as_json(summary(collection, collection.shown) | {"refreshed": refreshed}), media_type="application/json"
+    )
 
 
 def _add(

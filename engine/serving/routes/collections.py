@@ -30,7 +30,7 @@ ExemplarId = Annotated[str, Path(alias="id", description="Of the exemplar, slash
 @router.get("/collections", response_model=CollectionsAnswer)
 def list_collections(state: Serving) -> dict[str, Any]:
     """What there is."""
-    return {"collections": [summary(each) for each in state.collections.values()]}
+    return {"collections": [summary(each, each.shown) for each in state.collections.values()]}
 
 
 @router.get("/collections/{name}", response_model=CollectionAnswer, responses=documented(404, 422))
@@ -38,7 +38,7 @@ def describe_collection(collection: Chosen) -> dict[str, Any]:
     """What a collection holds: versions, classes, model, descriptors."""
     shown = collection.shown
     about = {"metadata": list(shown.metadata), "facts": shown.facts}
-    return summary(collection) | about | {"changed": collection.changed, "trouble": collection.trouble}
+    return summary(collection, shown) | about | {"changed": collection.changed, "trouble": collection.trouble}
 
 
 @router.get("/collections/{name}/likeness", response_model=LikenessAnswer, responses=documented(404, 422))
@@ -107,9 +107,8 @@ def row_of(shown: Shown, exemplar_id: str) -> int:
     return rows[known]
 
 
-def summary(collection: Collection) -> dict[str, Any]:
-    """A collection in short."""
-    shown = collection.shown
+def summary(collection: Collection, shown: Shown) -> dict[str, Any]:
+    """A version of a collection in short."""
     return {
         "name": collection.name,
         "version": shown.version,
