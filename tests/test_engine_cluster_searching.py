@@ -16,7 +16,7 @@ from tmm_engine import Engine, build_index
 from tmm_engine.cluster import shards
 from tmm_engine.cluster.searching import cut
 from tmm_engine.index import ArraySource
-from tmm_engine.index.errors import IndexStateError
+from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.rerank.plan import Plan
 
 COUNT = 1300
@@ -136,7 +136,12 @@ def test_what_cannot_be_seen_is_said(
         patch.setattr(shards, "RELOAD_SECONDS", 0.0)
         os.kill(processes(together)[0], signal.SIGKILL)
         found = together.search(query, k=20, **options)
+        both, rest = (together.search(query, where=f"page >= {page}", **options) for page in (first - 9, first))
     assert not found.complete
+    assert not both.complete
+    assert both.notes[0].startswith("incomplete: 9 of 285")
+    assert both.notes[1].startswith("restricted to the 285 of 1,300")
+    same([rest], [alone.search(query, where=f"page >= {first}", **options)], exactly=options["mode"] != "tmm")
     assert found.to_json()["complete"] is False
     assert (found.scored, found.exemplars) == (COUNT - first, COUNT)
     assert "1,024 of 1,300 exemplars were not seen" in found.notes[0]
@@ -148,6 +153,21 @@ def test_what_cannot_be_seen_is_said(
         for held in view.shards._held:
             view.shards._wait(held, 120.0)
         same([together.search(query, k=20, **options)], [alone.search(query, k=20, **options)], exactly=True)
+
+
+@pytest.mark.slow
+def test_a_shard_that_was_given_up_in_one_search_is_there_in_the_next(alone: Engine, together: Engine) -> None:
+    held = together._snapshot.searcher._view.shards._held[0]
+    assert held.starting is None
+    held.missing = "its worker was lost 3 times in a search"
+    query = images_of(1, 1)[0]
+    same([together.search(query, mode="l2")], [alone.search(query, mode="l2")], exactly=True)
+
+
+@pytest.mark.slow
+def test_tuning_is_for_an_engine_without_workers(together: Engine) -> None:
+    with pytest.raises(InputError, match="without Ray"):
+        together.tune_neighbours()
 
 
 @pytest.mark.slow
