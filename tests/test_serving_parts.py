@@ -1,6 +1,7 @@
 """Parts of the server: lanes, keys, where it listens, how it stops, and a disk that is full."""
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,13 @@ def test_without_keys_only_this_machine_is_listened_to():
             pass
         refused = CliRunner().invoke(main, ["serve", "none.idx", "--host", "0.0.0.0"])
         assert (refused.exit_code, "without a key" in refused.stderr) == (1, True)
+
+
+def test_what_is_sent_in_two_parts_does_not_wait_for_an_answer_to_the_first():
+    with listening("127.0.0.1", 0, Settings()) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_indexes_are_called_as_their_folders_or_as_said():

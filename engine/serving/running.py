@@ -82,6 +82,8 @@ def listening(host: str, port: int, settings: Settings) -> Iterator[socket.socke
             f"nobody can listen on {host}, port {port} ({error.strerror or error}); choose others"
         ) from None
     with found:
+        # asyncio leaves out sockets that do not say they are TCP's; each answer would wait 40 ms for its second half
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield found
 
 
