@@ -22,7 +22,7 @@ from tmm_engine.rerank.columns import StretchedColumn
 from tmm_engine.rerank.settings import TmmConfig, canonical
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Suite:
     """One data set and one classifier, ready to be measured.
 

@@ -17,7 +17,7 @@ SHOWN = 3  # hits in a result's printed form
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One retrieved exemplar. Larger scores are better in every mode.
+    """One retrieved exemplar. Larger scores are better in every mode. Hits are equal if all but their pixels are.
 
     Attributes:
         rank: Position in the answer, 0 first.
@@ -48,7 +48,7 @@ class Hit:
     score: float
     confidence: float | None
     metadata: Metadata
-    image: UInt8[np.ndarray, "c h w"] = field(repr=False)
+    image: UInt8[np.ndarray, "c h w"] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the pixels."""
@@ -103,7 +103,7 @@ class FailedQuery:
         return {"query": self.query, "error": self.error}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SearchResult(Exports):
     """The answer to one query in one mode.
 

@@ -76,7 +76,7 @@ class Agreement:
         return said
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tally:
     """Counts agreement batch by batch.
 

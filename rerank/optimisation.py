@@ -16,7 +16,7 @@ PATIENCE = 10  # steps over which the loss has to fall by `trigger_tolerance`
 CHECK_EVERY = 10  # steps, on a GPU: to ask whether all queries have stopped makes the host wait for the device
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TriggerResult:
     """Triggers of q queries.
 

@@ -20,7 +20,7 @@ from tmm_engine.rerank.settings import ClosedForm, FixedPatch, IndexTrigger, Que
 from tmm_engine.rerank.tuning import exemplar_batches
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ReferenceResult:
     """scores: float (n,), of every exemplar, larger is better; trigger: (c, h, w); model: the tuned f', C+1 outputs."""
 

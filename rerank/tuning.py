@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tmm_engine.rerank.settings import TunedHead
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TuningSet:
     """What the head is tuned on; all features in one dtype, on one device.
 

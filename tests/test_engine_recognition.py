@@ -217,18 +217,26 @@ def test_only_what_the_filter_leaves_is_recognised(engine: Engine, mode: str):
         assert others.recognised_as not in (None, id_of(number))
 
 
-def test_where_an_approximate_index_finds_fewer_than_two_nothing_is_recognised(by_pixels: Classifier):
-    images = np.concatenate([np.repeat(IMAGES[:3], 20, axis=0), IMAGES[3:4]])  # of 8 clusters most hold none or one
-    engine = Engine.from_arrays(images, None, by_pixels, neighbours="IVF8,Flat", views=0, global_trigger=None)
+def test_where_an_approximate_index_finds_fewer_than_two_the_search_is_exact(by_pixels: Classifier):
+    images = np.concatenate([np.repeat(IMAGES[:1], 3, axis=0), IMAGES[1:58]])  # of 8 clusters some hold fewer than 10
+    options = {"views": 0, "global_trigger": None}
+    engine = Engine.from_arrays(images, None, by_pixels, neighbours="IVF8,Flat", **options)
+    exact = Engine.from_arrays(images, None, by_pixels, **options)
     queries = list(IMAGES[:230])
     found = engine.search(queries, mode="l2", recognition=0.5)
-    without = engine.search(queries, mode="l2")
-    assert {0, 1, 10} <= {len(result.hits) for result in without}
-    for one, other in zip(found, without, strict=True):
-        assert (one.recognised_share is None) == (len(other.hits) < 2)
-        if len(other.hits) < 2:
-            assert one.recognised_as is None
-            assert [(hit.id, hit.score) for hit in one.hits] == [(hit.id, hit.score) for hit in other.hits]
+    expected = exact.search(queries, mode="l2", recognition=0.5)
+    assert all(len(result.hits) == 10 and result.recognised_share is not None for result in found)
+    other = [one.hits != best.hits for one, best in zip(found, expected, strict=True)]
+    assert any(other)  # the approximate index is in use
+    assert not all(other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_where_a_filter_leaves_one_exemplar_nothing_is_recognised(engine: Engine, mode: str):
+    options = in_mode(mode, PLAIN) | {"recognition": 0.8}
+    result = engine.search(noisy(12), where=f"id = '{id_of(12)}'", **options)
+    assert [hit.id for hit in result.hits] == [id_of(12)]
+    assert (result.recognised_as, result.recognised_share) == (None, None)
 
 
 # ---- what is told

@@ -251,7 +251,7 @@ def _kinds(retriever: Retriever, kinds: Sequence[Kind], directions: int) -> Iter
                 yield kind, direction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Query:
     image: Image
     number: int

@@ -44,7 +44,7 @@ CONVERT = "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
     """A checkpoint under a model's own names.
 

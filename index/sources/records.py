@@ -41,7 +41,7 @@ def is_reserved(name: str) -> bool:
     return name in RESERVED_COLUMNS or is_column_name(name) or name.startswith("_row")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageRecord:
     """One readable image.
 

@@ -54,7 +54,7 @@ class BuildReport:
             self.skipped.append(image)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EmbeddedBatch:
     """Exemplars as a store takes them.
 
@@ -82,7 +82,7 @@ class EmbeddedBatch:
         return np.array([said if record.label is None else record.label for record, said in pairs], dtype=np.int64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """What became of the images of a batch, for whoever counts them.
 
