@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.builders import tiny_arrays, tiny_classifier
 from tests.conftest import network
@@ -44,6 +45,15 @@ def answers(index: Path) -> list[list[tuple[str, float]]]:
             results = engine.search(list(IMAGES[250:256]), k=5, mode=mode)
             found += [[(hit.id, hit.score) for hit in result.hits] for result in results]
     return found
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, module.FEW, module.FEW + 1])
+def test_products_from_either_side_are_those_of_numpy(queries: int):
+    drawn = np.random.default_rng(0)
+    values, xq = (drawn.normal(size=(count, 70)).astype(np.float32) for count in (1000, queries))
+    products = module._products(torch.from_numpy(values), torch.from_numpy(xq))
+    assert products.is_contiguous()
+    np.testing.assert_allclose(products.numpy(), xq.astype(float) @ values.T.astype(float), atol=1e-4)
 
 
 def nearest_rows(values: np.ndarray, queries: np.ndarray, metric: Metric, count: int) -> np.ndarray:

@@ -79,6 +79,24 @@ def test_answers_are_those_of_the_engine_to_the_last_bit(client: httpx.Client, e
         assert "distance" in meanings["score_meaning"] or "cosine" in meanings["score_meaning"]
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_images_of_other_requests_pass_the_network_too_only_where_that_is_said(
+    index: Path, engine: Engine, query: bytes, batched: bool, monkeypatch: pytest.MonkeyPatch
+):
+    asked, each = [], Engine.search_each
+    monkeypatch.setattr(
+        Engine, "search_each", lambda self, queries, options: asked.append(options) or each(self, queries, options)
+    )
+    with running({"photos": index}, Settings(batched=batched)) as client:
+        for mode in ("robust", "tmm"):
+            settings = {"settings": ["trigger.steps=3", "head.min_steps=3"]} if mode == "tmm" else {}
+            [found] = client.post(SEARCH, json=as_json(query, mode=mode, k=5, **settings)).json()["results"]
+            if mode == "robust":
+                assert plain(found)["hits"] == plain(engine.search(query, k=5).to_json())["hits"]
+    assert [options.alone for options in asked if options.mode == "robust"][-1] is not batched
+    assert not any(options.alone for options in asked if options.mode == "tmm")
+
+
 def test_tmm_over_http_has_its_settings_and_arrays(client: httpx.Client, engine: Engine, query: bytes):
     settings = ["trigger.steps=3", "head.min_steps=3"]
     body = as_json(query, preset="paper", settings=settings, candidates=20, pixels=True, pictures=True)

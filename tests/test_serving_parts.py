@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,38 @@ def test_what_waits_and_is_alike_is_worked_off_together_and_in_order():
     go_on.set()
     assert [each.result() for each in asked] == [[10 * item] for item in range(1, 9)] + [[90, 100]]
     assert seen == [[1, 3, 5], [2, 4, 6], [7], [8], [9, 10]]
+    lane.close()
+
+
+def test_where_several_were_worked_off_together_as_many_are_waited_for_and_not_for_long():
+    lane, seen = Lane("test", limit=10, together=4), []
+
+    def work(items: list[int]) -> list[int]:
+        seen.append(items)
+        time.sleep(1.0 if len(seen) == 1 else 0.0)
+        return items
+
+    go_on = held(lane)
+    first = [lane.ask([item], work, kind=0) for item in (1, 2)]
+    go_on.set()
+    assert [each.result() for each in first] == [[1], [2]]
+    one = lane.ask([3], work, kind=0)
+    time.sleep(0.05)
+    other = lane.ask([4], work, kind=0)
+    assert (one.result(), other.result()) == ([3], [4])
+    assert lane.ask([5], work, kind=0).result() == [5]  # nobody comes
+    assert seen == [[1, 2], [3, 4], [5]]
+    lane.close()
+
+
+def test_a_lane_without_work_has_no_thread_and_gets_one_again():
+    lane = Lane("soon idle", limit=10, together=1, idle=0.05)
+    for item in range(2):
+        assert lane.ask([item], list).result() == [item]
+        deadline = time.monotonic() + 30
+        while any(thread.name == "soon idle" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     lane.close()
 
 

@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tmm_engine.index.errors import IndexStateError
-from tmm_engine.serving.settings import Limits, Settings
+from tmm_engine.serving.settings import Settings
 
 PATIENCE = 300.0  # seconds to open the indexes
 CONTEXT = get_context("forkserver")
@@ -35,14 +35,14 @@ class Served:
 
 
 @contextmanager
-def served(indexes: Mapping[str, Path], limits: Limits | None = None) -> Iterator[Served]:
+def served(indexes: Mapping[str, Path], settings: Settings | None = None) -> Iterator[Served]:
     """A server of these indexes; it is stopped at the end, unless somebody has killed it.
 
     Raises:
         IndexStateError: it does not start.
     """
     receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_serve, args=(dict(indexes), limits or Limits(), sender), daemon=True)
+    process = CONTEXT.Process(target=_serve, args=(dict(indexes), settings or Settings(), sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -58,11 +58,10 @@ def served(indexes: Mapping[str, Path], limits: Limits | None = None) -> Iterato
             process.kill()
 
 
-def _serve(indexes: dict[str, Path], limits: Limits, sender: Connection) -> None:
+def _serve(indexes: dict[str, Path], settings: Settings, sender: Connection) -> None:
     from tmm_engine.serving.running import listening, open_collections, serving
 
-    settings = Settings(limits=limits)
     with listening("127.0.0.1", 0, settings) as listener:
-        collections = open_collections(indexes, device="cpu", limits=limits)
+        collections = open_collections(indexes, device="cpu", limits=settings.limits)
         sender.send(listener.getsockname()[1])
         serving(collections, settings, listener)

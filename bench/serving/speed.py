@@ -1,7 +1,7 @@
 """What HTTP costs on top of `Engine.search`, and what a server does when it is asked for more than it can."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tmm_engine.bench.serving.load import BUSY, HEADERS, OK, PATIENCE, at_rate, 
 from tmm_engine.bench.serving.process import served
 from tmm_engine.engine import Engine
 from tmm_engine.index.progress import Progress
-from tmm_engine.serving.settings import Limits
+from tmm_engine.serving.settings import Limits, Settings
 from tmm_engine.views.showing import as_picture, png_bytes
 
 LIST = 16
@@ -52,8 +52,10 @@ def measure_speed(
         with served({"index": index}) as server:
             address = f"{server.address}/collections/index/search"
             _overhead(engine, address, images, found, pairs=pairs, progress=progress)
-            _throughput(engine, address, images, found, rounds=rounds, seconds=seconds, progress=progress)
-    with served({"index": index}, Limits(waiting=queue, batch=queue)) as server:
+        with served({"index": index}) as alone, served({"index": index}, Settings(batched=True)) as batched:
+            addresses = {"http": alone.address, "batched": batched.address}
+            _throughput(engine, addresses, images, found, rounds=rounds, seconds=seconds, progress=progress)
+    with served({"index": index}, Settings(limits=Limits(waiting=queue, batch=queue))) as server:
         address = f"{server.address}/collections/index/search"
         _overload(address, images, found, pairs=pairs, overload=overload, seconds=seconds, progress=progress)
     return found
@@ -94,7 +96,7 @@ def _overhead(
 
 def _throughput(
     engine: Engine,
-    address: str,
+    addresses: Mapping[str, str],
     images: Sequence[bytes],
     found: Speed,
     *,
@@ -102,12 +104,13 @@ def _throughput(
     seconds: float,
     progress: Progress,
 ) -> None:
-    """Clients and lists in turn; lists as they are by default, and with each query alone, as a server's are."""
-    rates: dict[str, list[float]] = {"http": [], "lists": [], "alone": []}
+    """Clients and lists in turn: with each query alone, and with many that pass the network together."""
+    rates: dict[str, list[float]] = {"http": [], "batched": [], "lists": [], "alone": []}
     for number in range(rounds):
-        answers = several_clients(address, images, clients=LIST, seconds=seconds)
-        accepted = [each for each in answers if each.status == OK]
-        rates["http"].append(len(accepted) / max(each.at + each.seconds for each in accepted))
+        for name, address in addresses.items():
+            answers = several_clients(f"{address}/collections/index/search", images, clients=LIST, seconds=seconds)
+            accepted = [each for each in answers if each.status == OK]
+            rates[name].append(len(accepted) / max(each.at + each.seconds for each in accepted))
         rates["lists"].append(_of_lists(engine, images, seconds, alone=False))
         rates["alone"].append(_of_lists(engine, images, seconds, alone=True))
         progress("16 at once", number + 1, rounds)
@@ -116,9 +119,11 @@ def _throughput(
         found.records.append({"part": "throughput", "round": number} | {name: round(rate, 3) for name, rate in named})
     median = {name: float(np.median(each)) for name, each in rates.items()}
     found.figures |= {
-        "throughput_ratio": median["http"] / median["lists"],
+        "throughput_ratio": median["batched"] / median["lists"],
         "throughput_ratio_alone": median["http"] / median["alone"],
+        "throughput_ratio_of_default": median["http"] / median["lists"],
         "http_per_second": median["http"],
+        "batched_per_second": median["batched"],
     }
 
 

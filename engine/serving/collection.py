@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,10 @@ class Collection:
         return report
 
     def _opened(self) -> Shown:
+        """In a thread of its own, which ends: what OpenMP keeps for it goes with it (see `Lane`)."""
         self._stamp = _stamp_of(self.path)
-        return Shown.of(Engine.open(self.path, model=self._model, device=self._device))
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name}: opening") as own:
+            return own.submit(lambda: Shown.of(Engine.open(self.path, model=self._model, device=self._device))).result()
 
 
 class Collections(Mapping[str, Collection]):

@@ -95,15 +95,21 @@ SEARCH = Forms(SearchParameters, SearchBody, SearchForm)
 CLASSIFY = Forms(ClassifyParameters, ClassifyBody, ClassifyForm)
 
 
-def bodies(forms: Forms[Parameters]) -> dict[str, Any]:
-    """For OpenAPI: what a request's body may be."""
+def described(forms: Forms[Parameters]) -> dict[str, Any]:
+    """For OpenAPI: what a request's address and body may be, which `read_queries` holds them to, and nothing before."""
 
     def schema(model: type[Options]) -> dict[str, Any]:
         return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
 
     binary = {"schema": {"type": "string", "format": "binary"}}
     content = {"application/json": schema(forms.body), FORM: schema(forms.form), "image/png": binary}
-    return {"requestBody": {"required": True, "content": content}}
+    own = forms.parameters.model_json_schema(ref_template="#/components/schemas/{model}")
+    address = [
+        {"name": name, "in": "query", "required": False, "schema": each}
+        | ({"description": each["description"]} if "description" in each else {})
+        for name, each in own["properties"].items()
+    ]
+    return {"parameters": address, "requestBody": {"required": True, "content": content}}
 
 
 async def read_queries(request: Request, forms: Forms[Parameters], limits: Limits) -> Asked[Parameters]:

@@ -40,8 +40,10 @@ class Settings:
         limits: Of requests.
         keys: Who may read, who may write; without any, everybody.
         hosts: Names that requests may be addressed to; empty: any.
+        batched: Whether images of different requests pass the network together, so that features round otherwise.
     """
 
     limits: Limits = field(default_factory=Limits)
     keys: Keys = field(default_factory=Keys)
     hosts: tuple[str, ...] = ()
+    batched: bool = False

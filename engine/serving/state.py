@@ -1,4 +1,4 @@
-"""What the routes of one application share, and how they get at it."""
+"""What the routes of one application share, and how they get at it: on the event loop, since nothing there waits."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -36,7 +36,7 @@ class State:
     metrics: Metrics
 
 
-def state_of(request: Request) -> State:
+async def state_of(request: Request) -> State:
     """The application's that a request came to."""
     found = request.app.state.serving
     assert isinstance(found, State)
@@ -46,7 +46,7 @@ def state_of(request: Request) -> State:
 Serving = Annotated[State, Depends(state_of)]
 
 
-def collection_of(name: str, state: Serving) -> Collection:
+async def collection_of(name: str, state: Serving) -> Collection:
     """The one that an address names.
 
     Raises:
@@ -58,7 +58,7 @@ def collection_of(name: str, state: Serving) -> Collection:
 Chosen = Annotated[Collection, Depends(collection_of)]
 
 
-def may_read(state: Serving, key: Annotated[str | None, Security(header)]) -> None:
+async def may_read(state: Serving, key: Annotated[str | None, Security(header)]) -> None:
     """Refuse who has no key.
 
     Raises:
@@ -67,7 +67,7 @@ def may_read(state: Serving, key: Annotated[str | None, Security(header)]) -> No
     _right(state, key)
 
 
-def may_write(state: Serving, key: Annotated[str | None, Security(header)]) -> None:
+async def may_write(state: Serving, key: Annotated[str | None, Security(header)]) -> None:
     """Refuse who has no key, or one to read with.
 
     Raises:

@@ -23,6 +23,7 @@ from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.types import Rows
 
 ALIGNED = max(1024, mmap.PAGESIZE // 4)  # rows: so many floats are whole pages
+FEW = 64  # queries
 SMALLEST, LARGEST = 1e-30, 1e30  # norms of rows whose products with a unit vector stay well within float32
 
 
@@ -175,13 +176,24 @@ def _nearest(
     found: tuple[Tensor, Tensor] | None = None
     for block, norms, start in blocks:
         values = torch.from_numpy(block)
-        products = (values @ queries[0])[None] if len(xq) == 1 else queries @ values.T  # (q, rows)
-        best, places = _best(norms.scores(products.numpy(), metric), fetch)
+        best, places = _best(norms.scores(_products(values, queries).numpy(), metric), fetch)
         found = (best, places + start) if found is None else _merged(found, (best, places + start), fetch)
     assert found is not None, "a matrix has rows"
     values, rows = found
     rows[values == -torch.inf] = -1
     return rows.numpy()
+
+
+def _products(values: Float32[Tensor, "rows d"], queries: Float32[Tensor, "q d"]) -> Float32[Tensor, "q rows"]:
+    """Of every row with every query.
+
+    MKL multiplies with one vector in one thread, with two in all of them: one query goes twice. With few it is up to
+    eight times as fast from this side as from the other.
+    """
+    if len(queries) > FEW:
+        return queries @ values.T
+    together = values @ (queries if len(queries) > 1 else queries.repeat(2, 1)).T
+    return together[:, : len(queries)].T.contiguous()
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], fetch: int) -> tuple[Tensor, Tensor]:

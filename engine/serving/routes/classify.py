@@ -1,10 +1,9 @@
 """Classifying by the neighbours in a collection."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from tmm_engine.classifying.classification import Classification, Classifications
 from tmm_engine.query import Query as Decoded
@@ -12,8 +11,8 @@ from tmm_engine.query import answered
 from tmm_engine.results import FailedQuery
 from tmm_engine.serving.answering import answers, read
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.reading import CLASSIFY, bodies
-from tmm_engine.serving.schemas import ClassifyAnswer, ClassifyParameters
+from tmm_engine.serving.reading import CLASSIFY, described
+from tmm_engine.serving.schemas import ClassifyAnswer
 from tmm_engine.serving.state import Chosen, Serving, may_read
 from tmm_engine.serving.wire import as_json, classified
 
@@ -23,12 +22,10 @@ router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
 @router.post(
     "/collections/{name}/classify",
     response_model=ClassifyAnswer,
-    openapi_extra=bodies(CLASSIFY),
+    openapi_extra=described(CLASSIFY),
     responses=documented(400, 401, 403, 404, 413, 415, 422, 503),
 )
-async def classify(
-    request: Request, collection: Chosen, state: Serving, _parameters: Annotated[ClassifyParameters, Query()]
-) -> Response:
+async def classify(request: Request, collection: Chosen, state: Serving) -> Response:
     """The class that the neighbours of each query say, and how far to trust it: asked as a search is."""
     asked = await read(request, CLASSIFY, collection, state)
     how, notes = asked.parameters, list[str]()

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from tmm_engine.options import Mode
 from tmm_engine.query import Query as Decoded
@@ -14,7 +13,7 @@ from tmm_engine.serving.answering import Asked, answers, read
 from tmm_engine.serving.changing import changed
 from tmm_engine.serving.collection import Collection
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.reading import SEARCH, bodies
+from tmm_engine.serving.reading import SEARCH, described
 from tmm_engine.serving.schemas import SearchAnswer, SearchParameters
 from tmm_engine.serving.state import Chosen, Serving, may_read
 from tmm_engine.serving.wire import as_json, told
@@ -25,19 +24,17 @@ router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
 @router.post(
     "/collections/{name}/search",
     response_model=SearchAnswer,
-    openapi_extra=bodies(SEARCH),
+    openapi_extra=described(SEARCH),
     responses=documented(400, 401, 403, 404, 413, 415, 422, 503),
 )
-async def search(
-    request: Request, collection: Chosen, state: Serving, _parameters: Annotated[SearchParameters, Query()]
-) -> Response:
+async def search(request: Request, collection: Chosen, state: Serving) -> Response:
     """The exemplars that the model sees as most like each query: JSON, a form with files, or an image as the body.
 
     A query among several that cannot be searched with has an error in its place; one that is alone is an error.
     """
     asked = await read(request, SEARCH, collection, state, change=changed)
     options = asked.options
-    if len(asked.queries) == 1 and options.mode != Mode.TMM:
+    if len(asked.queries) == 1 and options.mode != Mode.TMM and not state.settings.batched:
         options = replace(options, alone=True)  # others' queries may be beside it, and are not to be seen in its answer
 
     def work(queries: list[Decoded]) -> list[SearchResult | FailedQuery]:
