@@ -71,7 +71,7 @@ def command(index: Path, *, only: str, as_json: bool, out: Path | None, **option
     _show(figures, as_json=as_json)
 
 
-Measured = tuple[dict[str, float], list[dict[str, Any]]]
+Measured = tuple[dict[str, float | int], list[dict[str, Any]]]
 
 
 def _speed(index: Path, folder: Path, options: dict[str, Any], progress: Progress) -> Measured:
