@@ -48,9 +48,10 @@ def answers(index: Path) -> list[list[tuple[str, float]]]:
 
 
 @pytest.mark.parametrize("queries", [1, 2, 3, module.FEW, module.FEW + 1])
-def test_products_from_either_side_are_those_of_numpy(queries: int):
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_products_from_either_side_are_those_of_numpy(queries: int, rows: int):
     drawn = np.random.default_rng(0)
-    values, xq = (drawn.normal(size=(count, 70)).astype(np.float32) for count in (1000, queries))
+    values, xq = (drawn.normal(size=(count, 70)).astype(np.float32) for count in (rows, queries))
     products = module._products(torch.from_numpy(values), torch.from_numpy(xq))
     assert products.is_contiguous()
     np.testing.assert_allclose(products.numpy(), xq.astype(float) @ values.T.astype(float), atol=1e-4)

@@ -221,7 +221,6 @@ def test_approximate_indexes_find_most_neighbours_and_score_them_exactly(metric,
         assert (np.diff(scores) <= 0).all()
 
 
-# FAISS aborts, divides by zero or loops for these.
 @pytest.mark.parametrize("metric", list(Metric))
 def test_where_an_approximate_index_looks_into_too_few_clusters_the_search_is_exact(metric: Metric):
     features = np.random.default_rng(5).normal(size=(800, 4)).astype(np.float32)
@@ -233,6 +232,7 @@ def test_where_an_approximate_index_looks_into_too_few_clusters_the_search_is_ex
     np.testing.assert_array_equal(scores, exact)
 
 
+# FAISS aborts, divides by zero or loops for these.
 DEADLY = ("HNSW0", "HNSW1", "IVF0,Flat", "PQ0", "NSG1", "LSH0", "IVF4_HNSW0,Flat", "RCQ2x0", "IMI2x0,Flat")
 
 

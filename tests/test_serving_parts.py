@@ -56,12 +56,13 @@ def test_what_waits_and_is_alike_is_worked_off_together_and_in_order():
     lane.close()
 
 
-def test_where_several_were_worked_off_together_as_many_are_waited_for_and_not_for_long():
+def test_where_several_asked_as_many_are_waited_for_and_not_for_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tmm_engine.serving.lane.MOMENT", 1.0)
+    monkeypatch.setattr("tmm_engine.serving.lane.SHARE", 1e9)
     lane, seen = Lane("test", limit=10, together=4), []
 
     def work(items: list[int]) -> list[int]:
         seen.append(items)
-        time.sleep(1.0 if len(seen) == 1 else 0.0)
         return items
 
     go_on = held(lane)
@@ -74,6 +75,15 @@ def test_where_several_were_worked_off_together_as_many_are_waited_for_and_not_f
     assert (one.result(), other.result()) == ([3], [4])
     assert lane.ask([5], work, kind=0).result() == [5]  # nobody comes
     assert seen == [[1, 2], [3, 4], [5]]
+    lane.close()
+
+
+def test_after_the_list_of_one_request_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tmm_engine.serving.lane.MOMENT", 3600.0)
+    monkeypatch.setattr("tmm_engine.serving.lane.SHARE", 1e9)
+    lane = Lane("test", limit=10, together=4)
+    for asked in ([1, 2, 3], [4]):
+        assert lane.ask(asked, list, kind=0).result(timeout=60) == asked
     lane.close()
 
 

@@ -4,14 +4,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from tmm_engine.index.errors import TmmEngineError
 from tmm_engine.index.progress import Progress
-from tmm_engine.serving.lane import BusyError
+from tmm_engine.serving.lane import BusyError, Lane
 
 WAITING = 32
 """Jobs that may be under way or wait."""
@@ -68,7 +68,7 @@ class Job:
     result: Any = None
     error: str | None = None
     _cancel: threading.Event = field(default_factory=threading.Event)
-    _future: "Future[None] | None" = None
+    _future: "Future[list[None]] | None" = None
 
     def told(self) -> dict[str, Any]:
         """As plain values, but for the result."""
@@ -118,7 +118,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="job")
+        self._lane = Lane("jobs", limit=WAITING, together=1)
         self._guard = threading.Lock()
 
     def start(self, kind: str, collection: str, work: Callable[[Progress], Any]) -> Job:
@@ -140,7 +140,7 @@ class Jobs:
             over = [each.id for each in self._jobs.values() if each.over]
             for known in over[: max(0, len(self._jobs) - KEPT)]:
                 del self._jobs[known]
-            job._future = self._worker.submit(job.run, work)
+            job._future = self._lane.ask([work], lambda asked: [*map(job.run, asked)])
         return job
 
     def __getitem__(self, job_id: str) -> Job:
@@ -163,4 +163,4 @@ class Jobs:
     def close(self) -> None:
         """As `stop`, and wait until they have."""
         self.stop()
-        self._worker.shutdown()
+        self._lane.close()

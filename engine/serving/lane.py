@@ -14,7 +14,10 @@ IDLE = 10.0
 """Seconds without work after which a lane's thread ends."""
 
 SHARE = 0.25
-"""Of the time that several took together: how long company is waited for at most."""
+"""Of the time that several took together: how long company is waited for at most, and no longer than `MOMENT`."""
+
+MOMENT = 0.05
+"""Seconds."""
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -43,10 +46,10 @@ class _Asked:
 class Lane:
     """Works off what is asked, in order; what is asked for alike by several while it is busy, together.
 
-    What comes alone is worked off at once. Where there were several, their askers will soon ask again: as many are
-    waited for, no longer than a share of the time that they took. The thread ends when it is idle,
-    since OpenMP keeps workers for each thread that has computed: where these are more than cores, all are put to sleep
-    after every step and woken for the next, which makes a search a quarter slower.
+    What comes alone is worked off at once. Where several were worked off together, those who asked will soon ask again:
+    as many are waited for, for a moment. The thread ends when it is idle, since OpenMP keeps workers for each thread
+    that has computed: where these are more than cores, all are put to sleep after every step and woken for the next,
+    which makes a search a quarter slower.
 
     Args:
         name: Of its thread.
@@ -60,7 +63,8 @@ class Lane:
         self._waiting: deque[_Asked] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._seconds, self._size = 0.0, 0  # that one item took, lately, and how many were taken together
+        self._seconds = 0.0  # that one item took, lately
+        self._expected, self._patience = 0, 0.0  # who asked together last, if several, and how long they are waited for
         self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
@@ -112,11 +116,13 @@ class Lane:
                 for each in batch:
                     if not each.answers.done():
                         each.answers.set_exception(error)
-            self._seconds, self._size = (time.perf_counter() - began) / len(items), len(items)
+            took = time.perf_counter() - began
+            self._seconds = took / len(items)
+            self._expected, self._patience = len(batch), min(MOMENT, SHARE * took)
 
     def _is_company(self) -> bool:
-        """Whether as many wait as were worked off together, or the lane is closed."""
-        return self._closed or sum(len(each.items) for each in self._waiting) >= self._size
+        """Whether as many ask as were worked off together, or the lane is closed."""
+        return self._closed or len(self._waiting) >= self._expected
 
     def _next(self) -> list[_Asked]:
         """What is worked off next: the first that waits, and what is like it; nothing once all is done for a while."""
@@ -127,9 +133,9 @@ class Lane:
                 if not self._waiting:
                     self._thread = None
                     return []
-                if self._size > 1:
-                    self._changed.wait_for(self._is_company, timeout=SHARE * self._seconds * self._size)
-                    self._size = 0
+                if self._expected > 1:
+                    self._changed.wait_for(self._is_company, timeout=self._patience)
+                    self._expected = 0
                 first = self._waiting.popleft()
                 batch, size = [first], len(first.items)
                 for each in [*self._waiting] if first.kind is not None else []:
