@@ -1,12 +1,14 @@
 """Queries darkened, blurred and made noisy, to see what holds."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from tmm_engine.index.descriptors.views import blur
 from tmm_engine.query import Query
+from tmm_engine.serving.lane import in_own_thread
 from tmm_engine.serving.schemas import SearchParameters
 
 
@@ -22,7 +24,7 @@ def changed(query: Query, asked: SearchParameters) -> Query:
     pixels = query.pixels
     if asked.blur:
         sigma = asked.blur * min(pixels.shape[1:])
-        pixels = blur(torch.from_numpy(pixels)[None], sigma)[0].numpy()
+        pixels = in_own_thread(partial(blur, torch.from_numpy(pixels)[None], sigma))[0].numpy()
     pixels = pixels * np.float32(1 - asked.darken)
     if asked.noise:
         drawn = np.random.default_rng(asked.seed).standard_normal(pixels.shape, dtype=np.float32)

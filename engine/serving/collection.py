@@ -4,7 +4,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tmm_engine.index.store.changes import ChangeReport, add_exemplars, delete_e
 from tmm_engine.index.store.manifest import MANIFEST
 from tmm_engine.info import describe_index
 from tmm_engine.options import Mode
-from tmm_engine.serving.lane import Lane
+from tmm_engine.serving.lane import Lane, in_own_thread
 from tmm_engine.serving.likeness import Likeness
 from tmm_engine.serving.settings import Limits
 from tmm_engine.serving.thumbnails import Thumbnails
@@ -177,10 +176,8 @@ class Collection:
         return report
 
     def _opened(self) -> Shown:
-        """In a thread of its own, which ends: what OpenMP keeps for it goes with it (see `Lane`)."""
         self._stamp = _stamp_of(self.path)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{self.name}: opening") as own:
-            return own.submit(lambda: Shown.of(Engine.open(self.path, model=self._model, device=self._device))).result()
+        return in_own_thread(lambda: Shown.of(Engine.open(self.path, model=self._model, device=self._device)))
 
 
 class Collections(Mapping[str, Collection]):

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +21,12 @@ MOMENT = 0.05
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+
+
+def in_own_thread(work: Callable[[], Answer]) -> Answer:
+    """Compute something in a thread that ends, so that what OpenMP keeps for it goes with it (see `Lane`)."""
+    with ThreadPoolExecutor(max_workers=1) as own:
+        return own.submit(work).result()
 
 
 class BusyError(TmmEngineError):
