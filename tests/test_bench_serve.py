@@ -66,4 +66,4 @@ def test_every_part_runs_and_nothing_breaks(index: Path, tmp_path: Path):
         assert figures[name] == 0
     assert figures["changes"] > 0
     parts = {json.loads(line).get("part") for line in (tmp_path / "r.jsonl").read_text().splitlines()[1:-1]}
-    assert parts == {"overhead", "throughput", "unloaded", "overload", "contract", "hostile", "kill"}
+    assert parts == {"overhead", "throughput", "unloaded", "overload", "contract", "hostile", "kill", "page"}
