@@ -116,8 +116,8 @@ def measure_page(
         found = [each for scheme in ("light", "dark") for each in _of_axe(own, server.address, pictures[0], scheme)]
     timed = milliseconds[WARMING:]
     figures = {"page_ms": float(np.median(timed)), "axe_serious": float(len(found))}
-    named = [*({"page_ms": each} for each in timed), *({"axe": each} for each in found)]
-    return figures, [{"part": "page"} | each for each in named]
+    records = [{"part": "page", "page_ms": each} for each in timed]
+    return figures, records + [{"part": "page", "axe": each} for each in found]
 
 
 def _pictures(index: Path, count: int, seed: int) -> list[bytes]:
