@@ -12,6 +12,7 @@ from tmm_engine.index.errors import InputError
 from tmm_engine.index.store.exemplars import ExemplarStore
 
 DEFAULT_CACHE_BYTES = 4 << 30
+READ_TOGETHER = 8 << 20  # bytes of images of single rows that a store is asked for at once: many cost it little more
 
 
 class ExemplarTensors:
@@ -55,10 +56,10 @@ class ExemplarTensors:
         if rows is None:
             batches = self._store.scan_images(self.chunk)
         else:
-            starts = range(0, len(rows), self.chunk)
-            batches = (self._store.images(rows[start : start + self.chunk]) for start in starts)
+            together = max(1, READ_TOGETHER // (self.chunk * int(np.prod(self._store.image_shape)))) * self.chunk
+            batches = (self._store.images(rows[start : start + together]) for start in range(0, len(rows), together))
         for batch in prefetched(batches):
-            yield _tensor(batch).to(self._device)
+            yield from _tensor(batch).to(self._device).split(self.chunk)
 
     def features(
         self, rows: Int64[np.ndarray, "n"] | None, dtype: torch.dtype, *, column: str = "feature"

@@ -52,7 +52,7 @@ def answers(index: Path) -> list[list[tuple[str, float]]]:
 def test_products_from_either_side_are_those_of_numpy(queries: int, rows: int):
     drawn = np.random.default_rng(0)
     values, xq = (drawn.normal(size=(count, 70)).astype(np.float32) for count in (rows, queries))
-    products = module._products(torch.from_numpy(values), torch.from_numpy(xq))
+    products = module._products(torch.from_numpy(values), torch.from_numpy(xq), torch.empty(queries * rows + 1))
     assert products.is_contiguous()
     np.testing.assert_allclose(products.numpy(), xq.astype(float) @ values.T.astype(float), atol=1e-4)
 

@@ -12,6 +12,7 @@ from tmm_engine.index.store.where import shortened
 
 EXACT = "Flat"
 HALF = "SQfp16"
+SQ_STEP = 16
 LARGEST_HALF = 65504.0
 # FAISS ends the process, or does not come back, for strings such as HNSW0, PQ0 or NSG1: these forms are safe.
 FACTORIES = re.compile(
@@ -77,10 +78,14 @@ def make_faiss_index(d: int, metric: Metric, factory: str) -> faiss.Index:
 
 
 def fitting_dimension(d: int, factory: str) -> int:
-    """d, or what features are filled up to with zeros, which change no distance, so that PQ can cut them into codes."""
+    """d, or what features are filled up to with zeros, which change no distance.
+
+    PQ cuts them into codes; of SQ FAISS compares 16 numbers at once, or else, fifteen times as slowly, one by one.
+    """
     found = FACTORIES.fullmatch(factory)
     codes = 1 if found is None else int(found["codes"] or found["graph_codes"] or 1)
-    return -(-d // codes) * codes
+    multiple = SQ_STEP if "SQ" in factory else codes
+    return -(-d // multiple) * multiple
 
 
 def check_trainable(factory: str, exemplars: int) -> None:

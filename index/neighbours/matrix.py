@@ -24,6 +24,7 @@ from tmm_engine.index.types import Rows
 
 ALIGNED = max(1024, mmap.PAGESIZE // 4)  # rows: so many floats are whole pages
 FEW = 32  # queries
+PART = 512  # rows
 SMALLEST, LARGEST = 1e-30, 1e30  # norms of rows whose products with a unit vector stay well within float32
 
 
@@ -53,14 +54,12 @@ class Norms:
         return Norms(self.inverses[start:stop], self.halves[start:stop])
 
     def scores(self, products: Float32[np.ndarray, "q rows"], metric: Metric) -> Float32[np.ndarray, "q rows"]:
-        """In place: in the order of L2 distance or cosine; infinite for what float32 cannot say."""
+        """In place: in the order of L2 distance or cosine; NaN or infinite for what float32 cannot say."""
         with np.errstate(invalid="ignore", over="ignore"):
             if metric is Metric.L2:
                 products -= self.halves
             else:
                 products *= self.inverses
-        if np.isnan(products.max()):
-            products[np.isnan(products)] = np.inf
         return products
 
 
@@ -174,9 +173,12 @@ def _nearest(
     """
     queries = torch.from_numpy(np.require(xq, requirements=("C", "W")))
     found: tuple[Tensor, Tensor] | None = None
+    space = torch.empty(0)  # for products: fresh memory for every block would cost a quarter of the time
     for block, norms, start in blocks:
         values = torch.from_numpy(block)
-        best, places = _best(norms.scores(_products(values, queries).numpy(), metric), fetch)
+        if len(space) < len(values) * len(queries):
+            space = torch.empty(len(values) * len(queries))
+        best, places = _best(norms.scores(_products(values, queries, space).numpy(), metric), fetch)
         found = (best, places + start) if found is None else _merged(found, (best, places + start), fetch)
     assert found is not None, "a matrix has rows"
     values, rows = found
@@ -184,14 +186,21 @@ def _nearest(
     return rows.numpy()
 
 
-def _products(values: Float32[Tensor, "rows d"], queries: Float32[Tensor, "q d"]) -> Float32[Tensor, "q rows"]:
-    """Of every row with every query.
+def _products(
+    values: Float32[Tensor, "rows d"], queries: Float32[Tensor, "q d"], space: Float32[Tensor, "_"]
+) -> Float32[Tensor, "q rows"]:
+    """Of every row with every query, perhaps in a space for as many.
 
     MKL multiplies with one vector in one thread, with two in all of them: one query goes twice. With few, a matrix
-    beyond the processor's cache is read up to seven times as fast from this side as from the other.
+    beyond the processor's cache is read up to seven times as fast from this side as from the other; with many, a part
+    at a time that stays in the cache.
     """
     if len(queries) > FEW:
-        return queries @ values.T
+        products = space[: len(queries) * len(values)].view(len(queries), len(values))
+        for start in range(0, len(values), PART):
+            part = slice(start, start + PART)
+            torch.mm(queries, values[part].T, out=products[:, part])
+        return products
     together = values @ (queries if len(queries) > 1 else queries.repeat(2, 1)).T
     return together[:, : len(queries)].T.contiguous()
 
@@ -204,9 +213,13 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], fetch: int
 
 
 def _best(scores: Float32[np.ndarray, "q rows"], fetch: int) -> tuple[Tensor, Tensor]:
-    """The largest scores of each row and their places; beside as many as are wanted, all that are infinite."""
-    infinite = int((scores == np.inf).sum(1).max()) if np.isposinf(scores.max()) else 0
-    values, places = torch.from_numpy(scores).topk(min(fetch + infinite, scores.shape[1]), dim=1)
+    """The largest scores of each row and their places; beside as many as are wanted, all that are NaN or infinite."""
+    values, places = torch.from_numpy(scores).topk(min(fetch, scores.shape[1]), dim=1)
+    if bool(values[:, 0].isfinite().all()):  # NaN is before all numbers
+        return values, places
+    scores[np.isnan(scores)] = np.inf
+    unsaid = int(np.isposinf(scores).sum(1).max())
+    values, places = torch.from_numpy(scores).topk(min(fetch + unsaid, scores.shape[1]), dim=1)
     return values, places
 
 

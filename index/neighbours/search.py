@@ -138,7 +138,7 @@ class Neighbours:
                 break  # an approximate index has no more to give
             fetched, scores = len(rows), self._scored(query, rows)
         best = best_first(scores, rows, self._store.ids, k=k)
-        agreement = float(np.isin(first, rows[best]).mean()) if len(first) else 1.0
+        agreement = len({*first.tolist()} & {*rows[best].tolist()}) / len(first) if len(first) else 1.0
         return Found(rows[best], scores[best], agreement)
 
     def _exact(self) -> "Neighbours":

@@ -25,7 +25,7 @@ class ArraySource:
     Args:
         images: (n, c, h, w), (n, h, w, c) or (n, h, w), or a list of n alike; uint8 or floating point in [0, 1]. Not
             copied if an array of uint8.
-        labels: n integers, 0 or more, or n names; None among them for an image without a label.
+        labels: n integers, 0 or more, or n names; None among them, or an empty name, for an image without a label.
         ids: n different strings. Default: the row in eight digits.
         class_names: In label order. Default: unknown; of labels that are names, the sorted distinct ones.
         metadata: Column -> n strings, integers, floats or booleans, or None; renamed as in `ParquetSource`.
@@ -91,7 +91,8 @@ class ArraySource:
 
     def _checked_labels(self, labels: Sequence[int | str | None] | np.ndarray | torch.Tensor) -> Sequence[int | None]:
         array = np.asarray(labels)
-        given = [label for label in array.tolist() if label is not None] if array.ndim == 1 else []
+        found: list[int | str | None] = [label if label != "" else None for label in array.ravel().tolist()]
+        given = [label for label in found if label is not None]
         kinds = set(map(type, given))
         if array.ndim != 1 or len(kinds - {int}) + len(kinds - {str}) > 1:
             raise InputError(
@@ -101,13 +102,12 @@ class ArraySource:
         if str in kinds:
             self.class_names, places = numbered(given, self.class_names)
             place = dict(zip(given, places, strict=True))
-            return [place.get(label) for label in array.tolist()]
+            return [None if label is None else place[label] for label in found]
         classes = len(self.class_names) if self.class_names is not None else np.inf
         if given and (min(given) < 0 or max(given) >= classes):
             expected = "0 or more" if self.class_names is None else f"0 to {classes - 1}, as there are class names"
             raise InputError(f"expected labels of {expected}, got {min(given)} to {max(given)}")
-        numbers: list[int | None] = array.tolist()
-        return numbers
+        return found
 
     def _typed_columns(
         self, metadata: Mapping[str, Sequence[Any] | np.ndarray]

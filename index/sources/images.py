@@ -97,6 +97,16 @@ def natural_shape(source: ImageLike) -> ImageShape:
         return (channels, width, height) if turned else (channels, height, width)
 
 
+def pixels_of(source: bytes) -> int:
+    """Height × width of an image file, from its header.
+
+    Raises:
+        ImageError: As `decode_image`, but for what decoding the pixels would show.
+    """
+    with _opened(source) as image:
+        return image.width * image.height
+
+
 def to_numpy(images: np.ndarray | torch.Tensor) -> np.ndarray:
     """An array of the same values; 16-bit floating point becomes float32 (NumPy has no bfloat16)."""
     if isinstance(images, np.ndarray):
