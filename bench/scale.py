@@ -21,20 +21,25 @@ from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.neighbours.approximate import built
 from tmm_engine.index.neighbours.factories import EXACT, Effort
 from tmm_engine.index.neighbours.metric import Metric
+from tmm_engine.index.neighbours.tuned import Tuned
 from tmm_engine.index.neighbours.vectors import scanned, taken
 from tmm_engine.index.progress import silent
+from tmm_engine.index.sizes import parse_size
 from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.store.manifest import Manifest
+from tmm_engine.nearest import NearestSearch
 from tmm_engine.opening import Opening
 from tmm_engine.options import SearchOptions
 from tmm_engine.query import Query
 from tmm_engine.rerank.settings import preset
 from tmm_engine.rerank.timing import Timings
 from tmm_engine.snapshot import Snapshot
-from tmm_engine.tuning import Sample, Tuner, usual_factories
+from tmm_engine.tuning import TIMED, Sample, Tuner, usual_factories
 
 K, BATCH, CANDIDATES, QUERIES, LISTS, RECALL = 10, 256, 1000, 64, 3, 0.98
 REDUCED_UP_TO = 100_000  # exemplars: further caches on disk for each column
+EXACT_UP_TO = 2_000_000  # exemplars: beyond, exact search would read tens of GB for every query
+LARGE_MEMORY = "14GiB"  # bound for so many
 CLIENTS, EACH = (1, 2, 4, 8), 20  # searches of each client
 NOISE = ("gaussian 0.5", "gaussian 1", "brightness 0.5", "contrast 0.4", "dark-noise 1")
 """Families of the robustness benchmark that mean something for pictures that are features: no pixel has neighbours."""
@@ -73,8 +78,10 @@ class Measured:
             if not self.done(path):
                 opened_alone(self.path, self.dimension, bound)  # what can be kept is written
                 found = opened_alone(self.path, self.dimension, bound)
-                disk = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
-                self.note(path, seconds=[found["open_s"]], **found, disk_bytes=disk)
+                self.note(path, seconds=[found["open_s"]], **found, disk_bytes=self._disk_bytes())
+
+    def _disk_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def searched(self) -> None:
         """Exact paths in turn, beside FAISS's flat index; then clients at once."""
@@ -124,11 +131,7 @@ class Measured:
         """Each factory tuned on clean and noisy exemplars, beside FAISS called directly; the fastest is kept."""
         if self.done("1,000 candidates"):
             return
-        snapshot = Snapshot.open(self.path, Opening(model=network(self.dimension), device="cpu"))
-        compared = [
-            snapshot.searcher.compared(own, SearchOptions(k=K), Timings(len(own))) for own in queries_of(snapshot.store)
-        ]
-        tuner = Tuner(snapshot.searcher.nearest.by(EXACT), Sample(*compared), mode="robust", k=K, progress=silent)
+        snapshot, tuner = self._tuner()
         tried = []
         for factory in factories or usual_factories(self.n):
             start = time.perf_counter()
@@ -146,10 +149,45 @@ class Measured:
             enough = min(tuned.recall_clean, tuned.recall_noise) >= RECALL
             tried.append((not enough, tuned.milliseconds, tuned, search))
         _, _, best, search = min(tried, key=lambda one: one[:2])
-        search.keep(snapshot.cache)
-        replace(Manifest.read(self.path), neighbours=best.factory, tuned=best).write(self.path)
+        self._keep(snapshot, search, best)
         del snapshot, tuner, tried, search
         self._candidates()
+
+    def large(self, factories: Sequence[str]) -> None:
+        """Approximate search alone, by the first factory, where exact search would read tens of GB for every query.
+
+        Its recall is that among exact answers to the whole list of queries, for which the features are read once.
+        """
+        factory = [*factories, *usual_factories(self.n)][0]
+        if not self.done("tuned"):
+            snapshot, tuner = self._tuner(memory=parse_size(LARGE_MEMORY), timed=1)
+            start = time.perf_counter()
+            tuned, search = tuner.tried(factory, recall=RECALL)
+            self._keep(snapshot, search, tuned)
+            self.note("tuned", seconds=[time.perf_counter() - start], tuned=tuned.to_json())
+            del snapshot, tuner, search
+        if not self.done("opened, approximate"):
+            found = opened_alone(self.path, self.dimension, LARGE_MEMORY)
+            self.note("opened, approximate", seconds=[found["open_s"]], **found, disk_bytes=self._disk_bytes())
+        if self.done("default, approximate"):
+            return
+        with self._engine(None, memory=LARGE_MEMORY) as engine:
+            clean, _ = queries_of(engine.store)
+            self._noted(in_turn({"default, approximate": _searching(engine, clean)}, repeats=self.repeats))
+
+    def _tuner(self, *, memory: int | None = None, timed: int = TIMED) -> tuple[Snapshot, Tuner]:
+        """Over the queries, as they are and noisy."""
+        snapshot = Snapshot.open(self.path, Opening(model=network(self.dimension), device="cpu", memory=memory))
+        compared = [
+            snapshot.searcher.compared(own, SearchOptions(k=K), Timings(len(own))) for own in queries_of(snapshot.store)
+        ]
+        exact = snapshot.searcher.nearest.by(EXACT)
+        return snapshot, Tuner(exact, Sample(*compared), mode="robust", k=K, progress=silent, timed=timed)
+
+    def _keep(self, snapshot: Snapshot, search: NearestSearch, tuned: Tuned) -> None:
+        """The index is searched so from now on."""
+        search.keep(snapshot.cache)
+        replace(Manifest.read(self.path), neighbours=tuned.factory, tuned=tuned).write(self.path)
 
     def _candidates(self) -> None:
         """TMM-NN over candidates of the approximate search, beside the default, exact and approximate."""
@@ -177,8 +215,10 @@ class Measured:
             index.hnsw.efSearch = effort.ef_search or K
         return in_turn({"faiss": partial(_found, index, features)}, repeats=self.repeats)["faiss"]
 
-    def _engine(self, precision: str | None) -> Engine:
-        return Engine.open(self.path, model=network(self.dimension), device="cpu", search_precision=precision)
+    def _engine(self, precision: str | None, *, memory: str | None = None) -> Engine:
+        return Engine.open(
+            self.path, model=network(self.dimension), device="cpu", search_precision=precision, memory=memory
+        )
 
     def _noted(self, timed: dict[str, list[float]]) -> None:
         for path, seconds in timed.items():

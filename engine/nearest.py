@@ -206,10 +206,11 @@ class NearestSearch:
         for made in self._made.values():
             made.keep(cache)
 
-    @property
-    def backend(self) -> str:
-        """What compares a query with the exemplars."""
-        return "matrix products, fp32" if self._factory == EXACT else f"FAISS {self._factory}"
+    def backend(self, *columns: str) -> str:
+        """What compares a query with the exemplars in some columns."""
+        name = "matrix products, fp32" if self._factory == EXACT else f"FAISS {self._factory}"
+        streamed = any(made.streamed for (_, column), made in [*self._made.items()] if column in columns)
+        return f"{name}, features read from the index by every search" if streamed else name
 
     @property
     def exemplars(self) -> int:

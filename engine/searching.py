@@ -399,7 +399,7 @@ class Searcher:
             np.rint(query.pixels * 255.0), shown.image(found.original)
         ):
             notes.append(f"recognised as {original}: ranked by what is like that exemplar")
-        precision = self._nearest.precision
+        precision, own = self._nearest.precision, found.ranked_by
         if ranking is None and precision not in (None, SearchPrecision.FP32):
             notes.append(
                 f"looked for in {precision}, the best again in fp32: {found.agreement:.0%} of hits were so before"
@@ -419,7 +419,7 @@ class Searcher:
             scored=found.scored,
             exemplars=len(self._store),
             config=options.tmm.to_json() if ranking else None,
-            backend=self.backend if ranking else self._nearest.backend,
+            backend=self._nearest.backend(own.column, COPY_FEATURE) if isinstance(own, ByVector) else self.backend,
             timings=timings,
             notes=tuple(notes),
             recognised_as=original,

@@ -84,10 +84,21 @@ class Tuner:
         mode: Whose answers are compared; said only.
         k: Of how many neighbours.
         progress: Told of what has been tried.
+        timed: Searches by which each is timed, one by one.
     """
 
-    def __init__(self, exact: NearestSearch, sample: Sample, *, mode: str, k: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        exact: NearestSearch,
+        sample: Sample,
+        *,
+        mode: str,
+        k: int,
+        progress: Progress,
+        timed: int = TIMED,
+    ) -> None:
         self._exact, self._sample, self._mode, self._k, self._progress = exact, sample, mode, k, progress
+        self._timed = timed
         self._clean, self._noisy = (self._answers(self._exact, own) for own in (sample.clean, sample.noisy))
 
     def best(self, factories: Sequence[str], *, recall: float) -> tuple[Tuned, NearestSearch]:
@@ -136,7 +147,7 @@ class Tuner:
         """With the times of single searches, exact and approximate in turn."""
         asked = self._sample.noisy
         times: tuple[list[float], list[float]] = ([], [])
-        for place in range(min(TIMED, len(asked.features))):
+        for place in range(min(self._timed, len(asked.features))):
             for searched, spent in zip((search, self._exact), times, strict=True):
                 start = time.perf_counter()
                 self._answers(searched, asked.only(place))

@@ -41,11 +41,13 @@ def test_figures_are_ratios_of_medians_and_the_picture_shows_them(tmp_path: Path
         record(600_000, "default", 30.0),
         record(1_000_000, "opened", 4.0, open_s=4.0),
         record(1_000_000, "opened, memory=2GiB", 3.0, memory_mib=1536.0),
+        record(10_000_000, "opened, approximate", 5.0, open_s=5.0, memory_mib=10_240.0),
         record(1_000_000, "approximate, IVF8,SQ8", 0.1, exact_seconds=[2.0], faiss_seconds=[0.05], tuned=tuned),
     ]
-    few, _, many, approximate, growth = figures_of(records)
+    few, _, many, approximate, most, growth = figures_of(records)
     assert (few["default_over_faiss"], few["two_over_one"], few["default_p50_ms"]) == (1.5, 2.5, 3000.0)
     assert (many["open_1m_s"], many["memory_1m_gib"]) == (4.0, 1.5)
+    assert most == {"exemplars": 10_000_000, "dimension": 32, "open_10m_s": 5.0, "memory_10m_gib": 10.0}
     assert approximate == {
         "exemplars": 1_000_000, "dimension": 32, "path": "approximate, IVF8,SQ8",
         "approximate_over_exact": 0.05, **tuned, "approximate_over_faiss": 2.0,
@@ -58,9 +60,10 @@ def test_figures_are_ratios_of_medians_and_the_picture_shows_them(tmp_path: Path
 @pytest.mark.slow
 def test_a_run_measures_prints_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scale, "EACH", 2)
+    monkeypatch.setattr("tmm_engine.bench.benchmarks.scale.EXACT_UP_TO", 1024)
     monkeypatch.setattr(scale, "CANDIDATES", 50)
     monkeypatch.setattr(scale, "opened_alone", lambda *_: {"open_s": 0.5, "first_s": 1.0, "memory_mib": 512.0})
-    asked = ("bench", "scale", "--sizes", "512,1024", "--dimension", 32, "--repeats", 2, "--factory", "IVF8,SQ8",
+    asked = ("bench", "scale", "--sizes", "512,1024,2048", "--dimension", 32, "--repeats", 2, "--factory", "IVF8,SQ8",
              "--out", tmp_path / "scale.jsonl", "--folder", tmp_path / "indexes", "--json")  # fmt: skip
     done = run(*asked, "--plot", tmp_path / "scale.png")
     assert done.exit_code == 0, done.output
@@ -73,6 +76,7 @@ def test_a_run_measures_prints_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert paths.keys() == {"default, fp16", "default, int8", "approximate, IVF8,SQ8"}
     assert paths["approximate, IVF8,SQ8"].keys() >= {"approximate_over_exact", "recall_clean", "recall_noise"}
     assert paths["default, fp16"]["recall_clean"] > 0.95
+    assert next(line for line in lines if line.get("exemplars") == 2048).keys() >= {"open_2k_s", "memory_2k_gib"}
     assert -2 < lines[-1]["slope"] < 2
     assert (tmp_path / "scale.png").stat().st_size > 1000
     records = read_records(tmp_path / "scale.jsonl").records

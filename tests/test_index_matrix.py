@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_a_matrix_finds_the_same_whatever_stays_in_memory(
     values = np.random.default_rng(0).normal(size=(5000, 8)).astype(np.float32)
     values[17] = 0
     cache = MatrixCache(tmp_path, "content", Budget(None if stays is None else stays * 32))
-    cache.save("some_feature", iter(np.split(values, [7, 3000])))
+    cache.save("some_feature", iter(np.split(values, [7, 3000])), size=values.nbytes)
     mapped = cache.load("some_feature", rows=5000, dimension=8)
     assert mapped is not None
     queries = comparable(values[20:40] + np.float32(0.01), metric)
@@ -179,6 +180,32 @@ def test_an_engine_answers_the_same_under_a_bound(index: Path):
     for memory, why in (("1MiB", "memory: expected at least"), ("much", "expected a size like")):
         with pytest.raises(InputError, match=why):
             Engine.open(index, model=network(), device="cpu", memory=memory)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_neither_fits_nor_can_be_kept_is_read_by_every_search(
+    index: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+):
+    expected = answers(index)
+    with Engine.open(index, model=network(), device="cpu") as engine:
+        filtered = [hit.id for hit in engine.search(IMAGES[250], k=5, where="label > 0").hits]
+    shutil.rmtree(index / "cache")
+    if full:
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=module.SPARE + 100))
+    else:
+        (index / "cache").touch()
+    monkeypatch.setattr(Budget, "beside", lambda *_, **__: Budget(100))
+    with Engine.open(index, model=network(), device="cpu", memory="2GiB") as engine:
+        for place, mode in enumerate(("robust", "l2", "cosine")):
+            results = engine.search(list(IMAGES[250:256]), k=5, mode=mode)
+            found = [[(hit.id, hit.score) for hit in result.hits] for result in results]
+            assert found == expected[6 * place : 6 * place + 6]
+        assert results[0].backend == "matrix products, fp32, features read from the index by every search"
+        narrowed = engine.search(IMAGES[250], k=5, where="label > 0")
+        assert [hit.id for hit in narrowed.hits] == filtered
+        assert "read from the index by every search" in narrowed.backend
+    if full:
+        assert not list((index / "cache").glob("*.f32*"))
 
 
 def test_what_an_engine_holds_of_features_leaves_as_much_for_the_next_version(

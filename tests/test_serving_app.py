@@ -1,6 +1,7 @@
 """The server, asked over HTTP: its answers are those of `Engine`, and its errors are in the command line's words."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -131,6 +132,8 @@ def test_a_list_has_errors_in_their_places_and_exemplars_among_its_queries(clien
         ({"where": "label = 'digit-33'"}, 422, "no label is called 'digit-33' (did you mean 'digit-3'?)"),
         ({"where": "id ="}, 422, "where: expected a condition in SQL"),
         ({"where": "id = 'none'"}, 422, "no exemplar matches"),
+        ({"k": True}, 422, "k: expected no truth value, got true"),
+        ({"recognition": True}, 422, "recognition: expected no truth value, got true"),
         ({"k": 0}, 422, "k: Input should be greater than or equal to 1"),
         ({"preset": "fast", "mode": "l2"}, 422, "preset has no effect with mode l2"),
         ({"settings": ["blend"]}, 422, "blend"),
@@ -169,6 +172,20 @@ def test_uploads_are_bounded_before_they_are_decoded(client: httpx.Client):
     wide = client.post(SEARCH, content=buffer.getvalue(), headers={"content-type": "image/png"})
     assert wide.status_code == 422
     assert "expected at most 10000 pixels, got 200 × 200" in wide.json()["detail"]
+
+
+def test_images_are_bounded_together_too(index: Path):
+    buffer = io.BytesIO()
+    Image.new("L", (100, 100)).save(buffer, "PNG")
+    files = [("image", ("a.png", buffer.getvalue()))] * 17
+    limits = Limits(pixels=10_000)
+    with running({"photos": index}, Settings(limits=limits)) as client:
+        assert client.post(SEARCH, files=files[:16]).status_code == 200
+        refused = client.post(SEARCH, files=files)
+        assert refused.status_code == 413
+        assert "expected images of at most 160,000 pixels together, got 170,000" in refused.json()["detail"]
+        exemplars = [{"id": str(n), "image": base64.b64encode(buffer.getvalue()).decode()} for n in range(17)]
+        assert client.post("/collections/photos/exemplars", json={"exemplars": exemplars}).status_code == 413
 
 
 def test_collections_are_described(client: httpx.Client, engine: Engine):
@@ -225,6 +242,10 @@ def test_the_api_is_described_whole_and_its_page_asks_no_other_host(client: http
     for address in ("/docs", "/"):
         page = client.get(address)
         assert page.status_code == 200
+        allowed = page.headers["content-security-policy"]
+        assert "default-src 'self'" in allowed
+        for script in re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL):
+            assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in allowed
         assert "//" not in re.sub(r"<!--.*?-->|//.*", "", page.text)
         for file in re.findall(r'(?:src|href)="([^"#]+)"', page.text):
             assert client.get(f"/{file}").status_code == 200, file

@@ -86,7 +86,11 @@ def test_what_cannot_become_an_exemplar_is_refused_and_changes_nothing(client: h
         client.put(address, files={"picture": query}),
         client.put(address, json={"image": image, "metadata": {"path": 3}}),
     ]
-    assert [each.status_code for each in refused] == [422, 422, 422, 422], [each.text for each in refused]
+    refused += [client.put(address, json={"image": image, "label": label}) for label in ("", " ", "a\nb", "\x1b[31m")]
+    refused += [client.put(address, content=query, headers={"content-type": "image/png"}, params={"label": "a\rb"})]
+    for odd in ("", "a\nb", "a/../b", "."):
+        refused.append(client.post(f"{PHOTOS}/exemplars", json={"exemplars": [{"id": odd, "image": image}]}))
+    assert {each.status_code for each in refused} == {422}, [each.text for each in refused]
     assert client.get(PHOTOS).json()["version"] == before
 
 

@@ -1,16 +1,21 @@
 """Parts of the server: lanes, keys, where it listens, how it stops, and a disk that is full."""
 
 import asyncio
+import itertools
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from click.testing import CliRunner
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.digits import make_classifier, write_photos, write_queries
 from tests.serving import running
@@ -20,9 +25,9 @@ from tmm_engine.cli.main import main
 from tmm_engine.index.errors import IndexStateError, InputError
 from tmm_engine.serving.jobs import WAITING, Jobs
 from tmm_engine.serving.keys import READING, WRITING, Keys, Right
-from tmm_engine.serving.lane import BusyError, Lane
-from tmm_engine.serving.problems import SameOrigin, status_of
-from tmm_engine.serving.running import listening, named_indexes
+from tmm_engine.serving.lane import BusyError, Lane, in_own_thread
+from tmm_engine.serving.problems import BodyLimit, OwnOrigin, status_of
+from tmm_engine.serving.running import LOOPBACK, listening, named_indexes
 from tmm_engine.serving.settings import Settings
 
 
@@ -225,18 +230,95 @@ def test_the_status_of_a_full_disk_is_told_from_damage():
     [
         ("POST", "http://elsewhere.example", 403),
         ("DELETE", "null", 403),
+        ("POST", "http://[", 403),
         ("POST", "http://127.0.0.1:8000", 200),
         ("POST", None, 200),
         ("GET", "http://elsewhere.example", 200),
     ],
 )
 def test_a_page_of_another_origin_may_change_nothing(method: str, origin: str | None, status: int):
-    async def asked() -> int:
-        transport = httpx.ASGITransport(SameOrigin(PlainTextResponse("yes")))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
-            return (await client.request(method, "/", headers={"origin": origin} if origin else {})).status_code
+    app = OwnOrigin(PlainTextResponse("yes"), LOOPBACK)
+    assert answered(app, method, "http://127.0.0.1:8000", origin=origin).status_code == status
 
-    assert asyncio.run(asked()) == status
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "127.0.0.1", "LOCALHOST:8000", "[::1]:8000", "[::1]"])
+def test_a_request_to_this_server_is_answered_whatever_the_port(host: str):
+    assert answered(OwnOrigin(PlainTextResponse("yes"), LOOPBACK), "GET", f"http://{host}").text == "yes"
+
+
+@pytest.mark.parametrize("host", ["elsewhere.example", "127.0.0.1.elsewhere.example:8000", "[::2]:8000"])
+def test_a_request_to_another_name_is_a_problem(host: str):
+    refused = answered(OwnOrigin(PlainTextResponse("yes"), LOOPBACK), "GET", f"http://{host}")
+    assert (refused.status_code, refused.headers["content-type"]) == (400, "application/problem+json")
+    assert "expected a request to localhost or 127.0.0.1 or [::1], got one to" in refused.json()["detail"]
+
+
+def answered(app: ASGIApp, method: str, address: str, *, origin: str | None = None) -> httpx.Response:
+    """What an application answers without a server."""
+
+    async def asked() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=address) as client:
+            return await client.request(method, "/", headers={"origin": origin} if origin else {})
+
+    return asyncio.run(asked())
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_body_that_does_not_come_on_is_not_waited_for(stops: bool):
+    """One that stops after its first part, and one that comes drop by drop."""
+    drops = itertools.count()
+
+    async def receive() -> Message:
+        await asyncio.sleep(60 if stops and next(drops) else 0.02)
+        return {"type": "http.request", "body": b"drop", "more_body": True}
+
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+
+    async def send(message: Message) -> None:
+        pass
+
+    limited = BodyLimit(read, 1 << 20, patience=0.05)
+    with pytest.raises(HTTPException, match="expected a body that comes on, got") as refused:
+        asyncio.run(limited({"type": "http", "headers": []}, receive, send))
+    assert refused.value.status_code == 408
+
+
+def test_whoever_waits_for_an_answer_is_not_hurried():
+    messages = iter([{"type": "http.request", "body": b"all", "more_body": False}, {"type": "http.disconnect"}])
+
+    async def receive() -> Message:
+        message = next(messages)
+        await asyncio.sleep(0.2 if message["type"] == "http.disconnect" else 0.0)
+        return message
+
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        assert [(await receive())["type"] for _ in range(2)] == ["http.request", "http.disconnect"]
+
+    async def send(message: Message) -> None:
+        pass
+
+    asyncio.run(BodyLimit(read, 10, patience=0.05)({"type": "http", "headers": []}, receive, send))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's list of threads")
+def test_what_computes_aside_leaves_no_thread_of_openmp_behind():
+    """A second living thread that has computed makes every search a quarter slower (`Lane`)."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    compute = partial(torch.mm, torch.ones(600, 600), torch.ones(600, 600))
+    compute()
+    before = threads()
+    in_own_thread(compute)
+    lane = Lane("test", limit=10, together=1, idle=0.01)
+    lane.ask([1], lambda items: [compute() for _ in items]).result()
+    deadline = time.monotonic() + 10
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() <= before
 
 
 def test_a_panic_below_python_ends_neither_a_lane_nor_a_job():

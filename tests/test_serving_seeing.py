@@ -16,7 +16,7 @@ from tmm_engine.index.descriptors.columns import ROBUST_FEATURE
 from tmm_engine.query import Query
 from tmm_engine.serving.changing import changed
 from tmm_engine.serving.likeness import Likeness
-from tmm_engine.serving.schemas import SearchParameters
+from tmm_engine.serving.requests import SearchParameters
 
 SEARCH = "/collections/photos/search"
 

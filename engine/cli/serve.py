@@ -29,7 +29,7 @@ from tmm_engine.index.errors import InputError
     show_default=True,
     help="Height times width of an image.",
 )
-@click.option("--max-images", type=click.IntRange(min=1), default=64, show_default=True, help="In one request.")
+@click.option("--max-images", type=click.IntRange(min=1), default=64, show_default=True, help="Queries in one request.")
 @click.option(
     "--queue",
     type=click.IntRange(min=1),
@@ -42,6 +42,18 @@ from tmm_engine.index.errors import InputError
     is_flag=True,
     help="Let images of different requests pass the network together: more a second where many ask, and scores that "
     "differ by rounding, about 1e-6, from those of an image alone.",
+)
+@click.option(
+    "--builds",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Let clients that may write build collections, whose indexes are kept there; those that are there are served.",
+)
+@click.option(
+    "--sources",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="What such a collection may be built of beside images in the request: what is in there.",
 )
 @click.option(
     "--model",
@@ -61,12 +73,15 @@ def serve(indexes: tuple[str, ...], *, host: str, port: int, keys: Path | None, 
       engine serve photos.idx
       engine serve cats=photos.idx dogs=other.idx --port 8080
       engine serve photos.idx --host 0.0.0.0 --keys keys.txt
+      engine serve photos.idx --builds built/ --sources photos/
     """
     _require_extra()
     from tmm_engine.serving.keys import Keys
-    from tmm_engine.serving.running import listening, named_indexes, open_collections, serving
+    from tmm_engine.serving.running import add_built, listening, named_indexes, open_collections, serving
     from tmm_engine.serving.settings import Limits, Settings
 
+    if options["sources"] and not options["builds"]:
+        raise click.UsageError("--sources needs --builds: nothing else reads them")
     named = named_indexes(indexes)
     limits = Limits(
         body_bytes=options["max_upload"],
@@ -74,9 +89,17 @@ def serve(indexes: tuple[str, ...], *, host: str, port: int, keys: Path | None, 
         images=options["max_images"],
         waiting=options["queue"],
     )
-    settings = Settings(limits=limits, keys=Keys.given(keys), batched=options["batched"])
+    settings = Settings(
+        limits=limits,
+        keys=Keys.given(keys),
+        batched=options["batched"],
+        builds=options["builds"],
+        sources=options["sources"],
+    )
     with listening(host, port, settings) as socket:
         collections = open_collections(named, models=_models(options["models"], named), device=device, limits=limits)
+        for left_out in add_built(collections, options["builds"]) if options["builds"] else ():
+            click.echo(left_out, err=True)
         for name, collection in collections.items():
             shown = collection.shown
             click.echo(f"{name}: {collection.path}, version {shown.version}, {len(shown.engine):,} exemplars", err=True)

@@ -102,6 +102,11 @@ class ShardedNeighbours(Neighbours):
         """None: the shards' indexes are made of what they hold."""
         return 0
 
+    @property
+    def streamed(self) -> bool:
+        """Of what the shards hold."""
+        return False
+
     def features(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
         """Of some rows, read here."""
         return self._view.store.features(rows, column=self._column)
@@ -136,10 +141,9 @@ class ShardedNearest(NearestSearch):
         super().__init__(view.store, factory=factory, precision=precision)
         self.view = view
 
-    @property
-    def backend(self) -> str:
-        """What compares a query with the exemplars."""
-        return f"{super().backend}, {len(self.view.shards.ranges)} shards"
+    def backend(self, *columns: str) -> str:
+        """What compares a query with the exemplars in some columns."""
+        return f"{super().backend(*columns)}, {len(self.view.shards.ranges)} shards"
 
     def among(self, store: Subset) -> "ShardedNearest":
         """Exact search among some of the view's exemplars."""

@@ -10,7 +10,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tmm_engine import __version__
 from tmm_engine.index.errors import TmmEngineError, WriterBusyError
@@ -19,10 +18,18 @@ from tmm_engine.serving.collection import Collections, UnknownCollectionError
 from tmm_engine.serving.jobs import Jobs, UnknownJobError
 from tmm_engine.serving.lane import BusyError
 from tmm_engine.serving.metrics import Counting, Metrics
-from tmm_engine.serving.problems import BodyLimit, Problem, SameOrigin, problem
-from tmm_engine.serving.routes import audit, changes, classify, health, jobs, page, search
+from tmm_engine.serving.problems import BodyLimit, OwnOrigin, Problem, problem
+from tmm_engine.serving.requests import (
+    ClassifyBody,
+    ClassifyForm,
+    NewCollection,
+    NewExemplar,
+    NewExemplars,
+    SearchBody,
+    SearchForm,
+)
+from tmm_engine.serving.routes import audit, builds, changes, classify, health, jobs, page, search
 from tmm_engine.serving.routes import collections as of_collections
-from tmm_engine.serving.schemas import ClassifyBody, ClassifyForm, NewExemplar, NewExemplars, SearchBody, SearchForm
 from tmm_engine.serving.settings import REFRESH_SECONDS, Settings
 from tmm_engine.serving.state import State
 
@@ -33,7 +40,7 @@ Errors are problems (RFC 9457), in the words of the command line. Where the serv
 `api-key` has one.
 """
 
-BY_HAND = (SearchBody, SearchForm, ClassifyBody, ClassifyForm, NewExemplar, NewExemplars, Problem)
+BY_HAND = (SearchBody, SearchForm, ClassifyBody, ClassifyForm, NewExemplar, NewExemplars, NewCollection, Problem)
 
 
 def make_app(collections: Collections, settings: Settings | None = None) -> FastAPI:
@@ -67,14 +74,13 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
     )
     problems.install(app)
     _install_own_problems(app)
-    for room in (search, classify, of_collections, changes, audit, jobs, health):
+    for room in (search, classify, of_collections, builds, changes, audit, jobs, health):
         app.include_router(room.router)
     page.mount(app)
     app.add_middleware(Counting, metrics=metrics)
-    app.add_middleware(BodyLimit, limit=settings.limits.body_bytes)
+    app.add_middleware(BodyLimit, limit=settings.limits.body_bytes, patience=settings.limits.body_seconds)
     if settings.hosts:
-        app.add_middleware(SameOrigin)
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.hosts])
+        app.add_middleware(OwnOrigin, hosts=settings.hosts)
     return app
 
 

@@ -9,7 +9,7 @@ import torch
 from tmm_engine.index.descriptors.views import blur
 from tmm_engine.query import Query
 from tmm_engine.serving.lane import in_own_thread
-from tmm_engine.serving.schemas import SearchParameters
+from tmm_engine.serving.requests import SearchParameters
 
 
 def changed(query: Query, asked: SearchParameters) -> Query:

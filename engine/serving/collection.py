@@ -13,10 +13,11 @@ import numpy as np
 from tmm_engine.engine import Engine
 from tmm_engine.index.descriptors.columns import ROBUST_FEATURE
 from tmm_engine.index.errors import TmmEngineError, nearest
+from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.index.sources.records import ImageSource
 from tmm_engine.index.store.changes import ChangeReport, add_exemplars, delete_exemplars
-from tmm_engine.index.store.manifest import MANIFEST
+from tmm_engine.index.store.manifest import MANIFEST, MODEL
 from tmm_engine.info import describe_index
 from tmm_engine.options import Mode
 from tmm_engine.serving.lane import Lane, in_own_thread
@@ -99,7 +100,7 @@ class Collection:
         self, name: str, path: Path, *, model: str | None = None, device: str = "auto", limits: Limits | None = None
     ) -> None:
         self.name, self.path = name, path
-        self._model, self._device = model, device
+        self._model, self._device, self._limits = model, device, limits
         self._opening, self._writing = threading.Lock(), threading.Lock()
         self._stamp: tuple[int, ...] = ()
         self.trouble: str | None = None
@@ -110,6 +111,15 @@ class Collection:
         self.thorough = Lane(f"{name}: thorough", limit=limits.waiting, together=limits.batch)
         self.changes = Lane(f"{name}: changes", limit=limits.waiting, together=1)
         self.shown = self._opened()
+
+    def classifier(self) -> Classifier:
+        """The index's, loaded once more, for work that is not to meet the searches."""
+        loaded = Classifier.load(self.path / MODEL, model=self._model)
+        return loaded.to(self.shown.engine.classifier.device)
+
+    def beside(self, name: str, path: Path) -> "Collection":
+        """Another index with the same classifier, opened as this one."""
+        return Collection(name, path, model=self._model, device=self._device, limits=self._limits)
 
     def add(self, source: ImageSource, *, replace: bool, progress: Progress = silent) -> ChangeReport:
         """Add images and show them; see `Engine.add`."""
@@ -181,10 +191,15 @@ class Collection:
 
 
 class Collections(Mapping[str, Collection]):
-    """All of a server, by name."""
+    """All of a server, by name; others may come, none goes while it runs."""
 
     def __init__(self, collections: Iterable[Collection]) -> None:
         self._named = {each.name: each for each in collections}
+
+    def add(self, collection: Collection) -> None:
+        """One more, under a name that is free."""
+        assert collection.name not in self._named
+        self._named = {**self._named, collection.name: collection}  # whoever goes through the others is not disturbed
 
     def __getitem__(self, name: str) -> Collection:
         try:
@@ -194,6 +209,9 @@ class Collections(Mapping[str, Collection]):
             raise UnknownCollectionError(
                 f"no collection is called {name!r}{nearest(name, self._named)}; there are: {known}"
             ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._named
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._named)

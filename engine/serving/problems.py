@@ -1,10 +1,12 @@
 """Errors as RFC 9457 problems, in the words of the command line."""
 
+import asyncio
 import errno
 import os
+import re
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +21,8 @@ from tmm_engine.index.errors import IndexStateError, InputError, ModelError, Tmm
 
 FULL = ("is the disk full?", *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
 MEDIA_TYPE = "application/problem+json"
+SLOWEST = 8 << 10
+PORT, ORIGIN = re.compile(r":\d*$"), re.compile(r"^https?://")
 
 
 class Problem(BaseModel):
@@ -75,17 +79,17 @@ def install(app: FastAPI) -> None:
 
 
 class BodyLimit:
-    """Refuses a body that is too long: by its own account before anything of it is read, or as it comes.
-
-    Starlette's own answers in plain text, which is no problem.
+    """Refuses a body that is too long, by its own account before anything of it is read, or as it comes; and one that
+    does not come on.
 
     Args:
         app: What is asked otherwise.
         limit: In bytes.
+        patience: Seconds that a body may take, beside one for every `SLOWEST` bytes of it.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, *, patience: float) -> None:
+        self._app, self._limit, self._patience = app, limit, patience
         self._said = f"expected a body of at most {limit:,} bytes, got a longer one"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,12 +98,22 @@ class BodyLimit:
         if declared.isdecimal() and int(declared) > self._limit:
             await problem(413, self._said)(scope, receive, send)
             return
-        length = 0
+        length, whole, began = 0, False, asyncio.get_running_loop().time()
 
         async def counted() -> Message:
-            nonlocal length
-            message = await receive()
+            nonlocal length, whole
+            if whole:
+                return await receive()  # that the client is gone, for which there is no hurry
+            spent = asyncio.get_running_loop().time() - began
+            left = self._patience + length / SLOWEST - spent
+            try:
+                message = await asyncio.wait_for(receive(), min(self._patience, left))
+            except TimeoutError:
+                raise HTTPException(
+                    408, f"expected a body that comes on, got {length:,} bytes of it and then nothing for too long"
+                ) from None
             length += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if length > self._limit:
                 raise HTTPException(413, self._said)
             return message
@@ -107,29 +121,36 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
 
-class SameOrigin:
-    """Refuses what a page of another origin asks through a visitor's browser, but for what changes nothing.
+class OwnOrigin:
+    """Refuses what a page of another origin asks through a visitor's browser, but for what changes nothing; and what is
+    addressed to another name, which such a page could make lead here.
 
     Args:
         app: What is asked otherwise.
+        hosts: Names and addresses of this server.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As an application of ASGI."""
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            headers = Headers(scope=scope)
-            origin = headers.get("origin")
-            if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-                said = f"expected a request from this server's own page, got one from a page of {origin}"
-                await problem(403, said)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        refused = self._refused(scope) if scope["type"] == "http" else None
+        await (refused or self._app)(scope, receive, send)
+
+    def _refused(self, scope: Scope) -> JSONResponse | None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if PORT.sub("", host).lower() not in self._hosts:
+            return problem(400, f"expected a request to {' or '.join(self._hosts)}, got one to {host!r}")
+        changes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if changes and origin is not None and ORIGIN.sub("", origin) != host:
+            return problem(403, f"expected a request from this server's own page, got one from a page of {origin}")
+        return None
 
 
 def _sentence(error: dict[str, Any]) -> str:
     """One finding of pydantic's."""
     place = ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "path"))
-    return f"{place}: {error['msg']}" if place else str(error["msg"])
+    said = str(error["msg"]).removeprefix("Value error, ")  # of ours, which says where itself
+    return f"{place}: {said}" if place else said

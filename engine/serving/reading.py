@@ -4,6 +4,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,9 +17,10 @@ from starlette.exceptions import HTTPException
 
 from tmm_engine.engine import Engine
 from tmm_engine.index.errors import ImageError
+from tmm_engine.index.sources.images import pixels_of
 from tmm_engine.query import Query, as_query
 from tmm_engine.results import FailedQuery
-from tmm_engine.serving.schemas import (
+from tmm_engine.serving.requests import (
     ClassifyBody,
     ClassifyForm,
     ClassifyParameters,
@@ -161,7 +163,9 @@ def decoded(asked: Sequence[Upload | Named], engine: Engine, limits: Limits) -> 
 
     Raises:
         InputError: no exemplar has such an id.
+        HTTPException: they are too large together.
     """
+    check_together([item.content for item in asked if isinstance(item, Upload)], limits)
     found: list[Query | FailedQuery] = []
     for item in asked:
         if isinstance(item, Named):
@@ -173,6 +177,28 @@ def decoded(asked: Sequence[Upload | Named], engine: Engine, limits: Limits) -> 
         except ImageError as error:
             found.append(FailedQuery(item.name, str(error)))
     return found
+
+
+def check_together(images: Sequence[bytes], limits: Limits) -> None:
+    """Refuse image files that are too large together; one that is unreadable or too large alone is not counted.
+
+    Args:
+        images: Files' contents, not decoded.
+        limits: Of pixels.
+
+    Raises:
+        HTTPException: 413.
+    """
+    total = 0
+    for image in images:
+        with suppress(ImageError):
+            total += pixels_of(image, max_pixels=limits.pixels)
+    if total > limits.pixels_together:
+        raise HTTPException(
+            413,
+            f"expected images of at most {limits.pixels_together:,} pixels together, got {total:,}; send them in "
+            f"several requests",
+        )
 
 
 async def _of_form(
@@ -218,6 +244,18 @@ def from_base64(text: str, name: str) -> bytes:
         return base64.b64decode(DATA_URL.sub("", text, count=1), validate=True)
     except (binascii.Error, ValueError):
         raise HTTPException(422, f"{name}: expected an image file in base64, got other text") from None
+
+
+async def json_of(request: Request) -> dict[str, Any]:
+    """The object that the body of a request is.
+
+    Raises:
+        HTTPException: it is none.
+    """
+    kind = kind_of(request)
+    if kind != "application/json":
+        raise HTTPException(415, f"expected a body of application/json, got {kind or 'no content-type'!r}")
+    return json_object(await request.body())
 
 
 def json_object(body: bytes) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from tmm_engine.index.errors import InputError
+from tmm_engine.index.errors import InputError, TmmEngineError
+from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.serving.app import make_app
 from tmm_engine.serving.collection import Collection, Collections
 from tmm_engine.serving.keys import WRITING
-from tmm_engine.serving.settings import Limits, Settings
+from tmm_engine.serving.requests import NAME
+from tmm_engine.serving.settings import SUFFIX, Limits, Settings
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 PATIENCE = 30
@@ -58,6 +60,38 @@ def open_collections(
     )
 
 
+def add_built(collections: Collections, folder: Path) -> list[str]:
+    """Serve what clients have built, too; each as the collection that it was built like, where that is there.
+
+    Args:
+        collections: Take them.
+        folder: Made where there is none.
+
+    Returns:
+        What is left out, and why, in sentences.
+
+    Raises:
+        InputError: there can be no such folder.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        found = sorted(path for path in folder.iterdir() if NAME.fullmatch(path.stem) and path.suffix == SUFFIX)
+    except OSError as error:
+        raise InputError(f"{folder}: no folder for collections that are built ({error.strerror or error})") from None
+    left_out = []
+    for path in found:
+        if path.stem in collections:
+            left_out.append(f"{path} is not served: another collection is called {path.stem!r}")
+            continue
+        try:
+            fingerprint = Manifest.read(path).fingerprint
+            alike = [each for each in collections.values() if each.shown.engine.classifier.fingerprint == fingerprint]
+            collections.add((alike or [*collections.values()])[0].beside(path.stem, path))
+        except TmmEngineError as error:
+            left_out.append(f"{path} is not served: {error}")
+    return left_out
+
+
 @contextmanager
 def listening(host: str, port: int, settings: Settings) -> Iterator[socket.socket]:
     """A socket that clients can connect to: without keys on this machine alone.
@@ -96,7 +130,9 @@ def serving(collections: Collections, settings: Settings, listener: socket.socke
         listener: Where.
     """
     if not settings.keys and not settings.hosts:
-        settings = replace(settings, hosts=LOOPBACK)  # or a page elsewhere could ask through a visitor's browser
+        own = listener.getsockname()[0]
+        own = f"[{own}]" if ":" in own else own
+        settings = replace(settings, hosts=tuple(dict.fromkeys((*LOOPBACK, own))))  # or a page elsewhere could ask
     with suppress(KeyboardInterrupt):
         server(make_app(collections, settings)).run(sockets=[listener])
 

@@ -3,7 +3,7 @@
 import threading
 
 from tmm_engine.index.neighbours.budget import Budget
-from tmm_engine.index.neighbours.matrix import Chosen, Matrix, MatrixCache
+from tmm_engine.index.neighbours.matrix import Chosen, Matrix, MatrixCache, Streamed
 from tmm_engine.index.neighbours.vectors import SCAN
 from tmm_engine.index.store.exemplars import ExemplarStore, Subset
 
@@ -19,7 +19,7 @@ class Matrices:
 
     def __init__(self, store: ExemplarStore, cache: MatrixCache | None = None, *, of: "Matrices | None" = None) -> None:
         self._store, self._cache, self._of = store, cache, of
-        self._made: dict[str, Matrix | Chosen] = {}
+        self._made: dict[str, Matrix | Chosen | Streamed] = {}
         self._guard = threading.Lock()
 
     @property
@@ -31,12 +31,8 @@ class Matrices:
         """Of some of the exemplars; they hold nothing of their own."""
         return Matrices(store, of=self)
 
-    def column(self, name: str) -> Matrix | Chosen:
-        """One column.
-
-        Raises:
-            InputError: it cannot be kept on disk, and is more than may stay in memory.
-        """
+    def column(self, name: str) -> Matrix | Chosen | Streamed:
+        """One column; streamed where it cannot be kept on disk, and is more than may stay in memory."""
         with self._guard:
             if name not in self._made:
                 self._made[name] = self._make(name)
@@ -47,19 +43,20 @@ class Matrices:
         with self._guard:
             self._made.clear()
 
-    def _make(self, name: str) -> Matrix | Chosen:
+    def _make(self, name: str) -> Matrix | Chosen | Streamed:
         if self._of is not None and isinstance(self._store, Subset):
             whole = self._of.column(name)
             return whole.among(self._store.rows)
         wanted = {"rows": len(self._store), "dimension": self._store.feature_columns[name]}
         if self._cache is None:
             return Matrix.of(self._store.scan_features(SCAN, column=name), **wanted)
-        kept = self._cache.load(name, **wanted)
+        size, kept = 4 * wanted["rows"] * wanted["dimension"], self._cache.load(name, **wanted)
         if kept is None:
-            self._cache.save(name, self._store.scan_features(SCAN, column=name))
+            self._cache.save(name, self._store.scan_features(SCAN, column=name), size=size)
             kept = self._cache.load(name, **wanted)
-        if kept is None:
-            what = f"the column {name!r}, which cannot be kept in {self._cache.folder},"
-            self.budget.claim(4 * wanted["rows"] * wanted["dimension"], what)
-            return Matrix.of(self._store.scan_features(SCAN, column=name), **wanted)
-        return kept
+        if kept is not None:
+            return kept
+        if (taken := self.budget.take(size)) < size:
+            self.budget.give_back(taken)
+            return Streamed(self._store, name)
+        return Matrix.of(self._store.scan_features(SCAN, column=name), **wanted)

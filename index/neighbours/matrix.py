@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,13 @@ from torch import Tensor
 from tmm_engine.index.files import replacing
 from tmm_engine.index.neighbours.budget import BLOCK, Budget
 from tmm_engine.index.neighbours.metric import Metric
+from tmm_engine.index.neighbours.vectors import SCAN
+from tmm_engine.index.store.exemplars import ExemplarStore
 from tmm_engine.index.types import Rows
 
 ALIGNED = max(1024, mmap.PAGESIZE // 4)  # rows: so many floats are whole pages
 FEW = 32  # queries
+SPARE = 256 << 20  # bytes that a cache leaves free on its disk
 PART = 512  # rows
 SMALLEST, LARGEST = 1e-30, 1e30  # norms of rows whose products with a unit vector stay well within float32
 
@@ -160,6 +164,47 @@ class Chosen:
             yield self.matrix.take(rows), norms, start
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Streamed:
+    """A column, or some rows of it, that neither fits into memory nor can be kept: the store is read by every search.
+
+    Attributes:
+        store: That has the column.
+        column: Its name.
+        rows: Ascending; None: all.
+    """
+
+    store: ExemplarStore
+    column: str
+    rows: Rows | None = None
+
+    def among(self, rows: Rows) -> "Streamed":
+        """Some of them, ascending."""
+        return Streamed(self.store, self.column, rows if self.rows is None else self.rows[rows])
+
+    def take(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
+        """Some rows, in the order given; a copy."""
+        wanted = rows if self.rows is None else self.rows[rows]
+        return self.store.features(wanted, column=self.column).copy()  # a store's may be read-only
+
+    def nearest(self, xq: Float32[np.ndarray, "q d"], *, fetch: int, metric: Metric) -> Int64[np.ndarray, "q found"]:
+        """As `Matrix.nearest`."""
+        return _nearest(self._blocks(len(xq)), xq, fetch=fetch, metric=metric)
+
+    def _blocks(self, queries: int) -> Iterator[tuple[Float32[np.ndarray, "rows d"], Norms, int]]:
+        start = 0
+        for values in self._parts(min(SCAN, max(ALIGNED, BLOCK // (4 * max(1, queries))))):
+            yield values, Norms.of(norms_of(values)), start
+            start += len(values)
+
+    def _parts(self, step: int) -> Iterator[Float32[np.ndarray, "rows d"]]:
+        if self.rows is None:
+            yield from (part.copy() for part in self.store.scan_features(step, column=self.column))
+        else:
+            for start in range(0, len(self.rows), step):
+                yield self.take(np.arange(start, min(start + step, len(self.rows))))
+
+
 def _nearest(
     blocks: Iterable[tuple[Float32[np.ndarray, "rows d"], Norms, int]],
     xq: Float32[np.ndarray, "q d"],
@@ -176,7 +221,7 @@ def _nearest(
     space = torch.empty(0)  # for products: fresh memory for every block would cost a quarter of the time
     for block, norms, start in blocks:
         values = torch.from_numpy(block)
-        if len(space) < len(values) * len(queries):
+        if len(queries) > FEW and len(space) < len(values) * len(queries):
             space = torch.empty(len(values) * len(queries))
         best, places = _best(norms.scores(_products(values, queries, space).numpy(), metric), fetch)
         found = (best, places + start) if found is None else _merged(found, (best, places + start), fetch)
@@ -263,11 +308,13 @@ class MatrixCache:
         stays = rows if taken == size else taken // (4 * dimension) // ALIGNED * ALIGNED
         return Matrix(values, Norms.of(norms), stays, mapped)
 
-    def save(self, column: str, parts: Iterable[Float32[np.ndarray, "_ d"]]) -> None:
-        """Keep a column; where it cannot be written, searches do without."""
+    def save(self, column: str, parts: Iterable[Float32[np.ndarray, "_ d"]], *, size: int) -> None:
+        """Keep a column of so many bytes; where it cannot be written, or would fill the disk, searches do without."""
         path = self._path(column)
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
+            if shutil.disk_usage(self.folder).free < size + SPARE:
+                return
             digest, norms, dimension = hashlib.sha256(), [np.empty(0)], 0
             with replacing(_about(path)) as about, replacing(path) as written:
                 with written.open("wb") as file:

@@ -12,6 +12,7 @@ from tmm_engine.index.neighbours.approximate import Approximate
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.factories import EXACT, Effort
 from tmm_engine.index.neighbours.matrices import Matrices
+from tmm_engine.index.neighbours.matrix import Streamed
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import best_first
 from tmm_engine.index.neighbours.vectors import comparable
@@ -92,6 +93,11 @@ class Neighbours:
     def beside(self) -> int:
         """How many rows an approximate index does not know, so that they are looked at one by one."""
         return 0 if self._finder is None else self._finder.beside
+
+    @property
+    def streamed(self) -> bool:
+        """Whether every search reads the features from the store."""
+        return isinstance(self._matrix, Streamed)
 
     def search(
         self, queries: Float32[np.ndarray, "q d"], *, k: int

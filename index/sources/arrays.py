@@ -91,7 +91,7 @@ class ArraySource:
 
     def _checked_labels(self, labels: Sequence[int | str | None] | np.ndarray | torch.Tensor) -> Sequence[int | None]:
         array = np.asarray(labels)
-        found: list[int | str | None] = [label if label != "" else None for label in array.ravel().tolist()]
+        found: list[Any] = [label if label != "" else None for label in array.ravel().tolist()]
         given = [label for label in found if label is not None]
         kinds = set(map(type, given))
         if array.ndim != 1 or len(kinds - {int}) + len(kinds - {str}) > 1:

@@ -97,13 +97,13 @@ def natural_shape(source: ImageLike) -> ImageShape:
         return (channels, width, height) if turned else (channels, height, width)
 
 
-def pixels_of(source: bytes) -> int:
+def pixels_of(source: bytes, *, max_pixels: int) -> int:
     """Height × width of an image file, from its header.
 
     Raises:
         ImageError: As `decode_image`, but for what decoding the pixels would show.
     """
-    with _opened(source) as image:
+    with _opened(source, max_pixels) as image:
         return image.width * image.height
 
 
@@ -195,6 +195,9 @@ def _opened(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Iterator[Image.I
         raise ImageError(f"{name}: expected an image ({', '.join(FORMATS)}), got something else") from None
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
+    except Image.DecompressionBombError:  # twice what Pillow warns of, whatever `max_pixels` is
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise ImageError(f"{name}: expected at most {most} pixels, got more; make the image smaller first") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for damaged files

@@ -395,7 +395,7 @@ def lance_errors(what: str, remedy: str) -> Iterator[None]:
     """Whatever Lance raises for files that are damaged or gone becomes an IndexStateError."""
     try:
         yield
-    except InputError:
+    except (InputError, IndexStateError):
         raise
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise IndexStateError(f"{what} ({_first_line(error)}); {remedy}") from error

@@ -7,6 +7,7 @@ Both hold a SHA-256 of their own content.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Set
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -172,6 +173,11 @@ class Manifest:
                 )
             content = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
+            if re.match("https?:/", str(index)):
+                raise IndexStateError(
+                    f"{index} is the address of a server, which only `engine search` and `Client` take; give the "
+                    f"folder of an index"
+                ) from None
             what = "is not an index: it has no index.json" if index.exists() else "does not exist"
             raise IndexStateError(f"{index} {what}; make one with `build_index`") from None
         except OSError as error:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from tmm_engine.index.errors import InputError, nearest
+from tmm_engine.index.errors import IndexStateError, InputError, nearest
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.limits import MAX_WHERE_CHARACTERS, MAX_WHERE_WORDS
 from tmm_engine.index.names import spelled
@@ -50,6 +50,7 @@ def matching_positions(dataset: "lance.LanceDataset", where: str, vocabulary: Vo
 
     Raises:
         InputError: a filter that is not SQL, names no column or label, or is too long or too deep.
+        IndexStateError: the dataset cannot be read.
     """
     check_where(where)
     numbers = {"label": vocabulary.names, "predicted": vocabulary.class_names}
@@ -60,12 +61,22 @@ def matching_positions(dataset: "lance.LanceDataset", where: str, vocabulary: Vo
         found = dataset.to_table(columns=["_rowaddr"], filter=own)["_rowaddr"].to_numpy()
         everything = dataset.to_table(columns=["_rowaddr"])["_rowaddr"].to_numpy()
     except (ValueError, OSError) as error:
+        _check_readable(dataset)  # or it is not the filter
         columns = ", ".join(column.name for column in dataset.schema if not _is_hidden(column.type))
         raise InputError(
             f"where: expected a condition in SQL such as \"label = 'cat'\" over {columns}, got {shortened(where)}: "
             f"{shortened(_reason(error))}"
         ) from None
     return np.flatnonzero(np.isin(everything, found))
+
+
+def _check_readable(dataset: "lance.LanceDataset") -> None:
+    try:
+        dataset.to_table(columns=["id"], limit=1)
+    except (ValueError, OSError) as error:
+        raise IndexStateError(
+            f"{dataset.uri}: the exemplars can no longer be read ({_reason(error)}); open the index again"
+        ) from error
 
 
 GROWING = re.compile(

@@ -10,7 +10,8 @@ from tmm_engine.auditing.options import AuditOptions
 from tmm_engine.index.progress import Progress
 from tmm_engine.serving.collection import Collection
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.schemas import AuditBody, JobAnswer
+from tmm_engine.serving.requests import AuditBody
+from tmm_engine.serving.responses import JobAnswer
 from tmm_engine.serving.state import Chosen, Serving, may_read
 
 router = APIRouter(tags=["audit"], dependencies=[Depends(may_read)])
@@ -20,7 +21,7 @@ router = APIRouter(tags=["audit"], dependencies=[Depends(may_read)])
     "/collections/{name}/audit",
     status_code=202,
     response_model=JobAnswer,
-    responses=documented(400, 401, 403, 404, 413, 422, 503),
+    responses=documented(400, 401, 403, 404, 408, 413, 422, 503),
 )
 async def audit(collection: Chosen, asked: AuditBody, state: Serving) -> Response:
     """Look for what is wrong with the images, as a job whose result has findings, rules and notes."""

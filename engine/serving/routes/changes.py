@@ -1,7 +1,6 @@
 """Changing a collection: for those who have a key to write with, if there are keys."""
 
 import asyncio
-import math
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,19 +13,18 @@ from starlette.exceptions import HTTPException
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.changes import ChangeReport
 from tmm_engine.results import FailedQuery
-from tmm_engine.serving.arriving import Arriving, source_of
+from tmm_engine.serving.arriving import Arriving, all_arriving, remarked, source_of
 from tmm_engine.serving.collection import Collection
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.reading import FORM, RAW, from_base64, json_object, kind_of, valid
+from tmm_engine.serving.reading import FORM, RAW, from_base64, json_object, json_of, kind_of, valid
+from tmm_engine.serving.requests import NewExemplar, NewExemplars
+from tmm_engine.serving.responses import ChangeAnswer, JobAnswer, RefreshAnswer
 from tmm_engine.serving.routes.collections import ExemplarId, row_of, summary
-from tmm_engine.serving.schemas import ChangeAnswer, JobAnswer, NewExemplar, NewExemplars, RefreshAnswer
 from tmm_engine.serving.settings import Limits
 from tmm_engine.serving.state import Chosen, Serving, may_write
 from tmm_engine.serving.wire import as_json
 
 router = APIRouter(tags=["changes"], dependencies=[Depends(may_write)])
-MAX_DECODED = 1 << 30
-"""Bytes that the images of one request may become."""
 REFUSED = (401, 403, 404, 422, 503)
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 BODIES = {
@@ -51,7 +49,8 @@ BODIES = {
     "/collections/{name}/exemplars/{id:path}",
     response_model=ChangeAnswer,
     openapi_extra=BODIES,
-    responses=documented(400, 413, 415, 507, *REFUSED) | {201: {"model": ChangeAnswer, "description": "It is new."}},
+    responses=documented(400, 408, 413, 415, 507, *REFUSED)
+    | {201: {"model": ChangeAnswer, "description": "It is new."}},
 )
 async def put_exemplar(
     request: Request,
@@ -87,7 +86,7 @@ async def delete_exemplar(collection: Chosen, exemplar_id: ExemplarId) -> Respon
     "/collections/{name}/exemplars",
     status_code=202,
     response_model=JobAnswer,
-    responses=documented(400, 413, 415, *REFUSED),
+    responses=documented(400, 408, 413, 415, *REFUSED),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -97,20 +96,10 @@ async def delete_exemplar(collection: Chosen, exemplar_id: ExemplarId) -> Respon
 )
 async def add_exemplars(request: Request, collection: Chosen, state: Serving) -> Response:
     """Add many exemplars, as a job: one new version, whole or not at all."""
-    kind = kind_of(request)
-    if kind != "application/json":
-        raise HTTPException(415, f"expected a body of application/json, got {kind or 'no content-type'!r}")
-    body = valid(NewExemplars, json_object(await request.body()))
-    decoded = len(body.exemplars) * math.prod(collection.shown.engine.store.image_shape)
-    if decoded > MAX_DECODED:
-        raise HTTPException(
-            413,
-            f"expected images of at most {MAX_DECODED:,} bytes together, got {decoded:,}; add them in several requests",
-        )
-    arriving = [
-        Arriving(each.id, from_base64(each.image, each.id), each.label, each.metadata) for each in body.exemplars
-    ]
-    work = partial(_add, collection, arriving, state.settings.limits, body.replace)
+    body = valid(NewExemplars, await json_of(request))
+    limits, shape = state.settings.limits, collection.shown.engine.store.image_shape
+    arriving = await to_thread.run_sync(all_arriving, body.exemplars, shape, limits, limiter=state.decoding)
+    work = partial(_add, collection, arriving, limits, body.replace)
     job = state.jobs.start("add", collection.name, work)
     return JSONResponse(job.told(), 202, headers={"Location": f"/jobs/{job.id}"})
 
@@ -152,6 +141,4 @@ async def _arriving(request: Request, exemplar_id: str, label: str | None) -> Ar
 
 def _told(report: ChangeReport, failed: list[FailedQuery]) -> dict[str, Any]:
     names = ("version", "exemplars", "added", "replaced", "deleted")
-    skipped = [*failed, *(FailedQuery(each.id, each.reason) for each in report.skipped)]
-    told = {"skipped": [each.to_json() for each in skipped], "remarks": list(report.remarks)}
-    return {name: getattr(report, name) for name in names} | told
+    return {name: getattr(report, name) for name in names} | remarked(report, failed)

@@ -12,7 +12,7 @@ from tmm_engine.results import FailedQuery
 from tmm_engine.serving.answering import answers, read
 from tmm_engine.serving.problems import documented
 from tmm_engine.serving.reading import CLASSIFY, described
-from tmm_engine.serving.schemas import ClassifyAnswer
+from tmm_engine.serving.responses import ClassifyAnswer
 from tmm_engine.serving.state import Chosen, Serving, may_read
 from tmm_engine.serving.wire import as_json, classified
 
@@ -23,7 +23,7 @@ router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
     "/collections/{name}/classify",
     response_model=ClassifyAnswer,
     openapi_extra=described(CLASSIFY),
-    responses=documented(400, 401, 403, 404, 413, 415, 422, 503),
+    responses=documented(400, 401, 403, 404, 408, 413, 415, 422, 503),
 )
 async def classify(request: Request, collection: Chosen, state: Serving) -> Response:
     """The class that the neighbours of each query say, and how far to trust it: asked as a search is."""

@@ -12,7 +12,7 @@ from tmm_engine.index.names import spelled
 from tmm_engine.index.types import Rows
 from tmm_engine.serving.collection import Collection, Shown
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.schemas import (
+from tmm_engine.serving.responses import (
     CollectionAnswer,
     CollectionsAnswer,
     ExemplarAnswer,

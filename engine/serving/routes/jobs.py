@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from tmm_engine.serving.problems import documented
-from tmm_engine.serving.schemas import JobAnswer, JobResultAnswer, JobsAnswer
+from tmm_engine.serving.responses import JobAnswer, JobResultAnswer, JobsAnswer
 from tmm_engine.serving.state import Serving, may_read, may_write
 from tmm_engine.serving.wire import as_json
 

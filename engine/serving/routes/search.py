@@ -14,7 +14,8 @@ from tmm_engine.serving.changing import changed
 from tmm_engine.serving.collection import Collection
 from tmm_engine.serving.problems import documented
 from tmm_engine.serving.reading import SEARCH, described
-from tmm_engine.serving.schemas import SearchAnswer, SearchParameters
+from tmm_engine.serving.requests import SearchParameters
+from tmm_engine.serving.responses import SearchAnswer
 from tmm_engine.serving.state import Chosen, Serving, may_read
 from tmm_engine.serving.wire import as_json, told
 
@@ -25,7 +26,7 @@ router = APIRouter(tags=["search"], dependencies=[Depends(may_read)])
     "/collections/{name}/search",
     response_model=SearchAnswer,
     openapi_extra=described(SEARCH),
-    responses=documented(400, 401, 403, 404, 413, 415, 422, 503),
+    responses=documented(400, 401, 403, 404, 408, 413, 415, 422, 503),
 )
 async def search(request: Request, collection: Chosen, state: Serving) -> Response:
     """The exemplars that the model sees as most like each query: JSON, a form with files, or an image as the body.

@@ -1,25 +1,44 @@
-"""What goes over the wire, for OpenAPI and for checking what comes in."""
+"""What comes in over the wire: held to these before anything is done, and shown in OpenAPI."""
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tmm_engine.auditing.findings import Kind
 from tmm_engine.auditing.options import NEIGHBOURS, RATE
+from tmm_engine.describing import DEFAULT_VIEWS
+from tmm_engine.index.descriptors.views import MAX_VIEWS
 from tmm_engine.index.errors import InputError
+from tmm_engine.index.neighbours.factories import EXACT
 from tmm_engine.options import OF_TMM, Mode, Prefilter, SearchOptions
 from tmm_engine.rerank.settings import DEFAULT_PRESET, MIN_RECOGNITION, PRESETS, TmmConfig, preset
-from tmm_engine.serving.jobs import JobState
 from tmm_engine.serving.settings import MAX_K
+
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""Of a collection that clients build."""
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR42mNkEIQAJkGKGACW0QQ/5dbbJgAAAABJRU5ErkJggg=="
 """For examples: an image of 8 × 8 pixels."""
 
 
-class Options(BaseModel):
-    """Of a search, as of `engine search`; what would have no effect is refused."""
+class Given(BaseModel):
+    """What comes in: nothing that is not known, and no truth value where a number is meant."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            kind = cls.model_fields[name].annotation if name in cls.model_fields else bool
+            if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+                raise ValueError(f"{name}: expected no truth value, got {str(value).lower()}")
+        return values
+
+
+class Options(Given):
+    """Of a search, as of `engine search`; what would have no effect is refused."""
 
     mode: Annotated[
         str | None,
@@ -115,19 +134,15 @@ class ClassifyParameters(Options):
     pixels: Annotated[bool, Field(description="Add the search that it comes from, with all arrays.")] = False
 
 
-class ImageQuery(BaseModel):
+class ImageQuery(Given):
     """An image."""
-
-    model_config = ConfigDict(extra="forbid")
 
     image: Annotated[str, Field(description="An image file in base64, or a data: URL of one.", examples=[PICTURE])]
     name: Annotated[str | None, Field(description="How the answer refers to it.", max_length=1000)] = None
 
 
-class ExemplarQuery(BaseModel):
+class ExemplarQuery(Given):
     """An exemplar of the collection."""
-
-    model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(description="Its id.", examples=["cat/001.png"])]
 
@@ -155,7 +170,6 @@ class SearchBody(SearchParameters, QueriesBody):
     """A search as JSON."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {"query": {"image": PICTURE}, "k": 5},
@@ -172,19 +186,17 @@ class SearchForm(SearchParameters, QueriesForm):
 class ClassifyBody(ClassifyParameters, QueriesBody):
     """A classification as JSON."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"query": {"image": PICTURE}, "alpha": 0.1}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"query": {"image": PICTURE}, "alpha": 0.1}]})
 
 
 class ClassifyForm(ClassifyParameters, QueriesForm):
     """A classification as a form with files."""
 
 
-class NewExemplar(BaseModel):
+class NewExemplar(Given):
     """An image that becomes an exemplar."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"image": PICTURE, "label": "cat"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"image": PICTURE, "label": "cat"}]})
 
     image: Annotated[str, Field(description="An image file in base64, or a data: URL of one.")]
     label: Annotated[str | None, Field(description="Its label's name; without one the predicted class stands in.")] = (
@@ -199,28 +211,56 @@ class NewExemplar(BaseModel):
 class NamedExemplar(NewExemplar):
     """One of many."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"id": "new.png", "image": PICTURE, "label": "cat"}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "new.png", "image": PICTURE, "label": "cat"}]})
 
     id: Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class NewExemplars(BaseModel):
+class NewExemplars(Given):
     """Images that become exemplars."""
-
-    model_config = ConfigDict(extra="forbid")
 
     exemplars: Annotated[list[NamedExemplar], Field(min_length=1)]
     replace: Annotated[bool, Field(description="Those whose id is there take the old one's place.")] = False
 
 
-class AuditBody(BaseModel):
-    """What an audit looks for, as `engine audit`."""
+class NewCollection(Given):
+    """An index that is built, of images in the request or of those that the server has; as `engine build-index`."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"kinds": ["duplicates", "labels"], "rate": 0.05}]}
+        json_schema_extra={
+            "examples": [
+                {"name": "summer", "like": "photos", "source": "2026/summer"},
+                {"name": "two", "like": "photos", "exemplars": [{"id": "a.png", "image": PICTURE, "label": "cat"}]},
+            ]
+        },
     )
+
+    name: Annotated[str, Field(description="Of the new collection.", pattern=f"^{NAME.pattern}$")]
+    like: Annotated[str, Field(description="The collection whose classifier computes the features.")]
+    exemplars: Annotated[
+        list[NamedExemplar] | None, Field(description="Images in the request; or `source`.", min_length=1)
+    ] = None
+    source: Annotated[
+        str | None,
+        Field(
+            description="A folder, a table, Parquet or tar shards among the server's sources; or `exemplars`.",
+            min_length=1,
+            max_length=1000,
+        ),
+    ] = None
+    views: Annotated[
+        int, Field(ge=0, le=MAX_VIEWS, description="What the descriptors of mode robust are the mean of; 0: none.")
+    ] = DEFAULT_VIEWS
+    recogniser: Annotated[
+        str | None, Field(description="The layer that recognises copies; by default what does best on a sample.")
+    ] = None
+    neighbours: Annotated[str, Field(description="FAISS factory string; Flat is exact.")] = EXACT
+
+
+class AuditBody(Given):
+    """What an audit looks for, as `engine audit`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"kinds": ["duplicates", "labels"], "rate": 0.05}]})
 
     kinds: Annotated[
         list[str],
@@ -237,238 +277,3 @@ class AuditBody(BaseModel):
         str | None, Field(description="A column of metadata: no image should be under two of its values.")
     ] = None
     where: Annotated[str | None, Field(description="Only exemplars that match, as of a search.")] = None
-
-
-class HitAnswer(BaseModel):
-    """One exemplar that was found."""
-
-    rank: int = Field(description="0 is the best.")
-    id: str
-    label: int = Field(description="Number of its label.")
-    class_name: str = Field(description="The label's name; the predicted class's where it has none.")
-    label_is_predicted: bool
-    label_is_class: bool = Field(description="Whether the label is a class of the model's.")
-    predicted_label: int
-    predicted_class: str
-    score: float = Field(description="Larger is better; `score_meaning` says what it is.")
-    confidence: float | None
-    metadata: dict[str, Any]
-    image: "Pixels | None" = Field(default=None, description="With pixels=true.")
-
-
-class Pixels(BaseModel):
-    """An array (channels, height, width)."""
-
-    dtype: Literal["uint8", "float32"]
-    shape: list[int]
-    data: str = Field(description="In base64, row by row, little-endian.")
-
-
-class ExplanationAnswer(BaseModel):
-    """Examples and counter-examples."""
-
-    class_name: str
-    unlike: list[HitAnswer]
-    prototypes: list[HitAnswer]
-    pulled_towards: list[HitAnswer]
-    pulled_away: list[HitAnswer]
-    notes: list[str]
-
-
-class Pictures(BaseModel):
-    """To look at, as data: URLs of PNG files."""
-
-    query: str = Field(description="As the index sees it.")
-    trigger: str | None = Field(default=None, description="tmm; mid-grey is zero.")
-    triggered: str | None = Field(default=None, description="tmm.")
-
-
-class ResultAnswer(BaseModel):
-    """The answer to one query: what a line of `engine search --json` has, and what its numbers mean."""
-
-    query: str
-    mode: str
-    hits: list[HitAnswer]
-    predicted_label: int
-    predicted_class: str
-    true_label: int | None
-    true_class: str | None
-    scored: int
-    exemplars: int
-    config: dict[str, Any] | None
-    backend: str
-    timings: dict[str, float] = Field(description="Seconds by step.")
-    notes: list[str]
-    recognised_as: str | None = Field(description="Id of the exemplar that the query was taken for a copy of.")
-    recognised_share: float | None
-    explanation: ExplanationAnswer | None = None
-    score_meaning: str
-    confidence_meaning: str | None
-    pictures: Pictures | None = None
-    query_image: Pixels | None = None
-    trigger: Pixels | None = None
-    triggered_query: Pixels | None = None
-
-
-class FailedAnswer(BaseModel):
-    """In the place of an answer in a list: what is wrong with the query."""
-
-    query: str
-    error: str
-
-
-class SearchAnswer(BaseModel):
-    """Answers in the order of the queries: images first, in a form."""
-
-    collection: str
-    version: int = Field(description="Of the index that was searched.")
-    results: list[ResultAnswer | FailedAnswer]
-
-
-class CollectionSummary(BaseModel):
-    """A collection in a list."""
-
-    name: str
-    version: int
-    exemplars: int
-    modes: list[str]
-
-
-class CollectionsAnswer(BaseModel):
-    """All collections."""
-
-    collections: list[CollectionSummary]
-
-
-class CollectionAnswer(CollectionSummary):
-    """A collection."""
-
-    changed: bool = Field(description="Whether the index on disk is newer than what is searched.")
-    trouble: str | None = Field(description="Why the newest version could not be opened.")
-    metadata: list[str] = Field(description="Columns that a filter may use beside id, label and predicted.")
-    facts: dict[str, Any] = Field(description="What `engine info` says.")
-
-
-class Usual(BaseModel):
-    """Scores that are usual in one mode."""
-
-    low: float = Field(description="A tenth of the pictures are less like the one nearest to them.")
-    usual: float = Field(description="Half are.")
-    high: float = Field(description="Nine tenths are.")
-    any_two: float = Field(description="Half of all pairs are less alike.")
-
-
-class LikenessAnswer(BaseModel):
-    """What scores are usual among the exemplars, so that a score can be said in words."""
-
-    sample: int = Field(description="How many exemplars were compared with all.")
-    modes: dict[str, Usual] = Field(description="By mode; tmm has none.")
-
-
-class ExemplarAnswer(BaseModel):
-    """An exemplar."""
-
-    id: str
-    label: int
-    class_name: str
-    label_is_predicted: bool
-    label_is_class: bool
-    predicted_label: int
-    predicted_class: str
-    metadata: dict[str, Any]
-
-
-class ExemplarsAnswer(BaseModel):
-    """A part of the exemplars, in the order in which they are stored."""
-
-    total: int = Field(description="How many match.")
-    exemplars: list[ExemplarAnswer]
-
-
-class ChangeAnswer(BaseModel):
-    """What a change did."""
-
-    version: int = Field(description="That there is now.")
-    exemplars: int = Field(description="How many it holds.")
-    added: int
-    replaced: int
-    deleted: int
-    skipped: list[FailedAnswer] = Field(description="Images that could not be used, and why.")
-    remarks: list[str]
-
-
-class RefreshAnswer(CollectionSummary):
-    """What is searched now."""
-
-    refreshed: bool = Field(description="Whether there was a newer version.")
-
-
-class CandidateAnswer(BaseModel):
-    """A class that a query may have."""
-
-    label: int
-    class_name: str
-    score: float
-    p_value: float
-
-
-class ClassificationAnswer(BaseModel):
-    """The class of one query: what a line of `engine classify --json` has."""
-
-    query: str
-    mode: str
-    label: int
-    class_name: str
-    credibility: float
-    confidence: float
-    candidates: list[CandidateAnswer]
-    prediction_set: list[str]
-    alpha: float
-    familiarity: float
-    outlier: bool
-    abstains: str | None = Field(description="Why the class should not be relied upon.")
-    predicted_class: str = Field(description="What the model itself says.")
-    true_label: int | None
-    true_class: str | None
-    calibration: str
-    guarantee: str
-    notes: list[str]
-    hits: list[HitAnswer]
-    explanation: ExplanationAnswer | None = None
-    search: ResultAnswer | None = Field(default=None, description="With pixels=true.")
-
-
-class ClassifyAnswer(BaseModel):
-    """Answers in the order of the queries: images first, in a form."""
-
-    collection: str
-    version: int
-    notes: list[str] = Field(description="What is to be said of all of them together.")
-    results: list[ClassificationAnswer | FailedAnswer]
-
-
-class JobAnswer(BaseModel):
-    """A job."""
-
-    id: str
-    kind: str
-    collection: str
-    state: str = Field(json_schema_extra={"enum": [*map(str, JobState)]})
-    step: str = Field(description="What it is at.")
-    done: int = Field(description="Of this step.")
-    total: int
-    created: float = Field(description="Seconds since 1970.")
-    ended: float | None
-    error: str | None = Field(description="Why it failed.")
-
-
-class JobResultAnswer(JobAnswer):
-    """A job with what came of it."""
-
-    result: Any = Field(description="Once it is done: of an audit findings, rules and notes; of changes what they did.")
-
-
-class JobsAnswer(BaseModel):
-    """All jobs."""
-
-    jobs: list[JobAnswer]

@@ -1,0 +1,114 @@
+"""Building a collection, as a job: for those who have a key to write with, if there are keys."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from tmm_engine.building import build_index
+from tmm_engine.index.errors import InputError, TmmEngineError
+from tmm_engine.index.models.preprocessing import shape_of
+from tmm_engine.index.progress import Progress
+from tmm_engine.index.sources.opening import open_source
+from tmm_engine.results import FailedQuery
+from tmm_engine.serving.arriving import Arriving, all_arriving, remarked, source_of
+from tmm_engine.serving.problems import documented
+from tmm_engine.serving.reading import json_of, valid
+from tmm_engine.serving.requests import NewCollection
+from tmm_engine.serving.responses import JobAnswer
+from tmm_engine.serving.routes.collections import summary
+from tmm_engine.serving.settings import SUFFIX
+from tmm_engine.serving.state import Serving, State, may_write
+
+router = APIRouter(tags=["changes"], dependencies=[Depends(may_write)])
+
+
+@router.post(
+    "/collections",
+    status_code=202,
+    response_model=JobAnswer,
+    responses=documented(400, 401, 403, 404, 408, 409, 413, 415, 422, 503),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/NewCollection"}}},
+        }
+    },
+)
+async def build_collection(request: Request, state: Serving) -> Response:
+    """Build an index and serve it, as a job: it is there whole, or not at all."""
+    asked = valid(NewCollection, await json_of(request))
+    folder = state.settings.builds
+    if folder is None:
+        raise HTTPException(403, "this server builds no collections; `engine serve --builds FOLDER` does")
+    like, path = state.collections[asked.like], folder / f"{asked.name}{SUFFIX}"
+    if asked.name in state.collections or path.exists():
+        raise HTTPException(409, f"there is a collection {asked.name!r} already; choose another name")
+    shape, limits = shape_of(like.shown.engine.classifier.target), state.settings.limits
+    given = asked.exemplars or []
+    arriving = await to_thread.run_sync(all_arriving, given, shape, limits, limiter=state.decoding)
+    source = await to_thread.run_sync(_source, asked, state.settings.sources)
+    job = state.jobs.start("build", asked.name, partial(_built, state, asked, source or arriving, path))
+    return JSONResponse(job.told(), 202, headers={"Location": f"/jobs/{job.id}"})
+
+
+def _source(asked: NewCollection, sources: Path | None) -> Path | None:
+    """Of the server's own images, if it is those."""
+    if (asked.source is None) == (asked.exemplars is None):
+        raise InputError("expected either exemplars or a source, got " + ("none" if asked.source is None else "both"))
+    if asked.source is None:
+        return None
+    if sources is None:
+        raise HTTPException(403, "this server has no sources to build of; `engine serve --sources FOLDER` does")
+    root = sources.resolve()
+    try:
+        found = (root / asked.source).resolve()
+        if found.is_relative_to(root) and found.exists():
+            return found
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or a link to itself
+        pass
+    raise InputError(f"source: expected a folder or a file among the server's sources, got {asked.source!r}")
+
+
+def _built(
+    state: State, asked: NewCollection, given: Path | list[Arriving], path: Path, progress: Progress
+) -> dict[str, Any]:
+    like = state.collections[asked.like]
+    classifier = like.classifier()
+    failed: list[FailedQuery] = []
+    try:
+        if isinstance(given, Path):
+            source = open_source(given)
+            source.name = str(asked.source)
+        else:
+            source, failed = source_of(given, classifier.target, max_pixels=state.settings.limits.pixels)
+        report = build_index(
+            source,
+            path,
+            classifier,
+            views=asked.views,
+            recogniser=asked.recogniser,
+            neighbours=asked.neighbours,
+            progress=progress,
+        )
+        collection = like.beside(asked.name, path)
+    except BaseException as error:
+        shutil.rmtree(path, ignore_errors=True)  # built, and then it could not be opened
+        if isinstance(error, TmmEngineError):
+            raise type(error)(_without(str(error), given, path)) from error
+        raise
+    state.collections.add(collection)
+    return summary(collection, collection.shown) | remarked(report, failed)
+
+
+def _without(said: str, given: Path | list[Arriving], path: Path) -> str:
+    """Without where the server has its files, which is nobody's business."""
+    folders = [path.parent, path.parent.resolve(), *([given.parent] if isinstance(given, Path) else [])]
+    for folder in folders:
+        said = said.replace(f"{folder}/", "")
+    return said
