@@ -107,7 +107,8 @@ class BodyLimit:
             spent = asyncio.get_running_loop().time() - began
             left = self._patience + length / SLOWEST - spent
             try:
-                message = await asyncio.wait_for(receive(), min(self._patience, left))
+                async with asyncio.timeout(min(self._patience, left)):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(
                     408, f"expected a body that comes on, got {length:,} bytes of it and then nothing for too long"
