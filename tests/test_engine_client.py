@@ -119,8 +119,11 @@ def test_changes_and_an_audit(client: Client, work: Path):
     assert client.search(work / "queries" / "query-201.png", k=1).hits[0].id == "new one"
     assert client.delete("new one")["exemplars"] == before
     name = "digit-1/../digit-3/./0003.png"  # no other exemplar's address
-    assert client.put(name, work / "queries" / "query-201.png")["added"] == 1
-    assert client.delete(name)["exemplars"] == before
+    with pytest.raises(InputError, match="expected an id that an address can have"):
+        client.put(name, work / "queries" / "query-201.png")
+    with pytest.raises(InputError, match=r"no exemplar has the id 'digit-1/\.\./digit-3"):
+        client.delete(name)
+    assert client.describe()["exemplars"] == before
     assert client.refresh()["refreshed"] is False
     seen = []
     found = client.audit(kinds=["duplicates"], progress=lambda *told: seen.append(told))

@@ -436,3 +436,8 @@ def test_readers_see_the_old_or_the_new_manifest_and_never_half(tmp_path):
         assert Manifest.read(tmp_path) in variants
     writer.join()
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+def test_the_address_of_a_server_is_told_from_a_folder_that_is_missing():
+    with pytest.raises(IndexStateError, match=r"^http:/+localhost:8000/photos is the address of a server"):
+        Manifest.read(Path("http://localhost:8000/photos"))

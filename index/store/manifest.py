@@ -175,7 +175,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             if re.match("https?:/", str(index)):
                 raise IndexStateError(
-                    f"{index} is the address of a server, which only `engine search` and `Client` take; give the "
+                    f"{index} is the address of a server, which `Client` and a search over HTTP take; give the "
                     f"folder of an index"
                 ) from None
             what = "is not an index: it has no index.json" if index.exists() else "does not exist"
