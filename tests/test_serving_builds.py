@@ -128,6 +128,15 @@ def test_what_cannot_be_built_of_its_images_fails_and_leaves_nothing(client: htt
         assert client.get("/collections/unknown").status_code == 404
 
 
+def test_of_two_builds_of_one_name_the_first_stays_whole(client: httpx.Client, folder: Path):
+    asked = {"name": "twice", "like": "photos", "source": "photos", "views": 1}
+    jobs = [client.post("/collections", json=asked).json() for _ in range(2)]
+    assert [ended(client, job)["state"] for job in jobs] == ["done", "failed"]
+    with Engine.open(folder / "built" / "twice.idx", device="cpu") as engine:
+        assert len(engine) == 30
+    assert client.post("/collections/twice/search", json={"query": {"id": "digit-3/0003.png"}}).status_code == 200
+
+
 def test_what_was_left_by_a_killed_build_or_cannot_be_opened_is_not_served(folder: Path, tmp_path: Path):
     (tmp_path / ".x.idx.building").mkdir()
     (tmp_path / "notes").mkdir()

@@ -94,7 +94,10 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As an application of ASGI."""
-        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limit:
             await problem(413, self._said)(scope, receive, send)
             return
@@ -111,7 +114,7 @@ class BodyLimit:
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(
-                    408, f"expected a body that comes on, got {length:,} bytes of it and then nothing for too long"
+                    408, f"expected a body that comes on, got {length:,} bytes of it, too slowly"
                 ) from None
             length += len(message.get("body", b""))
             whole = not message.get("more_body", False)
@@ -125,6 +128,8 @@ class BodyLimit:
 class OwnOrigin:
     """Refuses what a page of another origin asks through a visitor's browser, but for what changes nothing; and what is
     addressed to another name, which such a page could make lead here.
+
+    Starlette's own check of names answers in plain text, which is no problem, and knows no IPv6 address.
 
     Args:
         app: What is asked otherwise.

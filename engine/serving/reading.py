@@ -189,6 +189,8 @@ def check_together(images: Sequence[bytes], limits: Limits) -> None:
     Raises:
         HTTPException: 413.
     """
+    if len(images) * limits.pixels <= limits.pixels_together:
+        return
     total = 0
     for image in images:
         with suppress(ImageError):

@@ -17,6 +17,7 @@ from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.opening import open_source
 from tmm_engine.results import FailedQuery
 from tmm_engine.serving.arriving import Arriving, all_arriving, remarked, source_of
+from tmm_engine.serving.collection import Collection
 from tmm_engine.serving.problems import documented
 from tmm_engine.serving.reading import json_of, valid
 from tmm_engine.serving.requests import NewCollection
@@ -78,32 +79,40 @@ def _source(asked: NewCollection, sources: Path | None) -> Path | None:
 def _built(
     state: State, asked: NewCollection, given: Path | list[Arriving], path: Path, progress: Progress
 ) -> dict[str, Any]:
+    try:
+        collection, remarks = _opened(state, asked, given, path, progress)
+    except TmmEngineError as error:
+        raise TmmEngineError(_without(str(error), given, path)) from error
+    state.collections.add(collection)
+    return summary(collection, collection.shown) | remarks
+
+
+def _opened(
+    state: State, asked: NewCollection, given: Path | list[Arriving], path: Path, progress: Progress
+) -> tuple[Collection, dict[str, Any]]:
+    """The new collection, open, and what is said of its images; nothing is left of one that cannot be opened."""
     like = state.collections[asked.like]
     classifier = like.classifier()
     failed: list[FailedQuery] = []
+    if isinstance(given, Path):
+        source = open_source(given)
+        source.name = str(asked.source)
+    else:
+        source, failed = source_of(given, classifier.target, max_pixels=state.settings.limits.pixels)
+    report = build_index(
+        source,
+        path,
+        classifier,
+        views=asked.views,
+        recogniser=asked.recogniser,
+        neighbours=asked.neighbours,
+        progress=progress,
+    )
     try:
-        if isinstance(given, Path):
-            source = open_source(given)
-            source.name = str(asked.source)
-        else:
-            source, failed = source_of(given, classifier.target, max_pixels=state.settings.limits.pixels)
-        report = build_index(
-            source,
-            path,
-            classifier,
-            views=asked.views,
-            recogniser=asked.recogniser,
-            neighbours=asked.neighbours,
-            progress=progress,
-        )
-        collection = like.beside(asked.name, path)
-    except BaseException as error:
-        shutil.rmtree(path, ignore_errors=True)  # built, and then it could not be opened
-        if isinstance(error, TmmEngineError):
-            raise type(error)(_without(str(error), given, path)) from error
+        return like.beside(asked.name, path), remarked(report, failed)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)  # it was built here, just now: what was there before is refused above
         raise
-    state.collections.add(collection)
-    return summary(collection, collection.shown) | remarked(report, failed)
 
 
 def _without(said: str, given: Path | list[Arriving], path: Path) -> str:
