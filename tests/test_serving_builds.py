@@ -130,7 +130,9 @@ def test_what_cannot_be_built_of_its_images_fails_and_leaves_nothing(client: htt
 
 def test_of_two_builds_of_one_name_the_first_stays_whole(client: httpx.Client, folder: Path):
     asked = {"name": "twice", "like": "photos", "source": "photos", "views": 1}
-    jobs = [client.post("/collections", json=asked).json() for _ in range(2)]
+    busy = client.post("/collections", json={"name": "busy", "like": "photos", "source": "many", "views": 10}).json()
+    jobs = [client.post("/collections", json=asked).json() for _ in range(2)]  # both wait
+    client.delete(f"/jobs/{busy['id']}")
     assert [ended(client, job)["state"] for job in jobs] == ["done", "failed"]
     with Engine.open(folder / "built" / "twice.idx", device="cpu") as engine:
         assert len(engine) == 30
