@@ -23,6 +23,7 @@ def bench() -> ReliabilityBench:
     return ReliabilityBench(trials=2, cases=14, searches=10, rows=20, seed=3)
 
 
+@pytest.mark.slow
 def test_a_small_run_loses_nothing(bench: ReliabilityBench, tmp_path: Path):
     bench._kill_trials(tmp_path / "kills")
     bench._full_disks(tmp_path / "disks")

@@ -303,6 +303,7 @@ def test_a_models_factory_has_to_be_named_again(work: Path, tmp_path: Path, monk
     assert len(answers(accepted)[0]["hits"]) == 10
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path):
     write_photos(tmp_path / "photos", count=1700)
     make_classifier().save(tmp_path / "weights.safetensors")
