@@ -69,6 +69,7 @@ settings.load_profile("untimed")
 def one_thread() -> None:
     """On tensors this small threads only wait for each other, on a busy machine for minutes."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: two workers share two cores
 
 
 @pytest.fixture(scope="session")
