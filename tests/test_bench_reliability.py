@@ -45,6 +45,7 @@ def public_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_permissions_read_only_disks_and_clocks_set_back_lose_nothing(public_folder: Path):
     bench = ReliabilityBench(trials=0)
     bench._surroundings(public_folder)
