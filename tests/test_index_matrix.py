@@ -172,6 +172,25 @@ def test_what_is_left_beside_what_the_process_holds():
         Budget.beside(1 << 30, held=1 << 30, images=1 << 28)
 
 
+def test_an_approximate_index_takes_what_pages_of_matrices_were_lent(tmp_path: Path):
+    values = np.random.default_rng(0).normal(size=(5000, 8)).astype(np.float32)
+    budget = Budget(values.nbytes + 1000)
+    cache = MatrixCache(tmp_path, "content", budget)
+    for column in ("first_feature", "second_feature"):
+        cache.save(column, [values], size=values.nbytes)
+    first, second = (cache.load(column, rows=5000, dimension=8) for column in ("first_feature", "second_feature"))
+    assert (first.stays, second.stays, budget.left) == (5000, 0, 0)
+    with pytest.raises(InputError, match=r"takes 1 MiB, and 0 MiB of the bound are left"):
+        budget.claim(1 << 20, "the index")
+    assert (first.stays, second.stays) == (5000, 0), "what cannot be had takes nothing"
+    budget.claim(values.nbytes // 2, "the index")
+    assert 0 < first.stays <= 2500
+    assert budget.left == 0
+    expected = nearest_rows(values, comparable(values[20:40], Metric.COSINE), Metric.COSINE, 12)
+    found = first.nearest(comparable(values[20:40], Metric.COSINE), fetch=12, metric=Metric.COSINE)
+    np.testing.assert_array_equal(found[:, :12], expected)
+
+
 def test_an_engine_answers_the_same_under_a_bound(index: Path):
     expected = answers(index)
     with Engine.open(index, model=network(), device="cpu", memory="64GiB") as engine:

@@ -3,12 +3,26 @@
 import math
 import mmap
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tmm_engine.index.errors import InputError
 
 BLOCK = 64 << 20  # bytes that are looked at together beyond what may stay in memory
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """Bytes that pages of a file may take in memory, until what cannot do with less claims them.
+
+    Attributes:
+        size: How many; only ever fewer.
+        shrunk: Called when they have become fewer.
+    """
+
+    size: int
+    shrunk: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
 @dataclass(slots=True)
@@ -20,6 +34,7 @@ class Budget:
     """
 
     left: int | None = None
+    _leases: list[Lease] = field(default_factory=list, repr=False, compare=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def take(self, wanted: int) -> int:
@@ -31,18 +46,35 @@ class Budget:
             self.left -= taken
             return taken
 
+    def lend(self, wanted: int) -> Lease:
+        """As much of it as is wanted, or is left, for what could do with less."""
+        lease = Lease(self.take(wanted))
+        with self._guard:
+            self._leases.append(lease)
+        return lease
+
     def claim(self, wanted: int, what: str) -> None:
-        """All that is wanted, for what cannot do with less.
+        """All that is wanted, for what cannot do with less: of what is left, then of what was lent, the last first.
 
         Raises:
-            InputError: so much is not left.
+            InputError: so much is not left or lent; nothing is taken.
         """
-        if (taken := self.take(wanted)) < wanted:
-            self.give_back(taken)
-            raise InputError(
-                f"memory: {what} takes {wanted >> 20:,} MiB, and {taken >> 20:,} MiB of the bound are left: raise it, "
-                f"or search exactly"
-            )
+        with self._guard:
+            if self.left is None:
+                return
+            most = self.left + sum(lease.size for lease in self._leases)
+            if most < wanted:
+                raise InputError(
+                    f"memory: {what} takes {wanted >> 20:,} MiB, and {most >> 20:,} MiB of the bound are left: raise "
+                    f"it, or search exactly"
+                )
+            self.left -= wanted
+            for lease in reversed(self._leases):
+                if self.left < 0 < lease.size:
+                    taken = min(lease.size, -self.left)
+                    self.left += taken
+                    lease.size -= taken
+                    lease.shrunk()
 
     def give_back(self, taken: int) -> None:
         """What was taken and is let go of."""

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from tmm_engine.index.files import replacing
-from tmm_engine.index.neighbours.budget import BLOCK, Budget
+from tmm_engine.index.neighbours.budget import BLOCK, Budget, Lease
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.vectors import SCAN
 from tmm_engine.index.store.exemplars import ExemplarStore
@@ -74,13 +74,12 @@ class Matrix:
     Attributes:
         values: Of all rows in order.
         norms: Of them.
-        stays: How many rows, the first, may stay in memory; pages of others are let go of after each use.
     """
 
     values: Float32[np.ndarray, "n d"]
     norms: Norms
-    stays: int
     _map: mmap.mmap | None = field(default=None, repr=False)
+    _lease: Lease | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, parts: Iterable[Float32[np.ndarray, "_ d"]], *, rows: int, dimension: int) -> "Matrix":
@@ -90,7 +89,28 @@ class Matrix:
         for part in parts:
             values[start : start + len(part)] = part
             start += len(part)
-        return cls(values, Norms.of(norms_of(values)), rows)
+        return cls(values, Norms.of(norms_of(values)))
+
+    @classmethod
+    def mapped(cls, file: mmap.mmap, lease: Lease, *, rows: int, dimension: int) -> "Matrix":
+        """From a file of these values, and then of the norms in float64; it lets go of pages when the lease shrinks."""
+        size = 4 * rows * dimension
+        values = np.frombuffer(file, np.float32, rows * dimension).reshape(rows, dimension)
+        matrix = cls(values, Norms.of(np.frombuffer(file[size : size + 8 * rows], np.float64)), file, lease)
+        lease.shrunk = matrix.let_go
+        return matrix
+
+    @property
+    def stays(self) -> int:
+        """How many rows, the first, may stay in memory; pages of others are let go of after each use."""
+        n, d = self.values.shape
+        if self._lease is None or self._lease.size >= 4 * n * d:
+            return n
+        return self._lease.size // (4 * d) // ALIGNED * ALIGNED
+
+    def let_go(self) -> None:
+        """Of what may not stay."""
+        self._let_go(self.stays, len(self.values))
 
     def among(self, rows: Rows) -> "Chosen":
         """Some rows, ascending."""
@@ -99,7 +119,7 @@ class Matrix:
     def take(self, rows: Rows) -> Float32[np.ndarray, "rows d"]:
         """Some rows, in the order given; a copy."""
         taken = self.values[rows]
-        self._let_go(self.stays, len(self.values))
+        self.let_go()
         return taken
 
     def nearest(self, xq: Float32[np.ndarray, "q d"], *, fetch: int, metric: Metric) -> Int64[np.ndarray, "q found"]:
@@ -118,11 +138,11 @@ class Matrix:
         n, d = self.values.shape
         scores = max(ALIGNED, BLOCK // (4 * max(1, queries)) // ALIGNED * ALIGNED)  # rows whose scores are a block
         rows = max(ALIGNED, BLOCK // (4 * d) // ALIGNED * ALIGNED)
-        start = 0
+        start, stays = 0, self.stays
         while start < n:
-            stop = min(start + scores, self.stays) if start < self.stays else min(start + min(scores, rows), n)
+            stop = min(start + scores, stays) if start < stays else min(start + min(scores, rows), n)
             yield self.values[start:stop], self.norms.part(start, stop), start
-            if start >= self.stays:
+            if start >= stays:
                 self._let_go(start, stop)
             start = stop
 
@@ -300,13 +320,11 @@ class MatrixCache:
                 if hashlib.file_digest(file, "sha256").hexdigest() != about["sha256"]:
                     return None
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants what could be written to
-            values = np.frombuffer(mapped, np.float32, rows * dimension).reshape(rows, dimension)
-            norms = np.frombuffer(mapped[size : size + 8 * rows], np.float64)
+            if len(mapped) != size + 8 * rows:
+                return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        taken = self.budget.take(size)
-        stays = rows if taken == size else taken // (4 * dimension) // ALIGNED * ALIGNED
-        return Matrix(values, Norms.of(norms), stays, mapped)
+        return Matrix.mapped(mapped, self.budget.lend(size), rows=rows, dimension=dimension)
 
     def save(self, column: str, parts: Iterable[Float32[np.ndarray, "_ d"]], *, size: int) -> None:
         """Keep a column of so many bytes; where it cannot be written, or would fill the disk, searches do without."""

@@ -72,7 +72,7 @@ class Neighbours:
         self._finder: Approximate | None = None
         if factory != EXACT:
             self._finder = Approximate(store, metric, column=column, factory=factory, effort=self._effort, cache=cache)
-            if matrices.budget.left is not None:
+            if matrices.budget.left is not None:  # a size is asked of FAISS only where it matters
                 matrices.budget.claim(self._finder.size(), f"the index {factory!r} of the column {column!r}")
         self._matrix = matrices.column(column)
 
