@@ -107,7 +107,7 @@ def test_what_the_page_does_from_python_and_a_terminal_works(work: Path, address
     exec(compile(code.replace("localhost:8000", address), "serving.md", "exec"), names)
     assert len(names["result"].hits) == 5  # type: ignore[attr-defined]
     added = httpx.get(f"http://{address}/collections/photos/exemplars/new.png").raise_for_status()
-    assert added.json()["label"] == "cat"
+    assert added.json()["class_name"] == "cat"
     [line] = re.findall(r"`(engine search http.*?)`", (DOCS / "serving.md").read_text())
     result = CliRunner().invoke(main, shlex.split(line.replace("localhost:8000", address))[1:])
     assert result.exit_code == 0, result.output
