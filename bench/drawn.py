@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import nn
 
-from tmm_engine.bench.machine import memory_mib
+from tmm_engine.bench.machine import memory_mib, peak_memory_mib
 from tmm_engine.engine import Engine
 from tmm_engine.index.descriptors.columns import Describer, Descriptors, descriptor_columns
 from tmm_engine.index.descriptors.descriptor import FEATURES, PROBABILITIES, Descriptor, Part
@@ -123,7 +123,7 @@ def build_drawn(path: Path, *, exemplars: int, dimension: int) -> None:
 
 
 def opened_alone(path: Path, dimension: int, memory: str | None) -> dict[str, Any]:
-    """In a process of its own: seconds to open and to search first, and MiB then, by the kernel's count."""
+    """In a process of its own: seconds to open and to search first, MiB then and at most, by the kernel's count."""
     done = subprocess.run(
         [sys.executable, "-m", "tmm_engine.bench.drawn", str(path), str(dimension), memory or ""],
         capture_output=True,
@@ -143,7 +143,13 @@ def _opened(path: Path, dimension: int, memory: str | None) -> dict[str, float]:
         engine.search(query, k=10)
         first = time.perf_counter()
         engine.search([query] * 8, k=10)
-        return {"open_s": opened - start, "first_s": first - opened, "idle_mib": before, "memory_mib": memory_mib()}
+        return {
+            "open_s": opened - start,
+            "first_s": first - opened,
+            "idle_mib": before,
+            "memory_mib": memory_mib(),
+            "peak_mib": peak_memory_mib(),
+        }
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tmm_engine.classifying.calibrating import calibrate_on_itself
 from tmm_engine.classifying.calibration import OWN, Calibration, check_name, described, names_of
@@ -39,9 +40,9 @@ class OwnCalibrations(KeptFiles):
 
         self.write(_file_name(options), writer)
 
-    def count(self, content: bytes) -> int:
+    def count(self, file: BinaryIO) -> int:
         """Of how many exemplars a file is."""
-        return int(json.loads(content)["exemplars"])
+        return int(json.loads(file.read())["exemplars"])
 
 
 class KeptCalibrations:

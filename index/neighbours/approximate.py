@@ -67,7 +67,9 @@ class Approximate:
         self._index, self._rows = kept.index, kept.rows
         vectors = np.arange(len(store)) if kept.rows is None else kept.rows
         known = vectors[vectors >= 0]
-        self._beside: Rows = np.setdiff1d(np.arange(len(store)), known)
+        unknown = np.ones(len(store), dtype=bool)
+        unknown[known] = False
+        self._beside: Rows = np.flatnonzero(unknown)
         self._others = taken(store, self._beside, column, metric)
         gone = len(known) < len(vectors)
         self._selector = _untyped.IDSelectorBatch(np.flatnonzero(vectors >= 0)) if gone else None

@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import faiss
 import numpy as np
@@ -21,6 +22,8 @@ from jaxtyping import Int64
 
 from tmm_engine.index.files import replacing
 from tmm_engine.index.neighbours.places import Places
+
+_untyped: Any = faiss  # whose stubs know nothing of callbacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class KeptFiles:
     """Of their names."""
 
     @abstractmethod
-    def count(self, content: bytes) -> int:
+    def count(self, file: BinaryIO) -> int:
         """Of how many exemplars a file is.
 
         Raises:
@@ -54,30 +57,37 @@ class KeptFiles:
 
     def _is_whole(self, path: Path, exemplars: int) -> bool:
         try:
-            about = json.loads(_about(path).read_text(encoding="utf-8"))
-            content = path.read_bytes()
-            if self._path(about["name"]) != path or about["sha256"] != hashlib.sha256(content).hexdigest():
-                return False
-            return about["content"] != self.content or self.count(content) == exemplars
+            name = json.loads(_about(path).read_text(encoding="utf-8"))["name"]
+            with self.opened(name) as found:
+                if self._path(name) != path or found is None:
+                    return False
+                about, file = found
+                return about["content"] != self.content or self.count(file) == exemplars
         except (OSError, ValueError, KeyError, TypeError, RuntimeError):
             return False
 
     def read(self, name: str) -> bytes | None:
         """What was written under this name; None if nothing was, or it is of other content, or damaged."""
-        found = self.read_any(name)
-        return found[1] if found is not None and found[0]["content"] == self.content else None
+        with self.opened(name) as found:
+            return found[1].read() if found is not None and found[0]["content"] == self.content else None
 
-    def read_any(self, name: str) -> tuple[dict[str, Any], bytes] | None:
-        """As `read`, of whatever content, which the first of the two says; None if nothing was, or it is damaged."""
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[dict[str, Any], BinaryIO] | None]:
+        """What is said of a file, of whatever content, and the file; None if nothing was written, or it is damaged.
+
+        Another process may replace the file: what is read then is the one that was checked.
+        """
         path = self._path(name)
-        try:
-            about = json.loads(_about(path).read_text(encoding="utf-8"))
-            content = path.read_bytes()  # once: another process may replace the file
-            if about["name"] == name and about["sha256"] == hashlib.sha256(content).hexdigest() and about["content"]:
-                return about, content
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return None
+        with contextlib.ExitStack() as stack:
+            found = None
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                about = json.loads(_about(path).read_text(encoding="utf-8"))
+                file = stack.enter_context(path.open("rb"))
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+                if about["name"] == name and about["sha256"] == digest and about["content"]:
+                    found = about, file
+            yield found
 
     def write(self, name: str, writer: Callable[[Path], None], **more: Any) -> None:
         """Keep what the writer writes; where it cannot be written, the next process computes it anew.
@@ -92,8 +102,9 @@ class KeptFiles:
             self.folder.mkdir(exist_ok=True)
             with replacing(_about(path)) as about, replacing(path) as written:
                 writer(written)
-                described = {"name": name, "content": self.content}
-                described["sha256"] = hashlib.sha256(written.read_bytes()).hexdigest()
+                with written.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                described = {"name": name, "content": self.content, "sha256": digest}
                 about.write_text(json.dumps(described | more), encoding="utf-8")
 
     def _path(self, name: str) -> Path:
@@ -129,19 +140,19 @@ class FaissCache(KeptFiles):
 
     def load(self, name: str) -> Kept | None:
         """The index saved under this name; None if there is none, it is damaged, or has no row of this version."""
-        found = self.read_any(name)
-        if found is None:
-            return None
-        about, content = found
-        try:
-            index = _index(content)
-            if about["content"] == self.content:
-                return Kept(index)
-            if self.places is None or "runs" not in about:
+        with self.opened(name) as found:
+            if found is None:
                 return None
-            runs = [(str(file), int(start), int(stop)) for file, start, stop in about["runs"]]
-        except (RuntimeError, TypeError, ValueError):
-            return None
+            about, file = found
+            try:
+                index = _index(file)
+                if about["content"] == self.content:
+                    return Kept(index)
+                if self.places is None or "runs" not in about:
+                    return None
+                runs = [(str(each), int(start), int(stop)) for each, start, stop in about["runs"]]
+            except (RuntimeError, TypeError, ValueError):
+                return None
         rows = self.places().rows_of(runs)
         return Kept(index, rows) if len(rows) == index.ntotal and (rows >= 0).any() else None
 
@@ -150,13 +161,14 @@ class FaissCache(KeptFiles):
         runs = {} if self.places is None else {"runs": self.places().runs()}
         self.write(name, lambda path: faiss.write_index(index, str(path)), **runs)
 
-    def count(self, content: bytes) -> int:
+    def count(self, file: BinaryIO) -> int:
         """Of how many exemplars a file is."""
-        return int(_index(content).ntotal)
+        return int(_index(file).ntotal)
 
 
-def _index(content: bytes) -> faiss.Index:
-    return faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
+def _index(file: BinaryIO) -> faiss.Index:
+    """Read in parts, so that nothing is held twice."""
+    return _untyped.read_index(_untyped.PyCallbackIOReader(file.read))
 
 
 def _about(path: Path) -> Path:

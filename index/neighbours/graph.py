@@ -7,6 +7,7 @@ order.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import BinaryIO
 
 import faiss
 import numpy as np
@@ -88,10 +89,10 @@ class GraphCache(KeptFiles):
         content = {"rows": np.ascontiguousarray(graph.rows), "scores": np.ascontiguousarray(graph.scores)}
         self.write(name, lambda path: save_file(content, path))
 
-    def count(self, content: bytes) -> int:
+    def count(self, file: BinaryIO) -> int:
         """Of how many exemplars a file is."""
         try:
-            return len(load(content)["rows"])
+            return len(load(file.read())["rows"])
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"not a graph: {error}") from error
 
