@@ -85,9 +85,11 @@ def _speed(index: Path, folder: Path, options: dict[str, Any], progress: Progres
 def _contract(index: Path, folder: Path, options: dict[str, Any], progress: Progress) -> Measured:
     from tmm_engine.bench.serving.contract import measure_contract
     from tmm_engine.bench.serving.process import served
+    from tmm_engine.serving.settings import Settings
 
     progress("schemathesis", 0, 1)
-    with served({"digits": _digits(folder)}) as server:
+    (builds := folder / "built").mkdir(exist_ok=True)
+    with served({"digits": _digits(folder)}, Settings(builds=builds, sources=folder)) as server:
         found = measure_contract(server.address, "digits", examples=options["examples"], seconds=1800)
         crashed = not server.alive
     progress("schemathesis", 1, 1)
