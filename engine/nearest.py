@@ -11,7 +11,7 @@ from jaxtyping import Float32, Float64, Int64
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache
-from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision
+from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision, trained_on
 from tmm_engine.index.neighbours.matrices import Matrices
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
@@ -95,7 +95,7 @@ class NearestSearch:
 
     Args:
         store: The exemplars.
-        factory: FAISS factory string.
+        factory: FAISS factory string; where so few exemplars cannot train it, search is exact.
         effort: How thoroughly an approximate index is searched.
         cache: Where FAISS indexes are kept, if anywhere.
         matrices: Of the store's columns; by default in memory.
@@ -113,6 +113,8 @@ class NearestSearch:
         precision: SearchPrecision | None = None,
     ) -> None:
         self.precision = precision
+        if len(store) < trained_on(factory):  # as after deletions
+            factory = EXACT
         self._store, self._factory, self._effort, self._cache = store, factory, effort, cache
         self._matrices = matrices or Matrices(store)
         self._made: dict[tuple[Metric, str], Neighbours] = {}
@@ -224,8 +226,14 @@ class NearestSearch:
 
     def close(self) -> None:
         """Let go of indexes and matrices."""
-        self._made.clear()
+        self.drop()
         self._matrices.close()
+
+    def drop(self) -> None:
+        """Let go of approximate indexes, and of what they took of the bound on memory."""
+        for made in self._made.values():
+            made.drop()
+        self._made.clear()
 
     def _neighbours(self, metric: Metric, column: str, timings: Timings) -> Neighbours:
         if column not in self._store.feature_columns:

@@ -117,8 +117,11 @@ class Tuner:
         for number, factory in enumerate(factories):
             self._progress("trying factories", number, len(factories))
             measured, search = self.tried(factory, recall=recall)
-            if min(measured.recall_clean, measured.recall_noise) >= recall:
-                best = min(best, (measured, search), key=lambda one: one[0].milliseconds)
+            enough = min(measured.recall_clean, measured.recall_noise) >= recall
+            if enough and measured.milliseconds < best[0].milliseconds:
+                best, (_, search) = (measured, search), best
+            if search is not self._exact:
+                search.drop()
         self._progress("trying factories", len(factories), len(factories))
         return best
 
@@ -129,11 +132,15 @@ class Tuner:
             InputError: as `best`.
         """
         search = self._exact.by(factory)
-        for effort in efforts(factory):
-            search = search.with_effort(effort)
-            if min(found := self.recalls(search)) >= recall:
-                break
-        return self.tuned(factory, effort, found, search, recall), search
+        try:
+            for effort in efforts(factory):
+                search = search.with_effort(effort)
+                if min(found := self.recalls(search)) >= recall:
+                    break
+            return self.tuned(factory, effort, found, search, recall), search
+        except InputError:
+            search.drop()
+            raise
 
     def recalls(self, search: NearestSearch) -> tuple[float, float]:
         """(of exemplars as they are, of changed ones): the share of the exact answer that is found."""

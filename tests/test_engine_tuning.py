@@ -15,6 +15,8 @@ from tmm_engine import Engine, build_index
 from tmm_engine.index import ArraySource
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours import approximate
+from tmm_engine.index.neighbours.budget import Budget
+from tmm_engine.index.progress import silent
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.options import SearchOptions
 from tmm_engine.rerank.settings import preset
@@ -110,6 +112,32 @@ def test_rows_that_come_later_are_searched_exactly_beside_it_until_compact(
 
 def found_by(engine: Engine, id_: str) -> str:
     return engine.search(engine.exemplar(id_), k=1).hits[0].id
+
+
+@pytest.mark.parametrize("factory", ["IVF16,SQ8", "PQ4"])
+def test_an_index_too_small_for_its_clusters_after_deletions_is_searched_exactly(tmp_path: Path, factory: str):
+    path = tmp_path / "x.idx"
+    build_index(ArraySource(IMAGES[:300], LABELS[:300]), path, tiny_classifier(), views=1, neighbours=factory)
+    with Engine.open(path, model=network(), device="cpu") as engine:
+        engine.delete(ids=[str(each) for each in engine.store.ids[12:]])
+        for mode in ("robust", "l2", "cosine"):
+            result = engine.search(IMAGES[400], k=12, mode=mode)
+            assert (len(result.hits), result.backend) == (12, "matrix products, fp32")
+    shutil.rmtree(path / "cache")
+    with Engine.open(path, model=network(), device="cpu") as engine:
+        assert len(engine.search(IMAGES[400], k=12).hits) == 12
+
+
+def test_what_is_tried_and_not_taken_gives_its_memory_back(index: Path, monkeypatch: pytest.MonkeyPatch):
+    budget = Budget(1 << 22)
+    monkeypatch.setattr(Budget, "beside", lambda *_, **__: budget)
+    with Engine.open(index, model=network(), device="cpu", memory="64GiB") as engine:
+        engine.search(IMAGES[400], k=1)
+        left = budget.left
+        factories = ("HNSW32", "HNSW16", "IVF4,Flat")
+        _, search = engine._snapshot.tuned(recall=0.5, k=5, factories=factories, sample=20, progress=silent)
+        search.drop()
+        assert budget.left == left
 
 
 def test_an_older_version_is_served_by_the_index_of_a_newer(index: Path, monkeypatch: pytest.MonkeyPatch):

@@ -242,7 +242,7 @@ def test_a_factory_string_that_faiss_does_not_know(factory):
         make_faiss_index(24, Metric.L2, factory)
 
 
-@pytest.mark.parametrize("factory", ["IVF100,Flat", "PQ4", "IDMap,Flat"])
+@pytest.mark.parametrize("factory", ["IVF100,Flat", "PQ4"])
 def test_a_factory_string_that_these_exemplars_cannot_serve(factory):
     store = store_of(np.random.default_rng(0).normal(size=(20, 8)))
     with pytest.raises(InputError, match=f"FAISS cannot use '{factory}' for 20 exemplars.*'Flat'"):

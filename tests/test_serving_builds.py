@@ -51,6 +51,11 @@ def client(folder: Path) -> Iterator[httpx.Client]:
         yield client
 
 
+def without_paths(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Hits, but for where their files lie: in an index that the server built, below its sources."""
+    return [{name: value for name, value in hit.items() if name != "metadata"} for hit in answer["results"][0]["hits"]]
+
+
 def ended(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     """A job, once it is over."""
     while job["ended"] is None:
@@ -69,7 +74,8 @@ def test_a_collection_is_built_of_the_servers_images_and_searched(client: httpx.
     assert [each["name"] for each in client.get("/collections").json()["collections"]] == ["photos", "again"]
     body = {"query": {"image": image}, "k": 3}
     first, second = (client.post(f"/collections/{name}/search", json=body).json() for name in ("photos", "again"))
-    assert first["results"][0]["hits"] == second["results"][0]["hits"]  # of the same images by the same network
+    assert without_paths(first) == without_paths(second)  # of the same images by the same network
+    assert second["results"][0]["hits"][0]["metadata"]["path"].startswith("photos/digit-")
     assert str(folder) not in client.get("/collections/again").text  # where the server has its files
     with running({"photos": folder / "photos.idx"}, built=folder / "built") as another:  # the next time
         third = another.post("/collections/again/search", json=body).json()
@@ -126,6 +132,46 @@ def test_what_cannot_be_built_of_its_images_fails_and_leaves_nothing(client: htt
         assert str(folder) not in job["error"]
         assert not (folder / "built" / "unknown.idx").exists()
         assert client.get("/collections/unknown").status_code == 404
+
+
+def test_nothing_outside_of_the_sources_is_read_and_no_folder_of_the_server_told(client: httpx.Client, folder: Path):
+    """Neither by a link within a folder nor by a table; images that cannot be read are named as clients know them."""
+    outside = write_photos(folder / "outside", count=3)
+    linked = write_photos(folder / "sources" / "linked", count=20)
+    (linked / "more").symlink_to(outside, target_is_directory=True)
+    asked = {"name": "linked", "like": "photos", "source": "linked", "views": 0}
+    job = ended(client, client.post("/collections", json=asked).json())
+    assert (job["state"], "expected nothing from outside of the server's sources" in job["error"]) == ("failed", True)
+    assert not (folder / "built" / "linked.idx").exists()
+    secret = next(outside.rglob("*.png"))
+    inside = sorted((folder / "sources" / "photos").rglob("*.png"))[:20]
+    lines = [f"photos/{path.parent.name}/{path.name},{path.parent.name}" for path in inside]
+    lines += [f"{secret},digit-0", f"../outside/{secret.parent.name}/{secret.name},digit-0", "/etc/hostname,digit-0"]
+    (folder / "sources" / "list.csv").write_text("\n".join(["path,label", *lines, "photos/none.png,digit-0"]) + "\n")
+    asked = {"name": "listed", "like": "photos", "source": "list.csv", "views": 0}
+    job = ended(client, client.post("/collections", json=asked).json())
+    assert (job["state"], job["result"]["exemplars"]) == ("done", 20), job
+    reasons = [each["error"] for each in job["result"]["skipped"]]
+    assert len(reasons) == 4
+    assert reasons[:3] == ["lies outside of the folder that images may come from"] * 3
+    told = client.get("/collections/listed/exemplars").text
+    assert str(folder) not in told + str(reasons)
+    assert f'"path":"photos/{inside[0].parent.name}/{inside[0].name}"' in told.replace(" ", "")
+
+
+def test_a_name_that_is_served_is_not_built_over(client: httpx.Client, folder: Path):
+    """Even where its folder has been removed by hand."""
+    asked = {"name": "removed", "like": "photos", "source": "photos", "views": 0}
+    assert ended(client, client.post("/collections", json=asked).json())["state"] == "done"
+    busy = client.post("/collections", json={"name": "busy", "like": "photos", "source": "many", "views": 10}).json()
+    other = {**asked, "name": "another"}
+    waiting = [client.post("/collections", json=each).json() for each in (other, other)]
+    client.delete(f"/jobs/{busy['id']}")
+    assert ended(client, waiting[0])["state"] == "done"
+    shutil.rmtree(folder / "built" / "removed.idx")
+    assert client.post("/collections", json=asked).status_code == 409
+    last = ended(client, waiting[1])
+    assert (last["state"], "another" in last["error"]) == ("failed", True)
 
 
 def test_of_two_builds_of_one_name_the_first_stays_whole(client: httpx.Client, folder: Path):

@@ -70,9 +70,9 @@ def install(app: FastAPI) -> None:
     async def of_others(_: Request, error: Exception) -> JSONResponse:
         return problem(500, f"this should not happen ({type(error).__name__}); the server's log says where")
 
-    async def of_ours(_: Request, error: Exception) -> JSONResponse:
+    async def of_ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, TmmEngineError)
-        return problem(status_of(error), str(error))
+        return problem(status_of(error), request.app.state.serving.without_folders(str(error)))
 
     for kind in (InputError, ModelError, IndexStateError):
         app.add_exception_handler(kind, of_ours)

@@ -1,5 +1,6 @@
 """What the routes of one application share, and how they get at it: on the event loop, since nothing there waits."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -34,6 +35,15 @@ class State:
     decoding: CapacityLimiter
     jobs: Jobs
     metrics: Metrics
+
+    def without_folders(self, said: str) -> str:
+        """Without where the server has its files, which is nobody's business."""
+        settings = self.settings
+        known = [settings.builds, settings.sources, *(each.path.parent for each in self.collections.values())]
+        for folder in {form for each in known if each for form in (each, each.resolve()) if len(form.parts) > 1}:
+            own = rf"(?<![\w/.-]){re.escape(str(folder))}"
+            said = re.sub(rf"{own}(?![\w/.-])", folder.name, re.sub(rf"{own}/", "", said))
+        return said
 
 
 async def state_of(request: Request) -> State:

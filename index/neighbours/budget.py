@@ -65,8 +65,8 @@ class Budget:
             most = self.left + sum(lease.size for lease in self._leases)
             if most < wanted:
                 raise InputError(
-                    f"memory: {what} takes {wanted >> 20:,} MiB, and {most >> 20:,} MiB of the bound are left: raise "
-                    f"it, or search exactly"
+                    f"memory: {what} takes {-(-wanted >> 20):,} MiB, and {most / (1 << 20):,.1f} MiB of the bound are "
+                    f"left: raise it, or search exactly"
                 )
             self.left -= wanted
             for lease in reversed(self._leases):

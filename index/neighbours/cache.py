@@ -153,6 +153,8 @@ class FaissCache(KeptFiles):
                 runs = [(str(each), int(start), int(stop)) for each, start, stop in about["runs"]]
             except (RuntimeError, TypeError, ValueError):
                 return None
+        if sum(max(0, stop - start) for _, start, stop in runs) != index.ntotal:
+            return None
         rows = self.places().rows_of(runs)
         return Kept(index, rows) if len(rows) == index.ntotal and (rows >= 0).any() else None
 

@@ -16,7 +16,7 @@ SQ_STEP = 16
 LARGEST_HALF = 65504.0
 # FAISS ends the process, or does not come back, for strings such as HNSW0, PQ0 or NSG1: these forms are safe.
 FACTORIES = re.compile(
-    r"(IVF(?P<lists>[1-9]\d{0,5}),)?(IDMap,)?(Flat|SQ[468]|SQfp16|PQ(?P<codes>[1-9]\d{0,3}))"
+    r"(IVF(?P<lists>[1-9]\d{0,5}),)?(Flat|SQ[468]|SQfp16|PQ(?P<codes>[1-9]\d{0,3}))"
     r"|HNSW([2-9]|[1-9]\d{1,2})(,(Flat|SQ8|SQfp16|PQ(?P<graph_codes>[1-9]\d{0,3})))?"
 )
 CODES = 256  # centroids of a product quantizer, each of which needs an exemplar to train on
@@ -88,16 +88,21 @@ def fitting_dimension(d: int, factory: str) -> int:
     return -(-d // multiple) * multiple
 
 
+def trained_on(factory: str) -> int:
+    """How many exemplars its clusters and codes need at least; 0 where there are none, or FAISS does not know it."""
+    found = FACTORIES.fullmatch(factory)
+    if found is None:
+        return 0
+    return max(int(found["lists"] or 0), CODES if found["codes"] or found["graph_codes"] else 0)
+
+
 def check_trainable(factory: str, exemplars: int) -> None:
     """Refuse clusters and codes that so few exemplars cannot train; the form of the string is not looked at.
 
     Raises:
         InputError: too few.
     """
-    found = FACTORIES.fullmatch(factory)
-    if found is None:
-        return
-    needed = max(int(found["lists"] or 0), CODES if found["codes"] or found["graph_codes"] else 0)
+    needed = trained_on(factory)
     if exemplars < needed:
         raise InputError(
             f"FAISS cannot use {factory!r} for {exemplars:,} exemplars: it needs {needed:,} or more to train on; use "

@@ -70,11 +70,18 @@ class Neighbours:
         self._store, self._effort = store, effort or Effort()
         matrices = matrices or Matrices(store)
         self._finder: Approximate | None = None
+        self._budget, self._claimed = matrices.budget, 0
         if factory != EXACT:
             self._finder = Approximate(store, metric, column=column, factory=factory, effort=self._effort, cache=cache)
-            if matrices.budget.left is not None:  # a size is asked of FAISS only where it matters
-                matrices.budget.claim(self._finder.size(), f"the index {factory!r} of the column {column!r}")
+            if self._budget.left is not None:  # a size is asked of FAISS only where it matters
+                self._claimed = self._finder.size()
+                self._budget.claim(self._claimed, f"the index {factory!r} of the column {column!r}")
         self._matrix = matrices.column(column)
+
+    def drop(self) -> None:
+        """Give back what an approximate index took of the bound on memory; it is not searched any more."""
+        self._budget.give_back(self._claimed)
+        self._claimed = 0
 
     def with_effort(self, effort: Effort) -> "Neighbours":
         """The same index, searched more or less thoroughly; an exact one is as it was."""

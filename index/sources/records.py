@@ -160,6 +160,8 @@ class EncodedSource(ABC):
     """What was assumed of images, as `remarks` say it, with the id of the first."""
     limited = False
     """Whether a limit was given: what comes after it is not missing."""
+    within: Path | None = None
+    """Where files have to lie, links followed, for whoever reads what others name; ``path`` is then said from there."""
 
     def _remark(self, *remarks: str) -> None:
         """Add to what the user is told; nothing twice."""
@@ -173,10 +175,15 @@ class EncodedSource(ABC):
     def _encoded(self) -> Iterator[Item]:
         """All images in order, not decoded; in the place of what cannot even be reached, why."""
 
+    def _allowed(self) -> Iterator[Item]:
+        """All images in order; what lies outside of where it has to is not to be read."""
+        items = self._encoded()
+        return items if self.within is None else (_confined(item, self.within.resolve()) for item in items)
+
     def natural_shape(self) -> ImageShape:
         """The commonest shape of the first images; (c, 224, 224) where a side is longer than that."""
         shapes: list[ImageShape] = []
-        for looked_at, item in enumerate(self._encoded()):
+        for looked_at, item in enumerate(self._allowed()):
             if len(shapes) == _HEADERS or (shapes and looked_at >= _MOST_HEADERS):
                 break
             with contextlib.suppress(ImageError):
@@ -190,11 +197,11 @@ class EncodedSource(ABC):
 
     def read(self, shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
         """All images in order, decoded by a few threads that run a bounded number of images ahead."""
-        return self._decoded(self._encoded(), shape)
+        return self._decoded(self._allowed(), shape)
 
     def read_at(self, shape: Target, positions: Set[int]) -> Iterator[ImageRecord | UnreadableImage]:
         """Those images that `read` would give at these positions, 0 to n−1; no other is decoded."""
-        chosen = (item for position, item in enumerate(self._encoded()) if position in positions)
+        chosen = (item for position, item in enumerate(self._allowed()) if position in positions)
         return self._decoded(chosen, shape)
 
     def _decoded(self, items: Iterable[Item], shape: Target) -> Iterator[ImageRecord | UnreadableImage]:
@@ -209,7 +216,7 @@ class EncodedSource(ABC):
 
     def undecoded(self) -> Iterator[Item]:
         """What `read` decodes, for whoever decodes it elsewhere (`PartSource`); paths of files are whole."""
-        for item in self._encoded():
+        for item in self._allowed():
             if isinstance(item, Encoded) and isinstance(item.source, Path):
                 yield replace(item, source=item.source.absolute())
             else:
@@ -247,6 +254,19 @@ class PartSource(EncodedSource):
 
     def _encoded(self) -> Iterator[Item]:
         return iter(self._items)
+
+
+def _confined(item: Item, folder: Path) -> Item:
+    if not isinstance(item, Encoded) or not isinstance(item.source, Path):
+        return item
+    try:
+        file = item.source.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        file = item.source
+    if not file.is_relative_to(folder):
+        return UnreadableImage(printable(item.id), "lies outside of the folder that images may come from")
+    said = {"path": str(file.relative_to(folder))} if "path" in item.metadata else {}
+    return replace(item, source=file, metadata={**item.metadata, **said})
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -104,6 +104,7 @@ def write_index(
             for column in columns:
                 column.save(staging)
             fragments = embed(BuildJob(staging, adapted, classifier, columns, schema, report, strict, progress))
+            check_trainable(neighbours, report.exemplars)  # of which some were not readable
             version = _commit(staging, schema, fragments)
             _manifest(
                 adapted,

@@ -1,5 +1,6 @@
 """Building a collection, as a job: for those who have a key to write with, if there are keys."""
 
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from tmm_engine.index.errors import InputError, TmmEngineError
 from tmm_engine.index.models.preprocessing import shape_of
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.opening import open_source
+from tmm_engine.index.sources.records import EncodedSource, ImageSource
 from tmm_engine.results import FailedQuery
 from tmm_engine.serving.arriving import Arriving, all_arriving, remarked, source_of
 from tmm_engine.serving.collection import Collection
@@ -81,9 +83,9 @@ def _built(
 ) -> dict[str, Any]:
     try:
         collection, remarks = _opened(state, asked, given, path, progress)
+        state.collections.add(collection)
     except TmmEngineError as error:
-        raise TmmEngineError(_without(str(error), given, path)) from error
-    state.collections.add(collection)
+        raise TmmEngineError(state.without_folders(str(error))) from error
     return summary(collection, collection.shown) | remarks
 
 
@@ -91,11 +93,13 @@ def _opened(
     state: State, asked: NewCollection, given: Path | list[Arriving], path: Path, progress: Progress
 ) -> tuple[Collection, dict[str, Any]]:
     """The new collection, open, and what is said of its images; nothing is left of one that cannot be opened."""
+    if asked.name in state.collections:  # since it was asked for
+        raise InputError(f"there is a collection {asked.name!r} already; choose another name")
     like = state.collections[asked.like]
     classifier = like.classifier()
     failed: list[FailedQuery] = []
     if isinstance(given, Path):
-        source = open_source(given)
+        source = _opened_within(given, state.settings.sources)
         source.name = str(asked.source)
     else:
         source, failed = source_of(given, classifier.target, max_pixels=state.settings.limits.pixels)
@@ -109,15 +113,31 @@ def _opened(
         progress=progress,
     )
     try:
-        return like.beside(asked.name, path), remarked(report, failed)
+        return like.beside(asked.name, path), _public(remarked(report, failed), state)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)  # it was built here, just now: what was there before is refused above
         raise
 
 
-def _without(said: str, given: Path | list[Arriving], path: Path) -> str:
-    """Without where the server has its files, which is nobody's business."""
-    folders = [path.parent, path.parent.resolve(), *([given.parent] if isinstance(given, Path) else [])]
-    for folder in folders:
-        said = said.replace(f"{folder}/", "")
-    return said
+def _public(said: dict[str, Any], state: State) -> dict[str, Any]:
+    """What is said of images, without the server's folders."""
+    skipped = [{name: state.without_folders(text) for name, text in each.items()} for each in said["skipped"]]
+    return {"skipped": skipped, "remarks": [state.without_folders(text) for text in said["remarks"]]}
+
+
+def _opened_within(given: Path, sources: Path | None) -> ImageSource:
+    """A source none of whose files is outside of the server's sources, whatever links or tables say.
+
+    Raises:
+        InputError: a link leads outside, or as `open_source`.
+    """
+    assert sources is not None
+    root = sources.resolve()
+    for folder, below, files in os.walk(given):
+        for path in (Path(folder, name) for name in (*below, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+                raise InputError(f"{path}: expected nothing from outside of the server's sources, got a link to it")
+    source = open_source(given)
+    if isinstance(source, EncodedSource):
+        source.within = root
+    return source

@@ -34,11 +34,12 @@ def list_collections(state: Serving) -> dict[str, Any]:
 
 
 @router.get("/collections/{name}", response_model=CollectionAnswer, responses=documented(404, 422))
-def describe_collection(collection: Chosen) -> dict[str, Any]:
+def describe_collection(collection: Chosen, state: Serving) -> dict[str, Any]:
     """What a collection holds: versions, classes, model, descriptors."""
     shown = collection.shown
     about = {"metadata": list(shown.metadata), "facts": shown.facts}
-    return summary(collection, shown) | about | {"changed": collection.changed, "trouble": collection.trouble}
+    trouble = None if collection.trouble is None else state.without_folders(collection.trouble)
+    return summary(collection, shown) | about | {"changed": collection.changed, "trouble": trouble}
 
 
 @router.get("/collections/{name}/likeness", response_model=LikenessAnswer, responses=documented(404, 422))
