@@ -231,9 +231,10 @@ class NearestSearch:
 
     def drop(self) -> None:
         """Let go of approximate indexes, and of what they took of the bound on memory."""
-        for made in self._made.values():
+        with self._guard:
+            dropped, self._made = self._made, {}
+        for made in dropped.values():
             made.drop()
-        self._made.clear()
 
     def _neighbours(self, metric: Metric, column: str, timings: Timings) -> Neighbours:
         if column not in self._store.feature_columns:

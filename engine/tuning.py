@@ -116,7 +116,11 @@ class Tuner:
         best = self.tuned(EXACT, Effort(), (1.0, 1.0), self._exact, recall), self._exact
         for number, factory in enumerate(factories):
             self._progress("trying factories", number, len(factories))
-            measured, search = self.tried(factory, recall=recall)
+            try:
+                measured, search = self.tried(factory, recall=recall)
+            except BaseException:
+                best[1].drop()
+                raise
             enough = min(measured.recall_clean, measured.recall_noise) >= recall
             if enough and measured.milliseconds < best[0].milliseconds:
                 best, (_, search) = (measured, search), best
@@ -131,6 +135,7 @@ class Tuner:
         Raises:
             InputError: as `best`.
         """
+        check_trainable(factory, self._exact.exemplars)
         search = self._exact.by(factory)
         try:
             for effort in efforts(factory):
@@ -138,7 +143,7 @@ class Tuner:
                 if min(found := self.recalls(search)) >= recall:
                     break
             return self.tuned(factory, effort, found, search, recall), search
-        except InputError:
+        except BaseException:
             search.drop()
             raise
 

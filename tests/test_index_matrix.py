@@ -186,6 +186,13 @@ def test_an_approximate_index_takes_what_pages_of_matrices_were_lent(tmp_path: P
     budget.claim(values.nbytes // 2, "the index")
     assert 0 < first.stays <= 2500
     assert budget.left == 0
+    claim = budget.claim(1, "another")
+    claim.release()
+    claim.release()
+    budget.give_back(values.nbytes // 2)
+    assert first.stays == 5000, "what is given back is lent again"
+    budget.end(first.lease)
+    assert second.stays == 5000
     expected = nearest_rows(values, comparable(values[20:40], Metric.COSINE), Metric.COSINE, 12)
     found = first.nearest(comparable(values[20:40], Metric.COSINE), fetch=12, metric=Metric.COSINE)
     np.testing.assert_array_equal(found[:, :12], expected)

@@ -143,6 +143,11 @@ def test_nothing_outside_of_the_sources_is_read_and_no_folder_of_the_server_told
     job = ended(client, client.post("/collections", json=asked).json())
     assert (job["state"], "expected nothing from outside of the server's sources" in job["error"]) == ("failed", True)
     assert not (folder / "built" / "linked.idx").exists()
+    (folder / "sources" / "saved").mkdir()
+    (folder / "sources" / "saved" / "dataset_dict.json").write_text('{"splits": ["../../outside"]}')
+    asked = {"name": "saved", "like": "photos", "source": "saved", "views": 0}
+    job = ended(client, client.post("/collections", json=asked).json())
+    assert (job["state"], "expected splits that are folders beside it" in job["error"]) == ("failed", True)
     secret = next(outside.rglob("*.png"))
     inside = sorted((folder / "sources" / "photos").rglob("*.png"))[:20]
     lines = [f"photos/{path.parent.name}/{path.name},{path.parent.name}" for path in inside]

@@ -40,9 +40,11 @@ class State:
         """Without where the server has its files, which is nobody's business."""
         settings = self.settings
         known = [settings.builds, settings.sources, *(each.path.parent for each in self.collections.values())]
-        for folder in {form for each in known if each for form in (each, each.resolve()) if len(form.parts) > 1}:
-            own = rf"(?<![\w/.-]){re.escape(str(folder))}"
-            said = re.sub(rf"{own}(?![\w/.-])", folder.name, re.sub(rf"{own}/", "", said))
+        forms = {form for each in known if each for form in (each, each.resolve()) if len(form.parts) > 1}
+        for folder in sorted(forms, key=lambda form: len(str(form)), reverse=True):  # what lies in another first
+            own, name = rf"(?<![\w/.-]){re.escape(str(folder))}", folder.name.replace("\\", r"\\")
+            said = re.sub(rf"{own}/", "", said).replace(f"//{folder}/", "//")
+            said = re.sub(rf"{own}(?=$|[^\w/.-]|\.(?:\s|$))", name, said)
         return said
 
 

@@ -17,12 +17,32 @@ class Lease:
     """Bytes that pages of a file may take in memory, until what cannot do with less claims them.
 
     Attributes:
-        size: How many; only ever fewer.
+        size: How many.
+        wanted: How many it would take.
         shrunk: Called when they have become fewer.
     """
 
     size: int
+    wanted: int
     shrunk: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """Bytes that were claimed; whoever shares it may give them back, once.
+
+    Attributes:
+        budget: Of what.
+        size: How many.
+    """
+
+    budget: "Budget"
+    size: int
+
+    def release(self) -> None:
+        """Give them back."""
+        size, self.size = self.size, 0
+        self.budget.give_back(size)
 
 
 @dataclass(slots=True)
@@ -48,12 +68,22 @@ class Budget:
 
     def lend(self, wanted: int) -> Lease:
         """As much of it as is wanted, or is left, for what could do with less."""
-        lease = Lease(self.take(wanted))
         with self._guard:
+            if self.left is None:
+                return Lease(wanted, wanted)
+            lease = Lease(min(wanted, self.left), wanted)
+            self.left -= lease.size
             self._leases.append(lease)
-        return lease
+            return lease
 
-    def claim(self, wanted: int, what: str) -> None:
+    def end(self, lease: Lease) -> None:
+        """What was lent is not used any more."""
+        with self._guard:
+            if lease in self._leases:
+                self._leases.remove(lease)
+                self._return(lease.size)
+
+    def claim(self, wanted: int, what: str) -> Claim:
         """All that is wanted, for what cannot do with less: of what is left, then of what was lent, the last first.
 
         Raises:
@@ -61,7 +91,7 @@ class Budget:
         """
         with self._guard:
             if self.left is None:
-                return
+                return Claim(self, 0)
             most = self.left + sum(lease.size for lease in self._leases)
             if most < wanted:
                 raise InputError(
@@ -75,12 +105,21 @@ class Budget:
                     self.left += taken
                     lease.size -= taken
                     lease.shrunk()
+            return Claim(self, wanted)
 
     def give_back(self, taken: int) -> None:
-        """What was taken and is let go of."""
+        """What was taken and is let go of; what was lent gets of it what it had wanted."""
         with self._guard:
-            if self.left is not None:
-                self.left += taken
+            self._return(taken)
+
+    def _return(self, taken: int) -> None:
+        if self.left is None:
+            return
+        self.left += taken
+        for lease in self._leases:
+            more = min(self.left, lease.wanted - lease.size)
+            lease.size += more
+            self.left -= more
 
     @classmethod
     def beside(cls, memory: int, *, held: int, images: int) -> "Budget":

@@ -68,8 +68,9 @@ class KeptFiles:
 
     def read(self, name: str) -> bytes | None:
         """What was written under this name; None if nothing was, or it is of other content, or damaged."""
-        with self.opened(name) as found:
+        with self.opened(name) as found, contextlib.suppress(OSError):
             return found[1].read() if found is not None and found[0]["content"] == self.content else None
+        return None
 
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[dict[str, Any], BinaryIO] | None]:
@@ -151,7 +152,7 @@ class FaissCache(KeptFiles):
                 if self.places is None or "runs" not in about:
                     return None
                 runs = [(str(each), int(start), int(stop)) for each, start, stop in about["runs"]]
-            except (RuntimeError, TypeError, ValueError):
+            except (OSError, RuntimeError, TypeError, ValueError):
                 return None
         if sum(max(0, stop - start) for _, start, stop in runs) != index.ntotal:
             return None

@@ -41,6 +41,9 @@ class Matrices:
     def close(self) -> None:
         """Let go of them."""
         with self._guard:
+            for made in self._made.values():
+                if isinstance(made, Matrix) and made.lease is not None and self._of is None:
+                    self.budget.end(made.lease)
             self._made.clear()
 
     def _make(self, name: str) -> Matrix | Chosen | Streamed:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,19 +68,20 @@ class Norms:
         return products
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Matrix:
     """Features of all rows.
 
     Attributes:
         values: Of all rows in order.
         norms: Of them.
+        lease: Of memory, where they are mapped.
     """
 
     values: Float32[np.ndarray, "n d"]
     norms: Norms
     _map: mmap.mmap | None = field(default=None, repr=False)
-    _lease: Lease | None = field(default=None, repr=False)
+    lease: Lease | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, parts: Iterable[Float32[np.ndarray, "_ d"]], *, rows: int, dimension: int) -> "Matrix":
@@ -97,16 +99,17 @@ class Matrix:
         size = 4 * rows * dimension
         values = np.frombuffer(file, np.float32, rows * dimension).reshape(rows, dimension)
         matrix = cls(values, Norms.of(np.frombuffer(file[size : size + 8 * rows], np.float64)), file, lease)
-        lease.shrunk = matrix.let_go
+        own = weakref.ref(matrix)
+        lease.shrunk = lambda: None if (alive := own()) is None else alive.let_go()
         return matrix
 
     @property
     def stays(self) -> int:
         """How many rows, the first, may stay in memory; pages of others are let go of after each use."""
         n, d = self.values.shape
-        if self._lease is None or self._lease.size >= 4 * n * d:
+        if self.lease is None or self.lease.size >= 4 * n * d:
             return n
-        return self._lease.size // (4 * d) // ALIGNED * ALIGNED
+        return self.lease.size // (4 * d) // ALIGNED * ALIGNED
 
     def let_go(self) -> None:
         """Of what may not stay."""

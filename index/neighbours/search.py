@@ -9,6 +9,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.neighbours.approximate import Approximate
+from tmm_engine.index.neighbours.budget import Claim
 from tmm_engine.index.neighbours.cache import FaissCache
 from tmm_engine.index.neighbours.factories import EXACT, Effort
 from tmm_engine.index.neighbours.matrices import Matrices
@@ -70,18 +71,22 @@ class Neighbours:
         self._store, self._effort = store, effort or Effort()
         matrices = matrices or Matrices(store)
         self._finder: Approximate | None = None
-        self._budget, self._claimed = matrices.budget, 0
+        claim: Claim | None = None
         if factory != EXACT:
             self._finder = Approximate(store, metric, column=column, factory=factory, effort=self._effort, cache=cache)
-            if self._budget.left is not None:  # a size is asked of FAISS only where it matters
-                self._claimed = self._finder.size()
-                self._budget.claim(self._claimed, f"the index {factory!r} of the column {column!r}")
-        self._matrix = matrices.column(column)
+            if matrices.budget.left is not None:  # a size is asked of FAISS only where it matters
+                claim = matrices.budget.claim(self._finder.size(), f"the index {factory!r} of the column {column!r}")
+        self._claim = claim
+        try:
+            self._matrix = matrices.column(column)
+        except BaseException:
+            self.drop()
+            raise
 
     def drop(self) -> None:
         """Give back what an approximate index took of the bound on memory; it is not searched any more."""
-        self._budget.give_back(self._claimed)
-        self._claimed = 0
+        if self._claim is not None:
+            self._claim.release()
 
     def with_effort(self, effort: Effort) -> "Neighbours":
         """The same index, searched more or less thoroughly; an exact one is as it was."""

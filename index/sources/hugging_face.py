@@ -181,7 +181,10 @@ def from_hugging_face(source: Any, split: str | None) -> "datasets.Dataset | Non
 def _saved_split(path: Path, split: str | None) -> Path:
     if not (path / DICT_FILE).is_file():
         return path
-    return path / _chosen([str(name) for name in _read_json(path / DICT_FILE).get("splits", [])], split, str(path))
+    chosen = _chosen([str(name) for name in _read_json(path / DICT_FILE).get("splits", [])], split, str(path))
+    if Path(chosen).name != chosen or chosen == "..":
+        raise InputError(f"{path / DICT_FILE}: expected splits that are folders beside it, got {chosen!r}")
+    return path / chosen
 
 
 def _chosen(splits: list[str], split: str | None, where: str) -> str:

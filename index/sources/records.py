@@ -261,8 +261,8 @@ def _confined(item: Item, folder: Path) -> Item:
         return item
     try:
         file = item.source.resolve()
-    except (OSError, RuntimeError):  # a link to itself
-        file = item.source
+    except (OSError, RuntimeError, ValueError):  # a link to itself, or no path at all
+        return UnreadableImage(printable(item.id), "expected the path of a file, got another")
     if not file.is_relative_to(folder):
         return UnreadableImage(printable(item.id), "lies outside of the folder that images may come from")
     said = {"path": str(file.relative_to(folder))} if "path" in item.metadata else {}

@@ -83,7 +83,6 @@ def _built(
 ) -> dict[str, Any]:
     try:
         collection, remarks = _opened(state, asked, given, path, progress)
-        state.collections.add(collection)
     except TmmEngineError as error:
         raise TmmEngineError(state.without_folders(str(error))) from error
     return summary(collection, collection.shown) | remarks
@@ -113,7 +112,9 @@ def _opened(
         progress=progress,
     )
     try:
-        return like.beside(asked.name, path), _public(remarked(report, failed), state)
+        collection = like.beside(asked.name, path)
+        state.collections.add(collection)
+        return collection, _public(remarked(report, failed), state)
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)  # it was built here, just now: what was there before is refused above
         raise
