@@ -114,37 +114,6 @@ def test_scores_of_more_than_can_be_held(
     assert config == "fast" or ("triggering exemplars", COUNT, COUNT) in told
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("factory", ["IVF1,Flat", "HNSW32", "IVF16,SQ8"])
-def test_approximate_indexes_of_shards(ray: ModuleType, alone: Engine, tmp_path: Path, factory: str) -> None:
-    """One cluster is all, as exact search; of the others scores are exact, and as many are found as by one index."""
-    path, queries, plain = tmp_path / "x.idx", [*images_of(12, 1)], {"recognition": False}
-    build_index(exemplars(), path, classifier_of(network()), views=2, neighbours=factory)
-    with Engine.open(path, model=network()) as single:
-        singly = single.search(queries, k=10, **plain)
-    with Engine.open(path, model=network(), ray=True) as engine:
-        recognising, found = engine.search(queries, k=10), engine.search(queries, k=10, **plain)
-        filtered = engine.search(queries, k=10, where="page % 3 = 1", **plain)
-    every = alone.search(queries, k=COUNT, **plain)
-    if factory == "IVF1,Flat":
-        same(recognising, alone.search(queries, k=10), exactly=True)
-    for results, pages in ((found, range(COUNT)), (filtered, range(1, COUNT, 3))):
-        for result, whole in zip(results, every, strict=True):
-            scores = {hit.id: hit.score for hit in whole.hits if int(hit.id) in pages}
-            assert len(result.hits) == 10
-            assert [hit.score for hit in result.hits] == [scores[hit.id] for hit in result.hits]
-    assert recall(found, every) >= recall(singly, every) - 0.05
-
-
-def recall(found: list[Any], expected: list[Any]) -> float:
-    """Share of the exact ten that are among the ten found."""
-    shares = [
-        len({hit.id for hit in one.hits} & {hit.id for hit in every.hits[:10]}) / 10
-        for one, every in zip(found, expected, strict=True)
-    ]
-    return float(np.mean(shares))
-
-
 def processes(engine: Engine) -> list[int]:
     import ray
 

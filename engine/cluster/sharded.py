@@ -97,6 +97,9 @@ class ShardedNeighbours(Neighbours):
         self.metric = metric
         self._view, self._column = view, column
 
+    def drop(self) -> None:
+        """Nothing is held here."""
+
     @property
     def beside(self) -> int:
         """None: the shards' indexes are made of what they hold."""
