@@ -14,6 +14,7 @@ from tmm_engine.index.descriptors.columns import DESCRIPTORS, ROBUST_FEATURE, De
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.models.architectures import ModelSpec
 from tmm_engine.index.models.preprocessing import Preprocessing, Resize
+from tmm_engine.index.neighbours.factories import usable
 from tmm_engine.index.store.manifest import Manifest
 from tmm_engine.index.store.where import shortened
 
@@ -52,7 +53,7 @@ def describe_index(path: str | Path, *, version: int | None = None) -> dict[str,
         "fingerprint": manifest.fingerprint,
         "descriptors": _descriptors(path, manifest),
         "calibrations": _calibrations(path, manifest),
-        "neighbours": manifest.neighbours,
+        "neighbours": _neighbours(manifest),
         "tuned": _tuned(manifest),
         "backend": _backend(manifest.backend_speeds),
         "megabytes": round(sum(digest.bytes for digest in manifest.files.values()) / 1e6, 1),
@@ -81,6 +82,13 @@ def _agreement(manifest: Manifest) -> str:
     if manifest.agreement is None:
         return "not known: built before predictions were stored; build it again"
     return "; ".join(manifest.agreement.sentences())
+
+
+def _neighbours(manifest: Manifest) -> str:
+    """The factory string, and whether it is in use."""
+    if usable(manifest.neighbours, manifest.exemplars) == manifest.neighbours:
+        return manifest.neighbours
+    return f"{manifest.neighbours}, which {manifest.exemplars:,} exemplars cannot train: search is exact"
 
 
 def _tuned(manifest: Manifest) -> str:

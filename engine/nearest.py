@@ -11,7 +11,7 @@ from jaxtyping import Float32, Float64, Int64
 from tmm_engine.index.columns import FEATURE
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.neighbours.cache import FaissCache
-from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision, trained_on
+from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision, usable
 from tmm_engine.index.neighbours.matrices import Matrices
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
@@ -95,7 +95,7 @@ class NearestSearch:
 
     Args:
         store: The exemplars.
-        factory: FAISS factory string; where so few exemplars cannot train it, search is exact.
+        factory: FAISS factory string, where it is `usable`.
         effort: How thoroughly an approximate index is searched.
         cache: Where FAISS indexes are kept, if anywhere.
         matrices: Of the store's columns; by default in memory.
@@ -113,9 +113,8 @@ class NearestSearch:
         precision: SearchPrecision | None = None,
     ) -> None:
         self.precision = precision
-        if len(store) < trained_on(factory):  # as after deletions
-            factory = EXACT
-        self._store, self._factory, self._effort, self._cache = store, factory, effort, cache
+        self._store, self._factory = store, usable(factory, len(store))
+        self._effort, self._cache = effort, cache
         self._matrices = matrices or Matrices(store)
         self._made: dict[tuple[Metric, str], Neighbours] = {}
         self._guard = threading.Lock()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import click
 import httpx
 import pytest
 import yaml
@@ -18,6 +17,7 @@ from click.testing import CliRunner
 
 from tests.digits import make_classifier, write_photos, write_queries
 from tests.serving import running
+from tests.test_container import parsed
 from tests.test_docs import write_vit
 from tmm_engine import build_index
 from tmm_engine.cli.main import main
@@ -38,14 +38,6 @@ def commands(page: str) -> list[str]:
     """Of a page's blocks for a shell; lines that end in a backslash go on."""
     texts = [text.replace("\\\n", " ") for language, text in blocks(page) if language == "sh"]
     return [line.partition("  #")[0].rstrip() for text in texts for line in text.splitlines() if line.strip()]
-
-
-def parsed(line: str) -> dict[str, object]:
-    """What the command line makes of a command of ours."""
-    name, *rest = shlex.split(line)[1:]
-    command = main.commands[name]
-    assert isinstance(command, click.Command)
-    return command.make_context(name, rest, parent=click.Context(main)).params
 
 
 # ---- serving
@@ -81,12 +73,11 @@ def address(work: Path) -> Iterator[str]:
 
 def test_servers_that_the_page_starts_are_commands(work: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(work)
-    (work / "sources").mkdir(exist_ok=True)
     page = (DOCS / "serving.md").read_text()
     [started] = [line for line in commands("serving.md") if line.startswith("engine ")]
-    assert parsed(started)["port"] == 8080
+    assert parsed(shlex.split(started)[1:])["port"] == 8080
     [building] = re.findall(r"`(engine serve photos.idx --builds .*?)`", page)
-    assert parsed(building.replace("/data", str(work / "data")))["builds"] == Path("built")
+    assert parsed(shlex.split(building.replace("/data", str(work / "data")))[1:])["builds"] == Path("built")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -126,7 +117,7 @@ def test_what_is_run_in_containers_are_commands_of_ours(tmp_path: Path, monkeypa
     inside = [line.partition(" tmm-engine")[2].replace(" /photos ", f" {tmp_path / 'photos'} ") for line in ran]
     assert [line.split()[:1] for line in inside] == [["build-index"], [], ["search"]]
     for line in filter(None, inside):
-        assert parsed(f"engine{line}")
+        assert parsed(shlex.split(line))
 
 
 def test_what_the_page_on_containers_sets_is_there_to_set():

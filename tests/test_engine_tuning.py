@@ -18,6 +18,7 @@ from tmm_engine.index.neighbours import approximate
 from tmm_engine.index.neighbours.budget import Budget
 from tmm_engine.index.progress import silent
 from tmm_engine.index.store.manifest import Manifest
+from tmm_engine.info import describe_index
 from tmm_engine.options import SearchOptions
 from tmm_engine.rerank.settings import preset
 from tmm_engine.tuning import efforts, usual_factories
@@ -126,6 +127,7 @@ def test_an_index_too_small_for_its_clusters_after_deletions_is_searched_exactly
     shutil.rmtree(path / "cache")
     with Engine.open(path, model=network(), device="cpu") as engine:
         assert len(engine.search(IMAGES[400], k=12).hits) == 12
+    assert describe_index(path)["neighbours"] == f"{factory}, which 12 exemplars cannot train: search is exact"
 
 
 def test_what_is_tried_and_not_taken_gives_its_memory_back(index: Path, monkeypatch: pytest.MonkeyPatch):

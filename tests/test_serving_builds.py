@@ -165,18 +165,23 @@ def test_nothing_outside_of_the_sources_is_read_and_no_folder_of_the_server_told
 
 
 def test_a_name_that_is_served_is_not_built_over(client: httpx.Client, folder: Path):
-    """Even where its folder has been removed by hand."""
+    """Even where its folder has been removed by hand before a build that was asked for earlier."""
     asked = {"name": "removed", "like": "photos", "source": "photos", "views": 0}
-    assert ended(client, client.post("/collections", json=asked).json())["state"] == "done"
-    busy = client.post("/collections", json={"name": "busy", "like": "photos", "source": "many", "views": 10}).json()
-    other = {**asked, "name": "another"}
-    waiting = [client.post("/collections", json=each).json() for each in (other, other)]
-    client.delete(f"/jobs/{busy['id']}")
-    assert ended(client, waiting[0])["state"] == "done"
+    long = {"like": "photos", "source": "many", "views": 10}
+    names = ("busy-before", "removed", "busy-between", "removed")
+    jobs = [client.post("/collections", json=(asked if name == "removed" else long) | {"name": name}) for name in names]
+    before, first, between, second = (job.json() for job in jobs)
+    client.delete(f"/jobs/{before['id']}")
+    assert ended(client, first)["state"] == "done"
     shutil.rmtree(folder / "built" / "removed.idx")
     assert client.post("/collections", json=asked).status_code == 409
-    last = ended(client, waiting[1])
-    assert (last["state"], "another" in last["error"]) == ("failed", True)
+    client.delete(f"/jobs/{between['id']}")
+    last = ended(client, second)
+    assert (last["state"], last["error"]) == (
+        "failed",
+        "there is a collection 'removed' already; choose another name",
+    )
+    assert not (folder / "built" / "removed.idx").exists()
 
 
 def test_of_two_builds_of_one_name_the_first_stays_whole(client: httpx.Client, folder: Path):

@@ -19,7 +19,7 @@ from tmm_engine.index.descriptors.columns import Describer
 from tmm_engine.index.errors import IndexStateError
 from tmm_engine.index.labels import Vocabulary
 from tmm_engine.index.models.classifier import Classifier
-from tmm_engine.index.neighbours.factories import Effort, check_trainable
+from tmm_engine.index.neighbours.factories import Effort, usable
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.store.exemplars import Subset
 from tmm_engine.index.types import Rows
@@ -133,7 +133,7 @@ def sharded_searcher(path: Path, parts: Parts, opening: Opening, ray: RayOptions
         here: TMM-NN over the store on this machine.
 
     Raises:
-        InputError: there is no Ray at the address, no worker fits, or shards are too small for the approximate index.
+        InputError: there is no Ray at the address, or no worker fits.
         IndexStateError: as `Shards`.
         ModelError: see there.
     """
@@ -142,8 +142,6 @@ def sharded_searcher(path: Path, parts: Parts, opening: Opening, ray: RayOptions
         board = Board()
         resources.callback(board.close)
         setups = _setups(path.resolve(), parts, opening, connection, board)
-        for setup in setups:
-            check_trainable(setup.factory, setup.stop - setup.start)
         shards = Shards(setups, connection, board, ids=parts.store.ids)
         resources.callback(shards.close)
         view = View(shards, parts.store)
@@ -152,7 +150,11 @@ def sharded_searcher(path: Path, parts: Parts, opening: Opening, ray: RayOptions
             ShardedTmm(view, here),
             parts.describer,
             vocabulary=parts.manifest.vocabulary,
-            nearest=ShardedNearest(view, factory=setups[0].factory, precision=opening.search_precision),
+            nearest=ShardedNearest(
+                view,
+                factory=usable(setups[0].factory, min(setup.stop - setup.start for setup in setups)),
+                precision=opening.search_precision,
+            ),
             resources=resources.pop_all(),
         )
 

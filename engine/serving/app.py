@@ -15,6 +15,7 @@ from tmm_engine import __version__
 from tmm_engine.index.errors import TmmEngineError, WriterBusyError
 from tmm_engine.serving import problems
 from tmm_engine.serving.collection import Collections, UnknownCollectionError
+from tmm_engine.serving.folders import Folders
 from tmm_engine.serving.jobs import Jobs, UnknownJobError
 from tmm_engine.serving.lane import BusyError
 from tmm_engine.serving.metrics import Counting, Metrics
@@ -54,7 +55,9 @@ def make_app(collections: Collections, settings: Settings | None = None) -> Fast
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
-        state = State(collections, settings, CapacityLimiter(settings.limits.decoding), Jobs(), metrics)
+        folders = Folders(collections, settings)
+        jobs, decoding = Jobs(folders.left_out_of), CapacityLimiter(settings.limits.decoding)
+        state = State(collections, settings, decoding, jobs, metrics, folders)
         app.state.serving = state
         watching = asyncio.create_task(_watch(collections))
         yield
@@ -102,8 +105,9 @@ def _install_own_problems(app: FastAPI) -> None:
         return problem(503, str(error), headers={"Retry-After": f"{error.seconds:.0f}"})
 
     @app.exception_handler(WriterBusyError)
-    async def of_writing(_: Request, error: WriterBusyError) -> JSONResponse:
-        return problem(503, str(error), headers={"Retry-After": "5"})
+    async def of_writing(request: Request, error: WriterBusyError) -> JSONResponse:
+        said = request.app.state.serving.folders.left_out_of(str(error))
+        return problem(503, said, headers={"Retry-After": "5"})
 
     @app.exception_handler(UnknownCollectionError)
     @app.exception_handler(UnknownJobError)

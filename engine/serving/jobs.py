@@ -67,6 +67,7 @@ class Job:
     ended: float | None = None
     result: Any = None
     error: str | None = None
+    _public: Callable[[str], str] = str
     _cancel: threading.Event = field(default_factory=threading.Event)
     _future: "Future[list[None]] | None" = None
 
@@ -105,7 +106,7 @@ class Job:
         self.step, self.done, self.total = step, done, total
 
     def _fail(self, error: str) -> None:
-        self.error = error
+        self.error = self._public(error)
         self._end(JobState.FAILED)
 
     def _end(self, state: JobState) -> None:
@@ -114,9 +115,14 @@ class Job:
 
 
 class Jobs:
-    """All jobs of a server; one runs at a time."""
+    """All jobs of a server; one runs at a time.
 
-    def __init__(self) -> None:
+    Args:
+        public: Makes of an error what anybody may read.
+    """
+
+    def __init__(self, public: Callable[[str], str] = str) -> None:
+        self._public = public
         self._jobs: dict[str, Job] = {}
         self._lane = Lane("jobs", limit=WAITING, together=1)
         self._guard = threading.Lock()
@@ -132,7 +138,7 @@ class Jobs:
         Raises:
             BusyError: too many wait.
         """
-        job = Job(kind, collection)
+        job = Job(kind, collection, _public=self._public)
         with self._guard:
             if sum(not each.over for each in self._jobs.values()) >= WAITING:
                 raise BusyError(float(WAITING))

@@ -72,7 +72,7 @@ def install(app: FastAPI) -> None:
 
     async def of_ours(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, TmmEngineError)
-        return problem(status_of(error), request.app.state.serving.without_folders(str(error)))
+        return problem(status_of(error), request.app.state.serving.folders.left_out_of(str(error)))
 
     for kind in (InputError, ModelError, IndexStateError):
         app.add_exception_handler(kind, of_ours)

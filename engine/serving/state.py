@@ -1,6 +1,5 @@
 """What the routes of one application share, and how they get at it: on the event loop, since nothing there waits."""
 
-import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from fastapi.security import APIKeyHeader
 from starlette.exceptions import HTTPException
 
 from tmm_engine.serving.collection import Collection, Collections
+from tmm_engine.serving.folders import Folders
 from tmm_engine.serving.jobs import Jobs
 from tmm_engine.serving.keys import HEADER, Right
 from tmm_engine.serving.metrics import Metrics
@@ -28,6 +28,7 @@ class State:
         decoding: How many images are decoded at once.
         jobs: Long work.
         metrics: What is counted.
+        folders: Where its files are.
     """
 
     collections: Collections
@@ -35,17 +36,7 @@ class State:
     decoding: CapacityLimiter
     jobs: Jobs
     metrics: Metrics
-
-    def without_folders(self, said: str) -> str:
-        """Without where the server has its files, which is nobody's business."""
-        settings = self.settings
-        known = [settings.builds, settings.sources, *(each.path.parent for each in self.collections.values())]
-        forms = {form for each in known if each for form in (each, each.resolve()) if len(form.parts) > 1}
-        for folder in sorted(forms, key=lambda form: len(str(form)), reverse=True):  # what lies in another first
-            own, name = rf"(?<![\w/.-]){re.escape(str(folder))}", folder.name.replace("\\", r"\\")
-            said = re.sub(rf"{own}/", "", said).replace(f"//{folder}/", "//")
-            said = re.sub(rf"{own}(?=$|[^\w/.-]|\.(?:\s|$))", name, said)
-        return said
+    folders: Folders
 
 
 async def state_of(request: Request) -> State:

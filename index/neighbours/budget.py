@@ -60,19 +60,12 @@ class Budget:
     def take(self, wanted: int) -> int:
         """As much of it as is wanted, or is left."""
         with self._guard:
-            if self.left is None:
-                return wanted
-            taken = min(wanted, self.left)
-            self.left -= taken
-            return taken
+            return self._take(wanted)
 
     def lend(self, wanted: int) -> Lease:
         """As much of it as is wanted, or is left, for what could do with less."""
         with self._guard:
-            if self.left is None:
-                return Lease(wanted, wanted)
-            lease = Lease(min(wanted, self.left), wanted)
-            self.left -= lease.size
+            lease = Lease(self._take(wanted), wanted)
             self._leases.append(lease)
             return lease
 
@@ -111,6 +104,13 @@ class Budget:
         """What was taken and is let go of; what was lent gets of it what it had wanted."""
         with self._guard:
             self._return(taken)
+
+    def _take(self, wanted: int) -> int:
+        if self.left is None:
+            return wanted
+        taken = min(wanted, self.left)
+        self.left -= taken
+        return taken
 
     def _return(self, taken: int) -> None:
         if self.left is None:

@@ -157,7 +157,7 @@ class FaissCache(KeptFiles):
         if sum(max(0, stop - start) for _, start, stop in runs) != index.ntotal:
             return None
         rows = self.places().rows_of(runs)
-        return Kept(index, rows) if len(rows) == index.ntotal and (rows >= 0).any() else None
+        return Kept(index, rows) if (rows >= 0).any() else None
 
     def save(self, name: str, index: faiss.Index) -> None:
         """Keep an index of all rows."""

@@ -96,6 +96,11 @@ def trained_on(factory: str) -> int:
     return max(int(found["lists"] or 0), CODES if found["codes"] or found["graph_codes"] else 0)
 
 
+def usable(factory: str, exemplars: int) -> str:
+    """The factory string, or exact search where so few exemplars, as after deletions, cannot train it."""
+    return factory if exemplars >= trained_on(factory) else EXACT
+
+
 def check_trainable(factory: str, exemplars: int) -> None:
     """Refuse clusters and codes that so few exemplars cannot train; the form of the string is not looked at.
 

@@ -42,7 +42,7 @@ class Matrices:
         """Let go of them."""
         with self._guard:
             for made in self._made.values():
-                if isinstance(made, Matrix) and made.lease is not None and self._of is None:
+                if isinstance(made, Matrix) and made.lease is not None:
                     self.budget.end(made.lease)
             self._made.clear()
 

@@ -71,12 +71,12 @@ class Neighbours:
         self._store, self._effort = store, effort or Effort()
         matrices = matrices or Matrices(store)
         self._finder: Approximate | None = None
-        claim: Claim | None = None
+        self._claim: Claim | None = None
         if factory != EXACT:
             self._finder = Approximate(store, metric, column=column, factory=factory, effort=self._effort, cache=cache)
             if matrices.budget.left is not None:  # a size is asked of FAISS only where it matters
-                claim = matrices.budget.claim(self._finder.size(), f"the index {factory!r} of the column {column!r}")
-        self._claim = claim
+                what = f"the index {factory!r} of the column {column!r}"
+                self._claim = matrices.budget.claim(self._finder.size(), what)
         try:
             self._matrix = matrices.column(column)
         except BaseException:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tmm_engine.building import build_index
-from tmm_engine.index.errors import InputError, TmmEngineError
+from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.preprocessing import shape_of
 from tmm_engine.index.progress import Progress
 from tmm_engine.index.sources.opening import open_source
@@ -81,10 +81,7 @@ def _source(asked: NewCollection, sources: Path | None) -> Path | None:
 def _built(
     state: State, asked: NewCollection, given: Path | list[Arriving], path: Path, progress: Progress
 ) -> dict[str, Any]:
-    try:
-        collection, remarks = _opened(state, asked, given, path, progress)
-    except TmmEngineError as error:
-        raise TmmEngineError(state.without_folders(str(error))) from error
+    collection, remarks = _opened(state, asked, given, path, progress)
     return summary(collection, collection.shown) | remarks
 
 
@@ -112,9 +109,9 @@ def _opened(
         progress=progress,
     )
     try:
-        collection = like.beside(asked.name, path)
+        collection, remarks = like.beside(asked.name, path), _public(remarked(report, failed), state)
         state.collections.add(collection)
-        return collection, _public(remarked(report, failed), state)
+        return collection, remarks
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)  # it was built here, just now: what was there before is refused above
         raise
@@ -122,8 +119,8 @@ def _opened(
 
 def _public(said: dict[str, Any], state: State) -> dict[str, Any]:
     """What is said of images, without the server's folders."""
-    skipped = [{name: state.without_folders(text) for name, text in each.items()} for each in said["skipped"]]
-    return {"skipped": skipped, "remarks": [state.without_folders(text) for text in said["remarks"]]}
+    skipped = [{name: state.folders.left_out_of(text) for name, text in each.items()} for each in said["skipped"]]
+    return {"skipped": skipped, "remarks": [state.folders.left_out_of(text) for text in said["remarks"]]}
 
 
 def _opened_within(given: Path, sources: Path | None) -> ImageSource:

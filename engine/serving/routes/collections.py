@@ -38,7 +38,7 @@ def describe_collection(collection: Chosen, state: Serving) -> dict[str, Any]:
     """What a collection holds: versions, classes, model, descriptors."""
     shown = collection.shown
     about = {"metadata": list(shown.metadata), "facts": shown.facts}
-    trouble = None if collection.trouble is None else state.without_folders(collection.trouble)
+    trouble = None if collection.trouble is None else state.folders.left_out_of(collection.trouble)
     return summary(collection, shown) | about | {"changed": collection.changed, "trouble": trouble}
 
 
