@@ -36,6 +36,19 @@ def test_approximate_indexes_of_shards(ray: ModuleType, tmp_path: Path, factory:
     assert recall(found, every) >= recall(singly, every) - 0.05
 
 
+@pytest.mark.slow
+def test_shards_too_small_for_their_clusters_are_searched_exactly(ray: ModuleType, tmp_path: Path) -> None:
+    path, queries = tmp_path / "x.idx", [*images_of(4, 1)]
+    build_index(exemplars(), path, classifier_of(network()), views=2, neighbours="IVF1100,Flat")  # one shard has 1,024
+    build_index(exemplars(), tmp_path / "exact.idx", classifier_of(network()), views=2)
+    with Engine.open(tmp_path / "exact.idx", model=network()) as alone:
+        expected = alone.search(queries, k=10)
+    with Engine.open(path, model=network(), ray=True) as engine:
+        found = engine.search(queries, k=10)
+        assert found[0].backend.startswith("matrix products, fp32")
+    same(found, expected, exactly=True)
+
+
 def recall(found: list[Any], expected: list[Any]) -> float:
     """Share of the exact ten that are among the ten found."""
     shares = [

@@ -152,7 +152,7 @@ def sharded_searcher(path: Path, parts: Parts, opening: Opening, ray: RayOptions
             vocabulary=parts.manifest.vocabulary,
             nearest=ShardedNearest(
                 view,
-                factory=usable(setups[0].factory, min(setup.stop - setup.start for setup in setups)),
+                factory=usable(setups[0].factory, max(setup.stop - setup.start for setup in setups)),
                 precision=opening.search_precision,
             ),
             resources=resources.pop_all(),
