@@ -34,7 +34,7 @@ from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE, GlobalC
 from tmm_engine.rerank.discriminant import Discriminant
 from tmm_engine.rerank.global_trigger import GlobalTrigger
 from tmm_engine.rerank.rank import Ranking
-from tmm_engine.rerank.recognise import Recognised, recognise_nearest
+from tmm_engine.rerank.recognise import Recognised, comes_first, recognise_nearest
 from tmm_engine.rerank.settings import (
     ClosedForm,
     GlobalRecipe,
@@ -128,13 +128,21 @@ class DescriptorRetriever:
             self._robust = self._copies
 
     def scores(self, query: Float32[np.ndarray, "c h w"], *, seed: int = 0) -> Float[np.ndarray, "n"]:
-        """Cosine similarity of descriptors, where the query is recognised with the exemplar's in its place."""
+        """Cosine similarity of descriptors, where the query is recognised with the exemplar's in its place.
+
+        An exemplar that is put first has a score just above all others.
+        """
         copy, robust = self._described(query)
         robust = copy if self._alone else robust
         recognised = self._nearest(copy)
         if recognised is not None:
             robust = recognised.moved(torch.from_numpy(robust), torch.from_numpy(self._robust[recognised.row])).numpy()
-        return exact_scores(robust, self._robust, Metric.COSINE)
+        scores = exact_scores(robust, self._robust, Metric.COSINE)
+        if recognised is not None and not self._alone:
+            rank = int((scores > scores[recognised.row]).sum())
+            if comes_first(recognised, rank, len(scores)):
+                scores[recognised.row] = np.nextafter(scores.max(), np.inf)
+        return scores
 
     def recognised(self, query: Float32[np.ndarray, "c h w"]) -> Recognised | None:
         """The exemplar nearest to the query, where the method recognises copies."""

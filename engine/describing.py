@@ -109,6 +109,7 @@ def chosen_descriptors(
         None if None in labels else np.array(labels, dtype=np.int64),
         classifier,
         queries=queries,
+        views=views,
         recogniser=recogniser,
         progress=progress,
     )

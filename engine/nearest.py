@@ -15,11 +15,11 @@ from tmm_engine.index.neighbours.factories import EXACT, Effort, SearchPrecision
 from tmm_engine.index.neighbours.matrices import Matrices
 from tmm_engine.index.neighbours.metric import Metric
 from tmm_engine.index.neighbours.ranking import in_turn
-from tmm_engine.index.neighbours.search import Found, Neighbours
+from tmm_engine.index.neighbours.search import Found, Neighbours, exact_scores
 from tmm_engine.index.store.exemplars import ExemplarStore, Subset
 from tmm_engine.options import Prefilter
 from tmm_engine.rerank.columns import STRETCHED_FEATURE
-from tmm_engine.rerank.recognise import Recognised, recognise_nearest
+from tmm_engine.rerank.recognise import Recognised, comes_first, first_among, recognise_nearest
 from tmm_engine.rerank.timing import Timings
 
 
@@ -33,6 +33,7 @@ class Nearest:
         query: The features that they are nearest to; where the query was recognised, moved to the exemplar's.
         recognised: The exemplar that the query may be a copy of, where that was asked.
         agreement: As `index.neighbours.search.Found` has it.
+        put_first: Whether the first is so by the recogniser, and has not the largest score of all.
     """
 
     rows: Int64[np.ndarray, "k"]
@@ -40,6 +41,7 @@ class Nearest:
     query: Float32[np.ndarray, "d"]
     recognised: Recognised | None = None
     agreement: float = 1.0
+    put_first: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,11 +52,14 @@ class Gate:
         column: Of the store's features that it looks at.
         features: The queries' own in it.
         threshold: Of the ratio of distances (`rerank.recognise`), in (0, 1].
+        puts_first: Whether the nearest by it may begin an answer that does not take the query for it
+            (`rerank.recognise.comes_first`).
     """
 
     column: str
     features: Float32[np.ndarray, "q _"]
     threshold: float
+    puts_first: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +135,8 @@ class NearestSearch:
     def search(self, compared: Compared, *, k: int, timings: Timings) -> list[Nearest]:
         """The nearest exemplars of every query.
 
-        A query that the gate takes for a copy is ranked, by the share to which it does, as that exemplar.
+        A query that the gate takes for a copy is ranked, by the share to which it does, as that exemplar. Where the
+        gate puts exemplars first, its nearest then comes first if it `comes_first`.
 
         Args:
             compared: The queries.
@@ -147,12 +153,32 @@ class NearestSearch:
             recognised = self.recognised(compared.gate, compared.metric, timings)
             with timings.step("recognition"):
                 features = _moved(features, recognised, neighbours)
+        first = compared.gate is not None and compared.gate.puts_first
         with timings.step("neighbours"):
-            found = neighbours.ranked(features, k=k)
-        return [
+            found = neighbours.ranked(features, k=max(k, first_among(len(self._store))) if first else k)
+        answers = [
             Nearest(own.rows, own.scores, query=query, recognised=copy, agreement=own.agreement)
             for own, query, copy in zip(found, features, recognised, strict=True)
         ]
+        return [self._first(own, k, neighbours) for own in answers] if first else answers
+
+    def _first(self, found: Nearest, k: int, neighbours: Neighbours) -> Nearest:
+        """The k best, and before them the nearest by the recogniser where it `comes_first`."""
+        copy, rows, scores = found.recognised, found.rows, found.scores
+        if copy is None:
+            return replace(found, rows=rows[:k], scores=scores[:k])
+        (places,) = np.nonzero(rows == copy.row)
+        rank = int(places[0]) if len(places) else len(self._store)
+        if rank == 0 or not comes_first(copy, rank, len(self._store)):
+            return replace(found, rows=rows[:k], scores=scores[:k])
+        own = exact_scores(found.query, neighbours.features(np.array([copy.row])), neighbours.metric)
+        others = rows != copy.row
+        return replace(
+            found,
+            rows=np.concatenate([[copy.row], rows[others]])[:k],
+            scores=np.concatenate([own, scores[others]])[:k],
+            put_first=True,
+        )
 
     def recognised(self, gate: Gate, metric: Metric, timings: Timings) -> list[Recognised | None]:
         """For each query of the gate the exemplar that it may be a copy of; None where there are fewer than two."""

@@ -51,6 +51,7 @@ class _Found:
         ranked_by: What all exemplars were ranked by.
         ranking: Of TMM-NN, if it was that.
         agreement: Of search in less than fp32 with what is scored again.
+        put_first: Whether the first row is so by the recogniser, not by its score.
     """
 
     rows: Int64[np.ndarray, "k"]
@@ -62,6 +63,7 @@ class _Found:
     ranked_by: RankedBy
     ranking: Ranking | None = None
     agreement: float = 1.0
+    put_first: bool = False
 
     @property
     def original(self) -> int | None:
@@ -247,6 +249,7 @@ class Searcher:
                 plain,
                 ByVector(own.query, compared.column, compared.metric),
                 agreement=own.agreement,
+                put_first=own.put_first,
             )
             for own, predicted, plain in zip(nearest, compared.predicted, compared.plain, strict=True)
         ]
@@ -281,7 +284,7 @@ class Searcher:
                 predicted += describer.predicted(views)
                 plain.append(views[0].features.float().cpu().numpy())
         threshold = options.threshold
-        gate = None if threshold is None else Gate(COPY_FEATURE, np.concatenate(copies), threshold)
+        gate = None if threshold is None else Gate(COPY_FEATURE, np.concatenate(copies), threshold, puts_first=True)
         return Compared(np.concatenate(robust), Metric.COSINE, ROBUST_FEATURE, gate, predicted, np.concatenate(plain))
 
     def _batches(self, queries: list[Query], options: SearchOptions) -> Iterator[tuple[range, list[Query]]]:
@@ -399,6 +402,8 @@ class Searcher:
             np.rint(query.pixels * 255.0), shown.image(found.original)
         ):
             notes.append(f"recognised as {original}: ranked by what is like that exemplar")
+        elif found.put_first:
+            notes.append(f"{self._store.ids[found.rows[0]]} comes first by what recognises copies, not by its score")
         precision, own = self._nearest.precision, found.ranked_by
         if ranking is None and precision not in (None, SearchPrecision.FP32):
             notes.append(

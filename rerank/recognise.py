@@ -56,6 +56,32 @@ class Recognised:
         return (1.0 - self.share) * query + self.share * exemplar
 
 
+FIRST_RATIO = 0.9
+"""Below this ratio the exemplar that is nearest by the recogniser comes first in an answer."""
+
+FIRST_AMONG, FIRST_SHARE = 50, 1 / 40
+"""It also does where it is among so many of the best, and among such a share of all exemplars."""
+
+
+def comes_first(recognised: Recognised, rank: int, exemplars: int) -> bool:
+    """Whether an answer begins with the exemplar that the recogniser finds nearest, wherever it ranks.
+
+    Under noise the very image is found by what recognises more often than by what ranks. Either tells: it is somewhat
+    nearer than the second nearest (which says less than what takes a query for a copy), or what ranks agrees.
+
+    Args:
+        recognised: The nearest by the recogniser.
+        rank: Its place in the ranking, 0 is first.
+        exemplars: How many are ranked.
+    """
+    return recognised.ratio < FIRST_RATIO or rank < first_among(exemplars)
+
+
+def first_among(exemplars: int) -> int:
+    """How many of the best of so many exemplars are looked at for `comes_first`."""
+    return min(FIRST_AMONG, int(FIRST_SHARE * exemplars))
+
+
 def chord(similarity: float) -> float:
     """The distance, up to a factor, of two directions with this cosine similarity; rounding above 1 counts as 1."""
     return math.sqrt(max(0.0, 1.0 - similarity))

@@ -20,7 +20,7 @@ from tmm_engine.index.descriptors.columns import (
     Descriptors,
     descriptor_columns,
 )
-from tmm_engine.index.descriptors.descriptor import FEATURES, PROBABILITIES
+from tmm_engine.index.descriptors.descriptor import FEATURES, LAYER_VIEWS, PROBABILITIES
 from tmm_engine.index.descriptors.layers import PIXEL_LAYER, Layer, Taps, find_layers, pooled
 from tmm_engine.index.descriptors.projection import Projection
 from tmm_engine.index.descriptors.views import MAX_VIEWS, blur, shifted, symmetric_views
@@ -236,8 +236,8 @@ def test_constant_images_do_not_break_it(classifier: Classifier):
 def test_measuring_takes_a_tenth_of_building_at_most(exemplars: int, views: int):
     looked_at, changed = sample_size(exemplars, views)
     assert 1 <= changed <= looked_at <= exemplars
-    passes = looked_at + len(CHANGES) * changed
-    assert passes <= max(200, 0.1 * (1 + views) * exemplars) + len(CHANGES)
+    passes = min(views, LAYER_VIEWS) * (looked_at + len(CHANGES) * changed)
+    assert passes <= (1 + views) * max(200, 0.1 * exemplars) + len(CHANGES) * LAYER_VIEWS
 
 
 # --------------------------------------------------------------------------------------------- columns

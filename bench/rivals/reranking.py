@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tmm_engine.rerank.recognise import Recognised, chord
+from tmm_engine.rerank.recognise import Recognised, chord, comes_first
 
+ABOVE = 1e-3  # of all other scores, whose largest is at most 1
 K1, K2, OWN = 20, 6, 0.3  # of Zhong et al.: neighbours, neighbours averaged, share of the first ranking
 
 
@@ -23,6 +24,8 @@ def gated(
 ) -> tuple[Float[Tensor, "q n"], Bool[np.ndarray, "q"]]:
     """Queries that are taken for copies answered for as the exemplar, as mode robust does (`rerank.recognise`).
 
+    An exemplar that `comes_first` has a score just above all others.
+
     Args:
         queries: By what ranks.
         exemplars: By the same.
@@ -33,13 +36,17 @@ def gated(
         Scores, and which queries were taken for copies.
     """
     found = (copies[0] @ copies[1].T).topk(2, dim=1)
-    moved, taken = queries.clone(), []
+    moved, nearest = queries.clone(), []
     for place, (rows, scores) in enumerate(zip(found.indices.tolist(), found.values.tolist(), strict=True)):
         distances = chord(scores[0]), chord(scores[1])
         recognised = Recognised.nearest(rows[0], distances, threshold=threshold)
         moved[place] = recognised.moved(queries[place], exemplars[rows[0]])
-        taken.append(recognised.share >= 0.5)
-    return normalize(moved) @ exemplars.T, np.array(taken)
+        nearest.append((rows[0], recognised))
+    scores = normalize(moved) @ exemplars.T
+    for own, (row, recognised) in zip(scores, nearest, strict=True):
+        if comes_first(recognised, int((own > own[row]).sum()), len(exemplars)):
+            own[row] = own.max() + ABOVE
+    return scores, np.array([recognised.share >= 0.5 for _, recognised in nearest])
 
 
 def expanded(

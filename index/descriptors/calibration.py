@@ -17,7 +17,14 @@ from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, affine, resized_crop
 
 from tmm_engine.index.batches import forward_batch_size
-from tmm_engine.index.descriptors.descriptor import FEATURES, PROBABILITIES, Descriptor, Part, output_of
+from tmm_engine.index.descriptors.descriptor import (
+    FEATURES,
+    LAYER_VIEWS,
+    PROBABILITIES,
+    Descriptor,
+    Part,
+    output_of,
+)
 from tmm_engine.index.descriptors.layers import PIXEL_LAYER, PIXELS, Activations, Layer, Taps, find_layers
 from tmm_engine.index.descriptors.projection import DIMENSIONS, Projection
 from tmm_engine.index.descriptors.views import blur, shifted, symmetric_views
@@ -29,13 +36,12 @@ FEWEST = 50
 
 SAMPLE, QUERIES = 1000, 150  # exemplars that are found, and changed, at most
 NEIGHBOURS = 10
-LEAST_PASSES = 200
-SHARE = 0.1  # of the passes that building takes, that measuring may take
-PER_DIMENSION = 4  # exemplars of the sample for each dimension that a projection keeps
+SHARE, LEAST_IMAGES = 0.1, 200  # of what building takes, that measuring may take; or what so many images take
 RECOGNISING, RANKING = 0.5, 0.25  # powers of the variance: whitened, and half so
+RANKING_DIMENSIONS = 256  # of the layer that ranks, at most; the recogniser's are `DIMENSIONS`
 # Of the similarity; no fewer of features and probabilities: images that a network was trained on keep their class more
 # easily than those that it has never seen, so that a sample of them would let both go (docs/ROBUST.md).
-FEATURE_WEIGHT, PROBABILITY_WEIGHT, LAYER_WEIGHT = 2.0, 4.0, 1.0
+FEATURE_WEIGHT, PROBABILITY_WEIGHT, LAYER_WEIGHT = 1.0, 4.0, 1.0
 PIXEL_WEIGHTS, DEFAULT_PIXEL_WEIGHT = (0.0, 0.5, 1.0), 0.5  # the default where nothing is measured
 SLACK, COST = 0.005, 10.0  # of clean label precision: what robustness may cost, and what each point beyond weighs
 
@@ -100,7 +106,7 @@ class Calibrated:
 
 def sample_size(exemplars: int, views: int) -> tuple[int, int]:
     """(how many exemplars are looked at, how many of them are changed): a tenth of the passes of building, at most."""
-    passes = max(LEAST_PASSES, int(SHARE * (1 + views) * exemplars))
+    passes = int(max(LEAST_IMAGES, SHARE * exemplars) * (1 + views)) // min(views, LAYER_VIEWS)
     looked_at = min(exemplars, SAMPLE, int(0.6 * passes))
     return looked_at, min(looked_at, QUERIES, max(1, (passes - looked_at) // len(CHANGES)))
 
@@ -111,6 +117,7 @@ def calibrate(
     classifier: Classifier,
     *,
     queries: int,
+    views: int = LAYER_VIEWS,
     recogniser: Layer | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
@@ -121,6 +128,7 @@ def calibrate(
         classes: Of the images; None takes the model's predictions.
         classifier: Whose layers are measured.
         queries: How many of the images, the first, are changed.
+        views: That the index will have; no more than the first `LAYER_VIEWS` are measured.
         recogniser: Instead of the layer that does best.
         progress: Told of passes.
 
@@ -131,7 +139,8 @@ def calibrate(
     looked_at = tuple(dict.fromkeys([*layers, PIXEL_LAYER, *([recogniser] if recogniser else [])]))
     taps = Taps(classifier, looked_at)
     with torch.no_grad():  # not inference mode: what is chosen may be differentiated through
-        sample = _Sample.of(taps, images, classes, queries if len(images) >= FEWEST else 0, progress)
+        changed = queries if len(images) >= FEWEST else 0
+        sample = _Sample.of(taps, images, classes, changed, views=min(views, LAYER_VIEWS), progress=progress)
         found, recogniser_report = _recogniser(sample, looked_at, recogniser)
         robust, robust_report = _robust(sample, layers or [PIXEL_LAYER])
     report = {
@@ -148,10 +157,10 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
-    """A sample's activations, and those of its first images changed, one for each change."""
+    """The views of a sample, and those of its first images changed, for each change."""
 
-    clean: Activations
-    changed: dict[str, Activations]
+    clean: list[Activations]
+    changed: dict[str, list[Activations]]
     classes: Int64[Tensor, "n"]
     queries: int
     head: torch.nn.Linear
@@ -163,39 +172,39 @@ class _Sample:
         images: UInt8[np.ndarray, "n c h w"],
         classes: Int64[np.ndarray, "n"] | None,
         queries: int,
+        *,
+        views: int,
         progress: Progress,
     ) -> "_Sample":
         device, head = taps.classifier.device, taps.classifier.head
         step = forward_batch_size(taps.classifier.image_shape)
-        total, done = len(images) + (len(CHANGES) * queries if queries else 0), 0
+        total, done = len(images) + len(CHANGES) * queries, 0
 
-        def passed(pixels: Shaped[Tensor, "n c h w"]) -> Activations:
+        def passed(pixels: Shaped[Tensor, "n c h w"]) -> list[Activations]:
             nonlocal done
             parts = []
             for part in pixels.split(step):  # bytes become floating point a batch at a time: photographs are large
                 floating = part.to(device).float() / 255.0 if part.dtype == torch.uint8 else part.to(device)
-                parts.append(taps(next(symmetric_views(floating, 1))))
+                parts.append([taps(view) for view in symmetric_views(floating, views)])
                 done += len(part)
                 progress("measuring layers", done, total)
-            return _joined(parts)
+            return [_joined(view) for view in zip(*parts, strict=True)]
 
         clean, generator = passed(torch.from_numpy(images)), torch.Generator().manual_seed(0)
         first = torch.from_numpy(images[:queries]).float() / 255.0
         changed = {name: passed(change(first, generator)) for name, change in CHANGES.items() if queries}
-        known = head(clean.features).argmax(1) if classes is None else torch.from_numpy(classes).to(device)
+        known = head(clean[0].features).argmax(1) if classes is None else torch.from_numpy(classes).to(device)
         return cls(clean, changed, known, queries, head)
 
-    def part(self, source: str | Layer, weight: float, power: float) -> Part:
+    def part(self, source: str | Layer, weight: float, power: float, *, dimensions: int = DIMENSIONS) -> Part:
         """Centred on the sample; of a layer projected as well, where the sample is large enough to say how."""
-        output = output_of(self.clean, source, self.head)
+        output = output_of(self.clean[0], source, self.head)
         mean = None if source == PROBABILITIES else output.mean(0)
         plain = Part(source, weight, mean)
-        dimensions = min(DIMENSIONS, len(output) // PER_DIMENSION)
         if not isinstance(source, Layer) or len(output) < FEWEST:
             return plain
-        return Part(
-            source, weight, mean, Projection.fit(plain([self.clean], self.head), power=power, dimensions=dimensions)
-        )
+        projection = Projection.fit(plain(self.clean[:1], self.head), power=power, dimensions=dimensions)
+        return replace(plain, projection=projection)
 
 
 def _joined(parts: Sequence[Activations]) -> Activations:
@@ -211,10 +220,10 @@ def _recogniser(
     measured: list[dict[str, Any]] = []
     for layer in layers if sample.queries else []:
         part = sample.part(layer, 1.0, RECOGNISING)
-        own = part([sample.clean], sample.head)
+        own = part(sample.clean, sample.head)
         ranks, ratios = [], []
         for changed in sample.changed.values():
-            similarity = part([changed], sample.head) @ own.T
+            similarity = part(changed, sample.head) @ own.T
             right = similarity.diagonal()[:, None]
             ranks.append((similarity > right).sum(1))
             others = similarity.masked_fill(torch.eye(*similarity.shape, dtype=torch.bool, device=own.device), -1.0)
@@ -242,7 +251,11 @@ def _robust(sample: _Sample, layers: Sequence[Layer]) -> tuple[Descriptor, list[
     """Features, probabilities, one layer and so much of pixels that neighbours change least and keep their class."""
     features, pixels = sample.part(FEATURES, FEATURE_WEIGHT, 0.0), sample.part(PIXEL_LAYER, 1.0, 0.0)
     probabilities = sample.part(PROBABILITIES, PROBABILITY_WEIGHT, 0.0)
-    middle = [sample.part(layer, LAYER_WEIGHT, RANKING) for layer in layers if layer != PIXEL_LAYER]
+    middle = [
+        sample.part(layer, LAYER_WEIGHT, RANKING, dimensions=RANKING_DIMENSIONS)
+        for layer in layers
+        if layer != PIXEL_LAYER
+    ]
 
     def mixture(pixel_weight: float, layer: Part | None) -> tuple[Part, ...]:
         own = [] if layer is None else [layer]
@@ -276,8 +289,8 @@ def _robust(sample: _Sample, layers: Sequence[Layer]) -> tuple[Descriptor, list[
 
 def _similarities(part: Part, sample: _Sample) -> list[Float[Tensor, "q n"]]:
     """Of the first images, unchanged and under each change, with the sample."""
-    own = part([sample.clean], sample.head)
-    rows = [own[: sample.queries], *(part([changed], sample.head) for changed in sample.changed.values())]
+    own = part(sample.clean, sample.head)
+    rows = [own[: sample.queries], *(part(changed, sample.head) for changed in sample.changed.values())]
     return [row @ own.T for row in rows]
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.columns import FeatureColumn, registered
-from tmm_engine.index.descriptors.descriptor import FEATURES, PROBABILITIES, Descriptor, Part
+from tmm_engine.index.descriptors.descriptor import (
+    CONFIDENCE,
+    FEATURES,
+    LAYER_VIEWS,
+    PROBABILITIES,
+    Descriptor,
+    Part,
+)
 from tmm_engine.index.descriptors.layers import Activations, Layer, Taps
 from tmm_engine.index.descriptors.projection import Projection
 from tmm_engine.index.descriptors.views import MAX_VIEWS, ORDER, symmetric_views
@@ -54,7 +61,7 @@ class Descriptors:
             parts[name] = [{"source": str(part.source), "weight": part.weight} for part in descriptor.parts]
             for place, part in enumerate(descriptor.parts):
                 tensors |= {f"{name}.{place}.{what}": tensor for what, tensor in _tensors(part).items()}
-        about = {"parts": parts, "views": self.views, "order": ORDER[: self.views], "report": self.report}
+        about = {"parts": parts, "views": self.views, "report": self.report} | _of_views(self.views)
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         path.write_bytes(save(whole, {METADATA: json.dumps(about)}))
 
@@ -70,7 +77,7 @@ class Descriptors:
                 about = json.loads(file.metadata()[METADATA])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             views = int(about["views"])
-            if about.get("order") != [list(view) for view in ORDER[:views]]:
+            if {name: about.get(name) for name in _of_views(views)} != _of_views(views):
                 raise ValueError("its views are another version's")
             if not 1 <= views <= MAX_VIEWS or not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise ValueError(f"expected finite tensors and 1 to {MAX_VIEWS} views, got {views} views")
@@ -83,6 +90,15 @@ class Descriptors:
             return cls(**found, views=views, report=dict(about["report"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
             raise IndexStateError(f"{path}: damaged descriptors ({error}); build the index again") from error
+
+
+def _of_views(views: int) -> dict[str, Any]:
+    """How descriptors are made of views; where an index was built with other rules, its descriptors say nothing."""
+    return {
+        "order": [list(view) for view in ORDER[:views]],
+        "layer_views": LAYER_VIEWS,
+        "confidence": CONFIDENCE,
+    }
 
 
 def _tensors(part: Part) -> dict[str, Tensor]:

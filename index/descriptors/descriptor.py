@@ -1,4 +1,9 @@
-"""A descriptor: parts of what a network computes, each of unit length over symmetric views, weighted and joined."""
+"""A descriptor: parts of what a network computes, each of unit length over symmetric views, weighted and joined.
+
+A layer and pixels are looked at in the image and in its blurred copy. What the network makes of the image as a whole,
+its features and class probabilities, is looked at in every view, and counts the more the surer the network is there: a
+view that it was never trained to see says little.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +21,13 @@ FEATURES = "features"
 
 PROBABILITIES = "probabilities"
 """The square roots of the model's class probabilities: their inner product is the Bhattacharyya coefficient."""
+
+
+LAYER_VIEWS = 2
+"""A layer's output is averaged over so many views, the first."""
+
+CONFIDENCE = 4.0
+"""How much less a view counts where the network is less sure: by exp(−4) for each nat of entropy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,9 +48,11 @@ class Part:
 
     def __call__(self, views: Sequence[Activations], head: torch.nn.Linear) -> Float[Tensor, "n k"]:
         """Of unit length."""
-        rows = [output_of(view, self.source, head) for view in views]
-        centred = rows if self.mean is None else [row - self.mean for row in rows]
-        mean = normalize(torch.stack([normalize(row) for row in centred]).mean(0))
+        of_layer = isinstance(self.source, Layer)
+        seen = views[:LAYER_VIEWS] if of_layer else views
+        rows = torch.stack([output_of(view, self.source, head) for view in seen])
+        units = normalize(rows if self.mean is None else rows - self.mean, dim=2)
+        mean = normalize(units.mean(0) if of_layer else (_confidence(seen, head) * units).sum(0))
         return mean if self.projection is None else self.projection(mean)
 
 
@@ -69,5 +83,16 @@ def output_of(view: Activations, source: str | Layer, head: torch.nn.Linear) -> 
         return view.layers[source]
     if source == FEATURES:
         return view.features.float()
+    return _probabilities(view, head).sqrt()
+
+
+def _probabilities(view: Activations, head: torch.nn.Linear) -> Float[Tensor, "n classes"]:
     probabilities: Tensor = head(view.features).float().softmax(dim=1)
-    return probabilities.sqrt()
+    return probabilities
+
+
+def _confidence(views: Sequence[Activations], head: torch.nn.Linear) -> Float[Tensor, "views n 1"]:
+    """How much each view counts; sums to 1 over views."""
+    probabilities = torch.stack([_probabilities(view, head) for view in views])
+    entropy = torch.special.entr(probabilities).sum(2, keepdim=True)
+    return (-CONFIDENCE * entropy).softmax(dim=0)

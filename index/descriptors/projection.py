@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-DIMENSIONS = 256
+DIMENSIONS = 512
 SMALLEST = 1e-10  # of the largest variance: what is below has no direction
 FLOOR = 1e-3  # of the largest variance: what is added to every one, so that noise is not blown up
 

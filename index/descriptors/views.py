@@ -23,15 +23,15 @@ ORDER = (
     (0, 0, False),
     (0, 0, True),
     (1, 0, False),
-    (-1, 0, True),
-    (0, 1, False),
-    (0, -1, True),
     (-1, 0, False),
-    (1, 0, True),
+    (0, 1, False),
     (0, -1, False),
+    (1, 0, True),
+    (-1, 0, True),
     (0, 1, True),
+    (0, -1, True),
 )
-"""(down, right, whether blurred) of each view: the first is the image itself; half of any even number are blurred."""
+"""(down, right, whether blurred) of each view: the image itself, then blurred, then moved."""
 
 MAX_VIEWS = len(ORDER)
 
