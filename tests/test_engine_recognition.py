@@ -60,6 +60,27 @@ def by_pixels() -> Classifier:
     return Classifier.from_module(network, image_shape=(1, 8, 8), mean=(0.0,), std=(1.0,))
 
 
+# ---- what comes first
+
+
+def test_what_the_recogniser_finds_nearest_comes_first_and_the_others_stay(classifier: Classifier):
+    many = Engine.from_arrays(IMAGES[:400], LABELS[:400], classifier, views=2)
+    options = {"recognition": 0.01}  # no query is taken for a copy
+    put_first = 0
+    for number in range(0, 400, 10):
+        image = (0.5 * np.roll(noisy(number), 1, axis=1)).astype(np.float32)
+        plain = [hit.id for hit in many.search(image, k=400, recognition=False).hits]
+        found = many.search(image, k=20, **options)
+        first, *others = [hit.id for hit in found.hits]
+        note = f"{first} comes first by what recognises copies, not by its score"
+        assert others == [other for other in plain if other != first][:19]
+        assert (note in found.notes) == (first != plain[0])
+        assert found.recognised_as is None
+        assert [hit.id for hit in many.search(image, k=1, **options).hits] == [first]
+        put_first += first != plain[0]
+    assert 5 < put_first < 40
+
+
 # ---- what is found
 
 

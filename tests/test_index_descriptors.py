@@ -20,7 +20,7 @@ from tmm_engine.index.descriptors.columns import (
     Descriptors,
     descriptor_columns,
 )
-from tmm_engine.index.descriptors.descriptor import FEATURES, LAYER_VIEWS, PROBABILITIES
+from tmm_engine.index.descriptors.descriptor import CONFIDENCE, FEATURES, LAYER_VIEWS, PROBABILITIES, Part
 from tmm_engine.index.descriptors.layers import PIXEL_LAYER, Layer, Taps, find_layers, pooled
 from tmm_engine.index.descriptors.projection import Projection
 from tmm_engine.index.descriptors.views import MAX_VIEWS, blur, shifted, symmetric_views
@@ -80,6 +80,31 @@ def test_blur_keeps_the_mean_of_a_flat_image_and_lessens_differences():
     assert blur(image, 1.0).std() < image.std()
     torch.testing.assert_close(blur(torch.full((1, 1, 16, 16), 0.3), 1.0), torch.full((1, 1, 16, 16), 0.3))
     assert blur(torch.ones(1, 1, 1, 1), 1.0).shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("views", [1, 2, 4])
+def test_what_the_network_says_of_a_view_counts_by_its_confidence(classifier: Classifier, views: int):
+    """By hand: weights are exp(−4 · entropy), over their sum."""
+    taps = Taps(classifier, ())
+    seen = [taps(view) for view in symmetric_views(torch.from_numpy(DIGITS[:9]) / 255.0, views)]
+    mean = torch.full((seen[0].features.shape[1],), 0.1)
+    found = Part(FEATURES, 1.0, mean)(seen, classifier.head)
+    for row in range(9):
+        probabilities = [classifier.head(view.features[row]).softmax(0) for view in seen]
+        entropies = [-float((p * p.log()).nansum()) for p in probabilities]
+        weights = np.exp(-CONFIDENCE * np.array(entropies))
+        units = [((view.features[row] - mean) / (view.features[row] - mean).norm()) for view in seen]
+        expected = sum(float(w) * unit for w, unit in zip(weights / weights.sum(), units, strict=True))
+        torch.testing.assert_close(found[row], expected / expected.norm(), rtol=0, atol=1e-5)
+
+
+def test_layers_are_looked_at_in_the_image_and_its_blurred_copy(classifier: Classifier):
+    layer = Layer("layer1", 2)
+    taps = Taps(classifier, (layer,))
+    seen = [taps(view) for view in symmetric_views(torch.from_numpy(DIGITS[:9]) / 255.0, 4)]
+    part = Part(layer, 1.0, None)
+    assert torch.equal(part(seen, classifier.head), part(seen[:LAYER_VIEWS], classifier.head))
+    assert not torch.equal(part(seen[:1], classifier.head), part(seen[:LAYER_VIEWS], classifier.head))
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -279,7 +304,7 @@ def test_one_image_and_many_are_described_alike(descriptors: Descriptors, classi
     np.testing.assert_allclose(one[0], many[4], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "views", "order", "source"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "views", "order", "confidence", "source"])
 def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Path, damage: str):
     path = tmp_path / DESCRIPTORS
     descriptors.save(path)
@@ -293,6 +318,8 @@ def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Pat
     elif damage == "order":  # as of a version that made its views in another
         assert content.count(b"[0, 0, true]") == 1
         path.write_bytes(content.replace(b"[0, 0, true]", b"[1, 0, true]"))
+    elif damage == "confidence":  # likewise
+        path.write_bytes(content.replace(b'\\"confidence\\": 4.0', b'\\"confidence\\": 0.0'))
     else:
         path.write_bytes(content.replace(b'\\"features\\"', b'\\"feat:res\\"'))
     with pytest.raises(IndexStateError, match="build the index again"):

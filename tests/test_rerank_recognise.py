@@ -22,7 +22,7 @@ from tmm_engine.rerank.backbone import Precision
 from tmm_engine.rerank.blending import apply_trigger
 from tmm_engine.rerank.columns import GLOBAL_FEATURE, STRETCHED_FEATURE
 from tmm_engine.rerank.global_trigger import GlobalTrigger, make_global_trigger
-from tmm_engine.rerank.recognise import ROUNDING, Recognised, chord, recognise_nearest
+from tmm_engine.rerank.recognise import ROUNDING, Recognised, chord, comes_first, recognise_nearest
 from tmm_engine.rerank.reference import reference_discriminant_scores
 from tmm_engine.rerank.score import dummy_scores
 from tmm_engine.rerank.settings import MIN_RECOGNITION, Score
@@ -136,6 +136,23 @@ def test_by_cosine_similarity_it_is_the_ratio_of_chords_whatever_the_length(feat
     found = recognise_nearest(features, nearest, metric=Metric.COSINE, threshold=threshold)
     assert found == Recognised.nearest(5, (chord(cosines[0]), chord(cosines[1])), threshold=threshold)
     assert found == recognise_nearest(3.0 * features, nearest[:2], metric=Metric.COSINE, threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rank", "exemplars", "expected"),
+    [
+        (0.89, 59_999, 60_000, True),  # somewhat nearer than the second, wherever it ranks
+        (0.9, 59_999, 60_000, False),
+        (0.99, 49, 60_000, True),  # among the best fifty
+        (0.99, 50, 60_000, False),
+        (0.99, 9, 400, True),  # of few exemplars among the fortieth part
+        (0.99, 10, 400, False),
+        (0.99, 0, 39, False),
+    ],
+)
+def test_the_nearest_comes_first_where_either_tells(ratio: float, rank: int, exemplars: int, expected: bool):
+    recognised = Recognised.nearest(7, (ratio, 1.0), threshold=0.5)
+    assert comes_first(recognised, rank, exemplars) is expected
 
 
 @pytest.mark.parametrize("metric", Metric)
