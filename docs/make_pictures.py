@@ -18,6 +18,7 @@ from tmm_engine.digits import load_digits
 from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.descriptors.columns import describer_of
 from tmm_engine.index.descriptors.views import symmetric_views
+from tmm_engine.options import RECOGNITION
 from tmm_engine.rerank import preset
 
 mpl.use("Agg")
@@ -130,14 +131,14 @@ def draw_gate(engine, index, images):
     ):
         shares = np.full(len(values), 100 / len(values))
         axes.hist(values, np.linspace(0, 1, 41), weights=shares, color=colour, alpha=0.75, label=label)
-    axes.axvline(0.8, color=INK, linewidth=1.2, linestyle=":")
+    axes.axvline(RECOGNITION, color=INK, linewidth=1.2, linestyle=":")
     axes.text(0.79, axes.get_ylim()[1] * 0.92, "taken for copies", ha="right", fontsize=8)
     axes.set_xlabel("distance to the nearest exemplar ÷ distance to the second nearest")
     axes.set_ylabel("% of them")
     axes.legend(frameon=False, loc="upper left", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, "gate")
-    return np.mean(np.array(copies) < 0.8), np.mean(np.array(others) < 0.8)
+    return np.mean(np.array(copies) < RECOGNITION), np.mean(np.array(others) < RECOGNITION)
 
 
 def draw_trigger(engine, images):

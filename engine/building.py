@@ -38,7 +38,7 @@ def build_index(
         source: The exemplars, or what `open_source` takes: a folder, a Parquet file, a `datasets.Dataset`, …
         index: A folder that does not exist yet, or an index to replace.
         classifier: Computes the features.
-        views: Symmetric views that the descriptors of mode ``robust`` are the mean of, 1 to 10: so many more passes
+        views: Symmetric views that the descriptors of mode ``robust`` look at, 1 to 10: so many more passes
             of the network over the images. 0: no descriptors.
         recogniser: The layer that recognises copies, as in ``layer2:4x4``, or ``pixels``; None: the one that does best
             on a sample of the images.

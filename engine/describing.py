@@ -50,7 +50,7 @@ def describe(
     Args:
         source: The exemplars; read once for each.
         classifier: The index's.
-        views: Symmetric views that descriptors are the mean of, 1 to 10; 0: no descriptors.
+        views: Symmetric views that descriptors look at, 1 to 10; 0: no descriptors.
         recogniser: The layer that recognises copies, as in ``layer2:4x4``; None: the one that does best.
         global_trigger: As `build_index`.
         progress: Told of images read and measured.

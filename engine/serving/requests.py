@@ -249,7 +249,7 @@ class NewCollection(Given):
         ),
     ] = None
     views: Annotated[
-        int, Field(ge=0, le=MAX_VIEWS, description="What the descriptors of mode robust are the mean of; 0: none.")
+        int, Field(ge=0, le=MAX_VIEWS, description="Views that the descriptors of mode robust look at; 0: none.")
     ] = DEFAULT_VIEWS
     recogniser: Annotated[
         str | None, Field(description="The layer that recognises copies; by default what does best on a sample.")

@@ -216,7 +216,7 @@ def _joined(parts: Sequence[Activations]) -> Activations:
 def _recogniser(
     sample: _Sample, layers: Sequence[Layer], asked_for: Layer | None
 ) -> tuple[Descriptor, list[dict[str, Any]]]:
-    """The layer that finds changed exemplars best: by mean reciprocal rank, in hundredths, then by Lowe's ratio."""
+    """The layer that finds changed exemplars best: by mean reciprocal rank, in thousandths, then by Lowe's ratio."""
     measured: list[dict[str, Any]] = []
     for layer in layers if sample.queries else []:
         part = sample.part(layer, 1.0, RECOGNISING)
@@ -234,7 +234,7 @@ def _recogniser(
     if asked_for is not None:
         chosen = asked_for
     elif measured:
-        best = max(measured, key=lambda found: (round(found["mrr"], 2), -found["ratio"]))
+        best = max(measured, key=lambda found: (round(found["mrr"], 3), -found["ratio"]))
         chosen = Layer.parse(best["layer"])
     else:
         chosen = _usual(layers)

@@ -44,7 +44,7 @@ class Descriptors:
     Attributes:
         recogniser: Tells copies of an exemplar from other images.
         robust: Ranks.
-        views: How many symmetric views both are the mean of, 1 to `MAX_VIEWS`.
+        views: How many symmetric views they look at, 1 to `MAX_VIEWS`.
         report: How they were chosen, as plain values.
     """
 
