@@ -132,7 +132,7 @@ def draw_gate(engine, index, images):
         shares = np.full(len(values), 100 / len(values))
         axes.hist(values, np.linspace(0, 1, 41), weights=shares, color=colour, alpha=0.75, label=label)
     axes.axvline(RECOGNITION, color=INK, linewidth=1.2, linestyle=":")
-    axes.text(0.79, axes.get_ylim()[1] * 0.92, "taken for copies", ha="right", fontsize=8)
+    axes.text(RECOGNITION - 0.01, axes.get_ylim()[1] * 0.92, "taken for copies", ha="right", fontsize=8)
     axes.set_xlabel("distance to the nearest exemplar ÷ distance to the second nearest")
     axes.set_ylabel("% of them")
     axes.legend(frameon=False, loc="upper left", fontsize=8)

@@ -28,12 +28,12 @@ class Nearest:
     """The exemplars nearest to one query.
 
     Attributes:
-        rows: Nearest first; ties in order of id.
+        rows: Nearest first, ties in order of id; before them the nearest by the recogniser, where it comes first.
         scores: Minus the L2 distance, or the cosine similarity.
         query: The features that they are nearest to; where the query was recognised, moved to the exemplar's.
         recognised: The exemplar that the query may be a copy of, where that was asked.
         agreement: As `index.neighbours.search.Found` has it.
-        put_first: Whether the first is so by the recogniser, and has not the largest score of all.
+        put_first: Whether the first is so by the recogniser, and has not the largest score.
     """
 
     rows: Int64[np.ndarray, "k"]
@@ -155,7 +155,7 @@ class NearestSearch:
                 features = _moved(features, recognised, neighbours)
         first = compared.gate is not None and compared.gate.puts_first
         with timings.step("neighbours"):
-            found = neighbours.ranked(features, k=max(k, first_among(len(self._store))) if first else k)
+            found = neighbours.ranked(features, k=k, reach=first_among(len(self._store)) if first else 0)
         answers = [
             Nearest(own.rows, own.scores, query=query, recognised=copy, agreement=own.agreement)
             for own, query, copy in zip(found, features, recognised, strict=True)
@@ -171,13 +171,15 @@ class NearestSearch:
         rank = int(places[0]) if len(places) else len(self._store)
         if rank == 0 or not comes_first(copy, rank, len(self._store)):
             return replace(found, rows=rows[:k], scores=scores[:k])
-        own = exact_scores(found.query, neighbours.features(np.array([copy.row])), neighbours.metric)
+        own = scores[places]
+        if not len(places):
+            own = exact_scores(found.query, neighbours.features(np.array([copy.row])), neighbours.metric)
         others = rows != copy.row
         return replace(
             found,
             rows=np.concatenate([[copy.row], rows[others]])[:k],
             scores=np.concatenate([own, scores[others]])[:k],
-            put_first=True,
+            put_first=bool(own[0] < scores[0]),
         )
 
     def recognised(self, gate: Gate, metric: Metric, timings: Timings) -> list[Recognised | None]:
@@ -224,9 +226,11 @@ class NearestSearch:
         other._made = {key: made.with_effort(effort) for key, made in self._made.items()}
         return other
 
-    def neighbours(self, queries: Float32[np.ndarray, "q d"], metric: Metric, *, column: str, k: int) -> list[Found]:
+    def neighbours(
+        self, queries: Float32[np.ndarray, "q d"], metric: Metric, *, column: str, k: int, reach: int
+    ) -> list[Found]:
         """The exemplars nearest to features in a column; see `Neighbours.ranked`."""
-        return self._neighbours(metric, column, Timings(len(queries))).ranked(queries, k=k)
+        return self._neighbours(metric, column, Timings(len(queries))).ranked(queries, k=k, reach=reach)
 
     def keep(self, cache: FaissCache) -> None:
         """Put what was built without a cache into one."""

@@ -110,7 +110,8 @@ class SearchResult(Exports):
     Attributes:
         query: The query's name: its path, its id, or its position in the list that was passed.
         mode: ``robust``, ``tmm``, ``l2`` or ``cosine``.
-        hits: At most k hits, best first; ties in order of id.
+        hits: At most k hits, best first; ties in order of id. In mode ``robust`` the first may be so by what
+            recognises copies, whatever its score (`put_first`).
         predicted_label: The model's prediction on the query.
         predicted_class: Its name.
         true_label: The number of the query's own label, where it has one that the index has too.
@@ -126,6 +127,8 @@ class SearchResult(Exports):
             is at least a half); else None.
         recognised_share: How far the query's features moved to those of the exemplar nearest to it, in [0, 1]
             (`rerank.recognise`); None where recognition is off.
+        put_first: Whether the first hit is so by what recognises copies, and has not the largest score
+            (`rerank.recognise.comes_first`).
         trigger: float32 (c, h, w) in pixel units, τ (tmm only).
         triggered_query: float32 (c, h, w), the blended query (tmm only).
         explanation: Examples and counter-examples, where they were asked for.
@@ -149,6 +152,7 @@ class SearchResult(Exports):
     query_image: UInt8[np.ndarray, "c h w"]
     recognised_as: str | None = None
     recognised_share: float | None = None
+    put_first: bool = False
     trigger: Float[np.ndarray, "c h w"] | None = None
     triggered_query: Float[np.ndarray, "c h w"] | None = None
     explanation: Explanation | None = None

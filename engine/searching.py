@@ -51,7 +51,7 @@ class _Found:
         ranked_by: What all exemplars were ranked by.
         ranking: Of TMM-NN, if it was that.
         agreement: Of search in less than fp32 with what is scored again.
-        put_first: Whether the first row is so by the recogniser, not by its score.
+        put_first: Whether the first row is so by the recogniser, and has not the largest score.
     """
 
     rows: Int64[np.ndarray, "k"]
@@ -402,7 +402,7 @@ class Searcher:
             np.rint(query.pixels * 255.0), shown.image(found.original)
         ):
             notes.append(f"recognised as {original}: ranked by what is like that exemplar")
-        elif found.put_first:
+        if found.put_first:
             notes.append(f"{self._store.ids[found.rows[0]]} comes first by what recognises copies, not by its score")
         precision, own = self._nearest.precision, found.ranked_by
         if ranking is None and precision not in (None, SearchPrecision.FP32):
@@ -429,6 +429,7 @@ class Searcher:
             notes=tuple(notes),
             recognised_as=original,
             recognised_share=None if recognised is None else recognised.share,
+            put_first=found.put_first,
             query_image=np.rint(query.pixels * 255.0).astype(np.uint8),
             trigger=ranking.view.found.trigger.cpu().numpy() if ranking else None,
             triggered_query=ranking.view.triggered.cpu().numpy() if ranking else None,

@@ -1,7 +1,7 @@
 """Recognition: is the query a copy of an exemplar, under noise? Then it is answered for as that exemplar.
 
 A search compares the query with every exemplar. Where the nearest is much nearer than the second nearest — Lowe's ratio
-test (IJCV 2004), whose 0.8 is the default here too —, the query's features move to that exemplar's and all are ranked
+test (IJCV 2004), who takes 0.8 —, the query's features move to that exemplar's and all are ranked
 again: most of the noise is gone, and with it its influence on the other neighbours. This is query expansion (Chum et
 al., ICCV 2007) by the one best match, with a gate.
 
@@ -62,6 +62,9 @@ FIRST_RATIO = 0.9
 FIRST_AMONG, FIRST_SHARE = 50, 1 / 40
 """It also does where it is among so many of the best, and among such a share of all exemplars."""
 
+TIED = 0.999
+"""From this ratio on the two nearest are not told apart, and neither comes first."""
+
 
 def comes_first(recognised: Recognised, rank: int, exemplars: int) -> bool:
     """Whether an answer begins with the exemplar that the recogniser finds nearest, wherever it ranks.
@@ -74,7 +77,7 @@ def comes_first(recognised: Recognised, rank: int, exemplars: int) -> bool:
         rank: Its place in the ranking, 0 is first.
         exemplars: How many are ranked.
     """
-    return recognised.ratio < FIRST_RATIO or rank < first_among(exemplars)
+    return recognised.ratio < FIRST_RATIO or (recognised.ratio < TIED and rank < first_among(exemplars))
 
 
 def first_among(exemplars: int) -> int:

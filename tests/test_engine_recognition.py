@@ -74,11 +74,32 @@ def test_what_the_recogniser_finds_nearest_comes_first_and_the_others_stay(class
         first, *others = [hit.id for hit in found.hits]
         note = f"{first} comes first by what recognises copies, not by its score"
         assert others == [other for other in plain if other != first][:19]
-        assert (note in found.notes) == (first != plain[0])
+        assert (note in found.notes) == found.put_first == (first != plain[0])
         assert found.recognised_as is None
         assert [hit.id for hit in many.search(image, k=1, **options).hits] == [first]
         put_first += first != plain[0]
     assert 5 < put_first < 40
+
+
+def test_of_two_that_the_recogniser_cannot_tell_apart_neither_comes_first(classifier: Classifier):
+    """Two images with the same means over the recogniser's cells; the query is one of them."""
+    images = IMAGES[:400].copy()
+    images[3] = images[7]
+    images[3, :4, :4] = images[7, :4, :4].T
+    assert not np.array_equal(images[3], images[7])
+    twins = Engine.from_arrays(images, LABELS[:400], classifier, views=1, recogniser="pixels:2x2")
+    found = twins.search(twins.exemplar(id_of(7)), k=5)
+    assert (found.hits[0].id, found.put_first) == (id_of(7), False)
+
+
+def test_approximate_search_puts_the_same_first(classifier: Classifier):
+    exact = Engine.from_arrays(IMAGES[:400], LABELS[:400], classifier, views=2)
+    graph = Engine.from_arrays(IMAGES[:400], LABELS[:400], classifier, views=2, neighbours="HNSW32,Flat")
+    image = (0.5 * np.roll(noisy(20), 1, axis=1)).astype(np.float32)
+    for k in (1, 5):
+        one, other = (engine.search(image, k=k, recognition=0.01) for engine in (exact, graph))
+        assert one.hits[0].id == other.hits[0].id
+        assert len(one.hits) == len(other.hits) == k
 
 
 # ---- what is found

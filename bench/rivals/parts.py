@@ -36,7 +36,7 @@ class Part:
 
     Attributes:
         source: FEATURES, PROBABILITIES, a layer (``pixels`` among them), a hash's name, RAW, CHOSEN or RECOGNISER.
-        views: Symmetric views that it is the mean of.
+        views: Symmetric views that are looked at.
         power: Of the variance that principal components are divided by; None: no projection.
         centred: Whether the exemplars' mean is subtracted.
         seen: What is done to images first.

@@ -69,7 +69,7 @@ from tmm_engine.cli.options import (
     type=click.IntRange(min=0, max=10),  # as index.descriptors.views, which is too heavy to import here
     default=4,
     show_default=True,
-    help="What the descriptors of mode robust are the mean of: so many more passes over the images. 0: none.",
+    help="Views that the descriptors of mode robust look at: so many more passes over the images. 0: none.",
 )
 @click.option(
     "--recogniser",

@@ -136,11 +136,17 @@ class Shard:
         return os.getpid()
 
     def neighbours(
-        self, rows: Rows | None, metric: Metric, column: str, queries: Float32[np.ndarray, "q d"], k: int
+        self,
+        rows: Rows | None,
+        metric: Metric,
+        column: str,
+        queries: Float32[np.ndarray, "q d"],
+        wanted: tuple[int, int],
     ) -> list[Found]:
-        """The k nearest of these rows (None: all) for each query, by their place among them."""
+        """The nearest of these rows (None: all) for each query, by their place among them; k and `reach` are wanted."""
+        k, reach = wanted
         nearest, _ = self._over(rows)
-        return nearest.neighbours(queries.copy(), metric, column=column, k=k)  # what Ray hands over is read-only
+        return nearest.neighbours(queries.copy(), metric, column=column, k=k, reach=reach)  # Ray's are read-only
 
     def features(self, part: int, rows: Rows | None, chosen: Rows | None, how: Pass) -> list[np.ndarray]:
         """φ(x_i^t) of those chosen among the rows (None: all), by their places, for each trigger."""

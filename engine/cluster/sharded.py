@@ -114,18 +114,18 @@ class ShardedNeighbours(Neighbours):
         """Of some rows, read here."""
         return self._view.store.features(rows, column=self._column)
 
-    def ranked(self, queries: Float32[np.ndarray, "q d"], *, k: int) -> list[Found]:
+    def ranked(self, queries: Float32[np.ndarray, "q d"], *, k: int, reach: int = 0) -> list[Found]:
         """As `Neighbours.ranked`: scores are computed alike wherever the exemplars are, and ties break by id."""
         if not len(queries):
             return []
         view = self._view
-        answers = view.ask("neighbours", lambda piece: (self.metric, self._column, queries, k))
+        answers = view.ask("neighbours", lambda piece: (self.metric, self._column, queries, (k, reach)))
         pairs = [(piece.start, answer) for piece, answer in zip(view.pieces(), answers, strict=True) if answer]
         found = []
         for query in range(len(queries)):
             rows = np.concatenate([start + answer[query].rows for start, answer in pairs])
             scores = np.concatenate([answer[query].scores for _, answer in pairs])
-            best = best_first(scores, rows, view.store.ids, k=k)
+            best = best_first(scores, rows, view.store.ids, k=max(k, reach))
             agreement = float(np.mean([answer[query].agreement for _, answer in pairs]))
             found.append(Found(rows[best], scores[best], agreement))
         return found

@@ -69,6 +69,9 @@ class ResultAnswer(BaseModel):
     notes: list[str]
     recognised_as: str | None = Field(description="Id of the exemplar that the query was taken for a copy of.")
     recognised_share: float | None
+    put_first: bool = Field(
+        description="Whether the first hit is so by what recognises copies, and has not the largest score."
+    )
     explanation: ExplanationAnswer | None = None
     score_meaning: str
     confidence_meaning: str | None

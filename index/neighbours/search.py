@@ -122,15 +122,22 @@ class Neighbours:
         """
         return [(found.rows, found.scores) for found in self.ranked(queries, k=k)]
 
-    def ranked(self, queries: Float32[np.ndarray, "q d"], *, k: int) -> list[Found]:
-        """As `search`, and how far what found the candidates agrees."""
+    def ranked(self, queries: Float32[np.ndarray, "q d"], *, k: int, reach: int = 0) -> list[Found]:
+        """As `search`, and how far what found the candidates agrees.
+
+        Args:
+            queries: In the column.
+            k: How many are wanted.
+            reach: So many are given, if that is more; fewer of them, but k, where an approximate index finds no more.
+        """
         if not len(queries):
             return []
-        wanted = k + MARGIN if self._finder is None else max(k + MARGIN, self._effort.fetched(k))
+        most = max(k, reach)
+        wanted = most + MARGIN if self._finder is None else max(most + MARGIN, self._effort.fetched(most))
         found = self._found(queries, fetch=min(len(self._store), wanted))
         chosen = [rows[rows >= 0] for rows in found]
         return [
-            self._best(query, rows, features, k)
+            self._best(query, rows, features, k=k, most=most)
             for query, rows, features in zip(queries, chosen, self._each(chosen), strict=True)
         ]
 
@@ -139,24 +146,27 @@ class Neighbours:
         query: Float32[np.ndarray, "d"],
         rows: Int64[np.ndarray, "found"],
         features: Float32[np.ndarray, "found d"],
+        *,
         k: int,
+        most: int,
     ) -> Found:
         first, scores = rows[:k], exact_scores(query, features, self.metric)
         if len(rows) < min(k, len(self._store)):
             if self._finder is not None:
-                return self._exact().ranked(query[None], k=k)[0]
+                return self._exact().ranked(query[None], k=k, reach=most)[0]
             rows = np.arange(len(self._store))  # distances that are infinite in float32
             scores = self._scored(query, rows)
         fetched = len(rows)
-        while k < fetched < len(self._store) and self._unsettled(query, scores, k):
+        edge = most if most < fetched else k
+        while edge < fetched < len(self._store) and self._unsettled(query, scores, edge):
             wider = min(len(self._store), 4 * fetched)
             rows = self._found(query[None], fetch=wider)[0]
             rows = rows[rows >= 0]
             if len(rows) <= fetched:
                 break  # an approximate index has no more to give
             fetched, scores = len(rows), self._scored(query, rows)
-        best = best_first(scores, rows, self._store.ids, k=k)
-        agreement = len({*first.tolist()} & {*rows[best].tolist()}) / len(first) if len(first) else 1.0
+        best = best_first(scores, rows, self._store.ids, k=most)
+        agreement = len({*first.tolist()} & {*rows[best[:k]].tolist()}) / len(first) if len(first) else 1.0
         return Found(rows[best], scores[best], agreement)
 
     def _exact(self) -> "Neighbours":
