@@ -39,7 +39,7 @@ class Prefilter(StrEnum):
     ROBUST = "robust"  # the index's descriptors
 
 
-RECOGNITION = 0.75
+RECOGNITION = 0.7
 """The ratio of distances below which mode ``robust`` takes a query for a copy of an exemplar (Lowe, IJCV 2004)."""
 
 
@@ -84,7 +84,7 @@ class SearchOptions:
             was. None: as the configuration says for ``tmm``, not for ``l2`` and ``cosine``; ``robust`` always does.
         recognition: Answer for a query as for the exemplar nearest to it, where that one's distance is a smaller part
             of the second nearest's than this, in (0, 1] (`rerank.recognise`). By the recogniser where the index has
-            descriptors; else by what ranks, among candidates, if there are any. False: never. None: 0.75 for
+            descriptors; else by what ranks, among candidates, if there are any. False: never. None: 0.7 for
             ``robust``, as the configuration says for ``tmm``, never for ``l2`` and ``cosine``. Where ``robust``
             recognises, the exemplar that the recogniser finds nearest may come first without being taken for the
             query: see `rerank.recognise.comes_first`.

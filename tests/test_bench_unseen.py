@@ -149,5 +149,5 @@ def test_other_names_are_refused(text: str, message: str):
 
 
 def test_settings_go_into_the_records():
-    assert Method.parse("robust").settings() == {"views": 4, "recogniser": None, "recognition": 0.75}
+    assert Method.parse("robust").settings() == {"views": 4, "recogniser": None, "recognition": 0.7}
     assert Method.parse("layer,recogniser=pixels").settings() == {"views": 1, "recogniser": "pixels:8x8"}

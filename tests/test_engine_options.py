@@ -54,7 +54,7 @@ def test_the_default_mode_is_robust_and_tmm_where_an_option_of_its_own_is_given(
     for own in ({"candidates": 5}, {"config": "fast"}, {"label": 0}, {"together": True}):
         assert SearchOptions(**own).mode == Mode.TMM
     assert SearchOptions(mode="tmm").tmm == preset("paper")
-    assert (options.stretches, options.threshold) == (True, 0.75)
+    assert (options.stretches, options.threshold) == (True, 0.7)
     for mode in ("l2", "cosine"):
         assert (SearchOptions(mode=mode).stretches, SearchOptions(mode=mode).threshold) == (False, None)
 

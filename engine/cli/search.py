@@ -112,7 +112,7 @@ FLAGS = {"settings": "set"}
     callback=ratio,
     metavar="RATIO|off",
     help="Answer for a query as for the nearest exemplar, if its distance is below this part of the second nearest's. "
-    "Default: 0.75 for robust, as the preset says for tmm (fast: 0.8), off for l2 and cosine.",
+    "Default: 0.7 for robust, as the preset says for tmm (fast: 0.8), off for l2 and cosine.",
 )
 @click.option(
     "--explain",
