@@ -85,7 +85,7 @@ def draw_views(images):
     """What mode robust makes of a query before the network sees it."""
     pixels = torch.from_numpy(changed(images[ROW : ROW + 1], "dark"))
     drawn = [("query", pixels), ("contrast stretched", stretch_contrast(pixels))]
-    names = ("view 1: itself", "view 2: blurred", "view 3: moved", "view 4: moved, blurred")
+    names = ("view 1: itself", "view 2: blurred", "view 3: moved down", "view 4: moved up")
     drawn += list(zip(names, symmetric_views(pixels, 4), strict=True))
     figure, grid = plt.subplots(1, len(drawn), figsize=(10.4, 2.0))
     for axes, (name, picture) in zip(grid, drawn, strict=True):

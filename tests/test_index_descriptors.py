@@ -60,6 +60,13 @@ def test_darkening_changes_no_view():
         torch.testing.assert_close(bright, dark, rtol=0, atol=1e-5)
 
 
+def test_views_of_small_images_are_moved_by_a_sixteenth_as_well():
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    _, _, moved, *_ = symmetric_views(image, 3)
+    stretched = stretch_contrast(image)
+    torch.testing.assert_close(moved, (stretched + shifted(stretched, 1, 0)) / 2)  # half a pixel
+
+
 @pytest.mark.parametrize(("down", "right"), [(2, 0), (-2, 0), (0, 3), (0, -3), (1, -1), (0, 0)])
 def test_a_shift_moves_pixels_and_repeats_the_edge(down: int, right: int):
     image = torch.arange(64.0).reshape(1, 1, 8, 8)

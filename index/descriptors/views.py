@@ -45,10 +45,17 @@ def symmetric_views(images: Float[Tensor, "n c h w"], count: int) -> Iterator[Fl
     """
     stretched = stretch_contrast(images)
     height, width = images.shape[-2:]
-    down, right = (max(1, round(SHIFT * side)) for side in (height, width))
     for y, x, blurred in ORDER[:count]:
-        view = shifted(stretched, y * down, x * right) if y or x else stretched
+        view = _moved(stretched, y, x) if y or x else stretched
         yield blur(view, BLUR * min(height, width)) if blurred else view
+
+
+def _moved(images: Float[Tensor, "n c h w"], down: int, right: int) -> Float[Tensor, "n c h w"]:
+    """By so many times `SHIFT` of each side, in whole pixels; in small images, where that is less than one, in part."""
+    shares = [SHIFT * side for side in images.shape[-2:]]
+    whole = shifted(images, *(sign * max(1, round(share)) for sign, share in zip((down, right), shares, strict=True)))
+    share = min(1.0, *(share for sign, share in zip((down, right), shares, strict=True) if sign))
+    return whole if share == 1.0 else images.lerp(whole, share)
 
 
 def shifted(images: Float[Tensor, "n c h w"], down: int, right: int) -> Float[Tensor, "n c h w"]:
