@@ -38,7 +38,8 @@ SAMPLE, QUERIES = 1000, 150  # exemplars that are found, and changed, at most
 NEIGHBOURS = 10
 SHARE, LEAST_IMAGES = 0.1, 200  # of what building takes, that measuring may take; or what so many images take
 RECOGNISING, RANKING = 0.5, 0.25  # powers of the variance: whitened, and half so
-RANKING_DIMENSIONS, PER_DIMENSION = 256, 4  # of the layer that ranks, at most, and exemplars of the sample for each
+RANKING_DIMENSIONS = 256  # of the layer that ranks, at most; the recogniser's are `DIMENSIONS`
+PER_DIMENSION = 2  # exemplars of the sample for each: whitened in as many as there are, all would be equally far apart
 # Of the similarity; no fewer of features and probabilities: images that a network was trained on keep their class more
 # easily than those that it has never seen, so that a sample of them would let both go (docs/ROBUST.md).
 FEATURE_WEIGHT, PROBABILITY_WEIGHT, LAYER_WEIGHT = 1.0, 4.0, 1.0
@@ -203,7 +204,8 @@ class _Sample:
         plain = Part(source, weight, mean)
         if not isinstance(source, Layer) or len(output) < FEWEST:
             return plain
-        projection = Projection.fit(plain(self.clean[:1], self.head), power=power, dimensions=dimensions)
+        known = min(dimensions, len(output) // PER_DIMENSION)
+        projection = Projection.fit(plain(self.clean[:1], self.head), power=power, dimensions=known)
         return replace(plain, projection=projection)
 
 
@@ -251,9 +253,10 @@ def _robust(sample: _Sample, layers: Sequence[Layer]) -> tuple[Descriptor, list[
     """Features, probabilities, one layer and so much of pixels that neighbours change least and keep their class."""
     features, pixels = sample.part(FEATURES, FEATURE_WEIGHT, 0.0), sample.part(PIXEL_LAYER, 1.0, 0.0)
     probabilities = sample.part(PROBABILITIES, PROBABILITY_WEIGHT, 0.0)
-    dimensions = min(RANKING_DIMENSIONS, max(1, len(sample.clean[0].features) // PER_DIMENSION))
     middle = [
-        sample.part(layer, LAYER_WEIGHT, RANKING, dimensions=dimensions) for layer in layers if layer != PIXEL_LAYER
+        sample.part(layer, LAYER_WEIGHT, RANKING, dimensions=RANKING_DIMENSIONS)
+        for layer in layers
+        if layer != PIXEL_LAYER
     ]
 
     def mixture(pixel_weight: float, layer: Part | None) -> tuple[Part, ...]:
