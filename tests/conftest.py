@@ -2,7 +2,6 @@
 
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -150,8 +149,7 @@ def ray() -> Iterator[ModuleType]:
     """Ray on this machine, with room for two workers."""
     found: ModuleType = pytest.importorskip("ray")
     root = Path(__file__).parents[1]
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lance is not fork-safe")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PYTHONPATH", f"{root}:{os.environ.get('PYTHONPATH', '')}")
         found.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)

@@ -195,7 +195,7 @@ def test_where_there_are_descriptors_every_mode_recognises_by_their_recogniser(d
         found = described.search(image, **options)
         assert found.recognised_as == robust.recognised_as
         assert found.recognised_share == pytest.approx(robust.recognised_share, abs=1e-5)
-        if found.recognised_as is not None:
+        if found.recognised_share > 0.99:  # a stranger may be moved by a part of the way
             itself = described.search(described.exemplar(found.recognised_as), **options)
             assert [hit.id for hit in found.hits] == [hit.id for hit in itself.hits]
     without = described.search(noisy(3), **options | {"recognition": False})
