@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tmm_engine.backends import require_onnx
 from tmm_engine.bench.latency_photographs import time_photographs
+from tmm_engine.bench.latency_robust import time_robust
 from tmm_engine.bench.machine import describe_machine
 from tmm_engine.bench.peak import peak_of_build, peak_of_search
 from tmm_engine.index.batches import forward_batch_size
@@ -47,7 +48,18 @@ from tmm_engine.rerank.reference import LiteralModel, reference_fisher, referenc
 from tmm_engine.rerank.settings import GLOBAL_PRESET, QueryTrigger, preset
 from tmm_engine.rerank.tmm import TmmNN
 
-GROUPS = ("card", "neighbours", "triggers", "forward", "growth", "agreement", "reference", "build", "photographs")
+GROUPS = (
+    "card",
+    "neighbours",
+    "triggers",
+    "forward",
+    "growth",
+    "agreement",
+    "reference",
+    "build",
+    "robust",
+    "photographs",
+)
 """What is measured together; ``card`` on a GPU only."""
 
 SIZES = (2_000, 5_000, 10_000, 20_000, 60_000)
@@ -93,6 +105,10 @@ class Latency:
         trigger = sum((ranking.timings["trigger"] for ranking in rankings if isinstance(ranking, Ranking)), 0.0)
         self.records.append(Record(path, exemplars, seconds, trigger))
         return result
+
+    def forget(self, *paths: str) -> None:
+        """Drop all timings of these paths, which were to warm up."""
+        self.records = [record for record in self.records if record.path not in paths]
 
     def _wait(self) -> None:
         if self.device != "cpu":
@@ -179,7 +195,7 @@ class LatencyBench:
             self.latency.time("pass bf16", n, lambda: [passed(images=chunk) for chunk in chunks])
             self.latency.time("products bf16", MATRIX, lambda: [multiply() for _ in range(PRODUCTS)])
             if repeat == 0:
-                self._forget("pass bf16", "products bf16")
+                self.latency.forget("pass bf16", "products bf16")
         with FlopCounterMode(display=False) as counter:
             passed(images=chunks[0][:1])
         rate = 2 * MATRIX**3 * PRODUCTS / self.latency.median("products bf16", MATRIX)  # operations a second
@@ -206,7 +222,7 @@ class LatencyBench:
             if onnx is not None:
                 time_("exact onnx", n, lambda: onnx.rank(self.queries[0], k=10, config=self.config))
             if repeat == 0:
-                self._forget("forward fp32", "forward bf16", "exact", "exact bf16", "exact onnx")
+                self.latency.forget("forward fp32", "forward bf16", "exact", "exact bf16", "exact onnx")
         latency = self.latency
         forward = latency.median("forward fp32", n)
         whole, exact = latency.median("exact", n), latency.median("exact", n, without_trigger=True)
@@ -251,7 +267,7 @@ class LatencyBench:
         for repeat in range(self.repeats + 1):
             self.latency.time("exact beside reference", n, lambda: tmm.rank(self.queries[0], k=10, config=self.config))
             if repeat == 0:
-                self._forget("exact beside reference")
+                self.latency.forget("exact beside reference")
         best = min(self.latency.median(f"reference, batch {batch}", n) for batch in REFERENCE_BATCHES)
         without_fisher = best - self.latency.median("reference, Fisher alone", n)
         exact = self.latency.median("exact beside reference", n, without_trigger=True)
@@ -271,7 +287,7 @@ class LatencyBench:
             time_("16 triggers apart", TOGETHER, lambda: [make_trigger(tmm.classifier, x[None], full) for x in several])
             losses = {"plain": _trigger_loss(model, several[0], eager), "ours": float(ours.loss[0])}
             if repeat == 0:
-                self._forget("trigger, plain loop", "trigger", "16 triggers together", "16 triggers apart")
+                self.latency.forget("trigger, plain loop", "trigger", "16 triggers together", "16 triggers apart")
         self.latency.figures |= {
             "trigger_over_eager": self.latency.median("trigger", 1) / self.latency.median("trigger, plain loop", 1),
             "trigger_loss_eager": losses["plain"],
@@ -288,7 +304,7 @@ class LatencyBench:
         for repeat in range(self.repeats + 1):
             self._grow(searchers, near, self.queries[repeat % len(self.queries)])
             if repeat == 0:
-                self._forget("exact by size", "candidates", "global", "default")
+                self.latency.forget("exact by size", "candidates", "global", "default")
         exact = {size: self.latency.median("exact by size", size) for size in self.sizes}
         self.latency.figures |= {
             "candidates_over_exact": self.latency.median("candidates", largest) / exact[largest],
@@ -348,6 +364,12 @@ class LatencyBench:
             "build_peak_mib_large": large,
         }
 
+    def robust(self) -> None:
+        """The default of the engine: building in passes of the network, searching beside FAISS, of all exemplars."""
+        rows = np.arange(len(self.store))
+        source = ArraySource(self.store.images(rows), self.store.labels)
+        time_robust(self.latency, source, self.classifier, self.queries.cpu().numpy(), self.store.features(rows))
+
     def photographs(self) -> None:
         """Building from JPEG files of 640×480; nothing of the source."""
         time_photographs(self.latency, self.repeats)
@@ -381,9 +403,6 @@ class LatencyBench:
         noise = generator.standard_normal(images.shape).astype(np.float32)
         noise *= NOISE / np.linalg.norm(noise.reshape(count, -1), axis=1).reshape(-1, 1, 1, 1)
         return torch.from_numpy(np.clip(images + noise, 0, 1)).to(self.classifier.device)
-
-    def _forget(self, *paths: str) -> None:
-        self.latency.records = [record for record in self.latency.records if record.path not in paths]
 
 
 def _first(store: MemoryStore, count: int) -> MemoryStore:

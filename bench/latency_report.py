@@ -24,6 +24,7 @@ BARS = {  # figure -> (bound, whether it is a lower one)
     "l2_over_faiss": (1.5, False),
     "cosine_over_faiss": (1.5, False),
     "build_over_forward": (0.8, True),
+    "robust_over_faiss": (3.0, False),
     "photographs_build_over_slower_part": (0.8, True),
 }
 

@@ -1,5 +1,6 @@
 """`engine bench latency`: its statistics, its records, and that its figures are what the records say."""
 
+import copy
 import json
 import statistics
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from tmm_engine.bench import latency as module
 from tmm_engine.bench import latency_photographs
 from tmm_engine.bench.latency import Latency, LatencyBench, Record
 from tmm_engine.bench.latency_report import BARS, plot_growth, print_latency
+from tmm_engine.bench.latency_robust import SEARCHES, counted_passes
 from tmm_engine.bench.machine import describe_machine, memory_mib, peak_memory_mib, reset_peak_memory
 from tmm_engine.bench.peak import RandomImages, peak_of_build
 from tmm_engine.cli.main import main
@@ -29,6 +31,7 @@ from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
 from tmm_engine.rerank import TmmConfig, TmmNN
+from tmm_engine.rerank.backbone import specialised
 from tmm_engine.rerank.settings import PRESETS, QueryTrigger, TunedHead
 
 REPEATS = 2
@@ -67,6 +70,10 @@ PATHS = {  # path -> (exemplars, times)
     "reference, batch 1024": (40, 1),
     "build": (40, REPEATS),
     "forward beside build": (40, REPEATS),
+    "build, defaults": (60, 1),
+    "FAISS alone": (60, SEARCHES),
+    "search, cosine": (60, SEARCHES),
+    "search, robust": (60, SEARCHES),
     "photographs decoded": (6, REPEATS),
     "photographs, passes": (6, REPEATS),
     "photographs, build": (6, REPEATS),
@@ -217,13 +224,15 @@ def test_figures_are_what_the_records_say(measured):
         "l2_over_faiss": median("l2") / median("l2 by FAISS alone"),
         "cosine_over_faiss": median("cosine") / median("cosine by FAISS alone"),
         "build_over_forward": median("forward beside build") / median("build"),
+        "robust_over_cosine": median("search, robust") / median("search, cosine"),
+        "robust_over_faiss": median("search, robust") / median("FAISS alone"),
         "photographs_build_over_slower_part": max(median("photographs decoded"), median("photographs, passes"))
         / median("photographs, build"),
         "photographs_decoded_per_second": 6 / median("photographs decoded"),
     }
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
-    rest = {"bf16_agreement", "trigger_loss", "trigger_loss_eager", "peak_mib"}
+    rest = {"bf16_agreement", "trigger_loss", "trigger_loss_eager", "peak_mib", "build_passes"}
     rest |= {f"{built}_peak_mib_{size}" for built in ("build", "photographs") for size in ("small", "large")}
     assert figures.keys() == expected.keys() | rest
     assert 0.0 <= figures["bf16_agreement"] <= 1.0
@@ -311,6 +320,16 @@ def test_a_group_that_does_not_exist_is_refused(monkeypatch):
     bench = LatencyBench(digits(60), make_classifier(), repeats=1)
     with pytest.raises(InputError, match=r"unknown group 'groth' \(did you mean 'growth'\?\)"):
         bench.run(["groth"])
+
+
+def test_passes_of_any_copy_of_the_network_are_counted_and_only_while_asked():
+    classifier, images = make_classifier(), torch.zeros(5, 1, 8, 8)
+    with counted_passes() as passed:
+        classifier.features(images)
+        specialised(classifier).features(images[:2])
+        copy.deepcopy(classifier).logits(classifier.features(images[:3]))
+    classifier.features(images)
+    assert passed == [5, *passed[1:-2], 2, 3]  # between: what a specialised copy is compared by
 
 
 # ---- the card
