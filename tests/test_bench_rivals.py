@@ -20,7 +20,7 @@ from tmm_engine.bench.rivals.hashes import HASHES, hashed
 from tmm_engine.bench.rivals.images import median_filtered, with_own_statistics
 from tmm_engine.bench.rivals.keeping import vectors_of
 from tmm_engine.bench.rivals.parts import RECOGNISER, Part, Passes
-from tmm_engine.bench.rivals.reranking import K1, OWN, expanded, gated, k_reciprocal
+from tmm_engine.bench.rivals.reranking import GATES, K1, OWN, expanded, gated, k_reciprocal
 from tmm_engine.bench.rivals.roster import roster
 from tmm_engine.bench.suite import Suite
 from tmm_engine.index import ArraySource
@@ -134,6 +134,24 @@ def test_a_gate_moves_a_copy_to_its_exemplar_and_leaves_others() -> None:
     assert taken.tolist() == [True, False]
     assert torch.allclose(scores[0], exemplars @ exemplars[3], atol=1e-3)
     assert torch.allclose(scores[1], exemplars @ queries[1], atol=0.1)
+
+
+def test_what_comes_first_is_what_the_rule_says() -> None:
+    """The recogniser's nearest, exemplar 7, ranks fourth; its ratio is 0.95, which only the rank and `always` take."""
+    exemplars = torch.eye(200)[:160]
+    by_rank = torch.zeros(200)
+    by_rank[:3], by_rank[7] = 0.5, 0.25
+    by_rank = normalize(by_rank, dim=0)
+    nearest, second = 0.5, 1 - (1 - 0.5) / 0.95**2
+    copy = torch.zeros(200)
+    copy[7], copy[8] = nearest, second
+    copy[199] = (1 - copy.square().sum()).sqrt()
+    first = {}
+    for name, rule in GATES.items():
+        scores, taken = gated(by_rank[None], exemplars, (copy[None], exemplars), threshold=0.7, first=rule)
+        assert not taken[0]
+        first[name] = int(scores[0].argmax())
+    assert first == {"gate": 7, "never first": 0, "first by ratio": 0, "first by rank": 7, "always first": 7}
 
 
 def test_expansion_is_the_weighted_sum_with_the_nearest() -> None:

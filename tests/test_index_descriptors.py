@@ -89,17 +89,21 @@ def test_blur_keeps_the_mean_of_a_flat_image_and_lessens_differences():
     assert blur(torch.ones(1, 1, 1, 1), 1.0).shape == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("views", [1, 2, 4])
-def test_what_the_network_says_of_a_view_counts_by_its_confidence(classifier: Classifier, views: int):
-    """By hand: weights are exp(−4 · entropy), over their sum."""
+@pytest.mark.parametrize(
+    ("views", "confidence"), [(1, CONFIDENCE), (2, CONFIDENCE), (4, CONFIDENCE), (4, 0.0), (4, 1.0)]
+)
+def test_what_the_network_says_of_a_view_counts_by_its_confidence(
+    classifier: Classifier, views: int, confidence: float
+):
+    """By hand: weights are exp(−confidence · entropy), over their sum."""
     taps = Taps(classifier, ())
     seen = [taps(view) for view in symmetric_views(torch.from_numpy(DIGITS[:9]) / 255.0, views)]
     mean = torch.full((seen[0].features.shape[1],), 0.1)
-    found = Part(FEATURES, 1.0, mean)(seen, classifier.head)
+    found = Part(FEATURES, 1.0, mean, confidence=confidence)(seen, classifier.head)
     for row in range(9):
         probabilities = [classifier.head(view.features[row]).softmax(0) for view in seen]
         entropies = [-float((p * p.log()).nansum()) for p in probabilities]
-        weights = np.exp(-CONFIDENCE * np.array(entropies))
+        weights = np.exp(-confidence * np.array(entropies))
         units = [((view.features[row] - mean) / (view.features[row] - mean).norm()) for view in seen]
         expected = sum(float(w) * unit for w, unit in zip(weights / weights.sum(), units, strict=True))
         torch.testing.assert_close(found[row], expected / expected.norm(), rtol=0, atol=1e-5)

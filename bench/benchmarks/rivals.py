@@ -23,7 +23,7 @@ from tmm_engine.bench.options import check_folders, held_out_options, k_option, 
 from tmm_engine.bench.records import Record, RecordFile
 from tmm_engine.bench.rivals.keeping import Vectors, vectors_of
 from tmm_engine.bench.rivals.parts import RAW, RECOGNISER, SAMPLE, Part, Passes
-from tmm_engine.bench.rivals.reranking import expanded, gated, k_reciprocal
+from tmm_engine.bench.rivals.reranking import GATES, expanded, gated, k_reciprocal
 from tmm_engine.bench.rivals.roster import STRETCHED, Rival, roster
 from tmm_engine.bench.statistics import bootstrap_interval, by_query, paired_difference
 from tmm_engine.bench.suite import Suite
@@ -146,7 +146,7 @@ def measure_rivals(
     rivals = roster(find_layers(suite.classifier)) if rivals is None else rivals
     looked_at = [part for rival in rivals for _, part in rival.parts]
     looked_at += [
-        Part(RECOGNISER, part.views) for rival in rivals if rival.reranking == "gate" for _, part in rival.parts
+        Part(RECOGNISER, part.views) for rival in rivals if rival.reranking in GATES for _, part in rival.parts
     ]
     passes = Passes(suite.classifier, calibrated, looked_at)
     rivals = [rival for rival in rivals if all(passes.available(part) for _, part in rival.parts)]
@@ -193,10 +193,10 @@ class _Similarities:
         """Larger is nearer; and which queries were taken for copies, where that is looked at."""
         (_, first), *_ = rival.parts
         own, theirs = self._queries[first], self._exemplars[first]
-        if rival.reranking == "gate":
+        if rival.reranking in GATES:
             by = Part(RECOGNISER, first.views)
             copies = self._queries[by], self._exemplars[by]
-            scores, flags = gated(own, theirs, copies, threshold=self._threshold)
+            scores, flags = gated(own, theirs, copies, threshold=self._threshold, first=GATES[rival.reranking])
             return scores, flags.tolist()
         if rival.reranking == "k-reciprocal":
             return k_reciprocal(own, theirs), None

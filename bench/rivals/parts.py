@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from tmm_engine.bench.rivals.images import median_filtered, with_own_statistics
 from tmm_engine.index.batches import forward_batch_size
 from tmm_engine.index.contrast import stretch_contrast
 from tmm_engine.index.descriptors.calibration import Calibrated
-from tmm_engine.index.descriptors.descriptor import FEATURES, PROBABILITIES, Descriptor, output_of
+from tmm_engine.index.descriptors.descriptor import CONFIDENCE, FEATURES, PROBABILITIES, Descriptor, output_of
 from tmm_engine.index.descriptors.descriptor import Part as Fitted
 from tmm_engine.index.descriptors.layers import Activations, Layer, Taps
 from tmm_engine.index.descriptors.projection import DIMENSIONS, Projection
@@ -40,6 +40,7 @@ class Part:
         power: Of the variance that principal components are divided by; None: no projection.
         centred: Whether the exemplars' mean is subtracted.
         seen: What is done to images first.
+        confidence: Instead of the engine's own, of CHOSEN (`index.descriptors.descriptor.Part`).
     """
 
     source: str | Layer
@@ -47,6 +48,7 @@ class Part:
     power: float | None = None
     centred: bool = True
     seen: Seen = "stretched"
+    confidence: float = CONFIDENCE
 
 
 class Passes:
@@ -129,8 +131,10 @@ class Passes:
         views = seen[part.seen][: part.views]
         if part.source == RAW:
             return views[0].features
-        by: Descriptor | Fitted = self._chosen.get(str(part.source)) or self._fitted[part]
-        return by(views, head)
+        chosen = self._chosen.get(str(part.source))
+        if chosen is None:
+            return self._fitted[part](views, head)
+        return Descriptor(tuple(replace(one, confidence=part.confidence) for one in chosen.parts))(views, head)
 
     def _seen(
         self, images: Float32[np.ndarray, "n c h w"], ways: set[Seen], *, views: int

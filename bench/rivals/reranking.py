@@ -3,16 +3,27 @@
 All take unit vectors and give a score for every exemplar; larger is nearer.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tmm_engine.rerank.recognise import Recognised, chord, comes_first
+from tmm_engine.rerank.recognise import FIRST_RATIO, TIED, Recognised, chord, comes_first, first_among
 
 ABOVE = 1e-3  # of all other scores, whose largest is at most 1
 K1, K2, OWN = 20, 6, 0.3  # of Zhong et al.: neighbours, neighbours averaged, share of the first ranking
+
+GATES: dict[str, Callable[[Recognised, int, int], bool]] = {
+    "gate": comes_first,
+    "never first": lambda recognised, rank, exemplars: False,
+    "first by ratio": lambda recognised, rank, exemplars: recognised.ratio < FIRST_RATIO,
+    "first by rank": lambda recognised, rank, exemplars: recognised.ratio < TIED and rank < first_among(exemplars),
+    "always first": lambda recognised, rank, exemplars: recognised.ratio < TIED,
+}
+"""Whether the recogniser's nearest begins an answer: the engine's own rule, and what it was chosen among."""
 
 
 def gated(
@@ -21,16 +32,18 @@ def gated(
     copies: tuple[Float[Tensor, "q e"], Float[Tensor, "n e"]],
     *,
     threshold: float,
+    first: Callable[[Recognised, int, int], bool] = comes_first,
 ) -> tuple[Float[Tensor, "q n"], Bool[np.ndarray, "q"]]:
     """Queries that are taken for copies answered for as the exemplar, as mode robust does (`rerank.recognise`).
 
-    An exemplar that `comes_first` has a score just above all others.
+    An exemplar that comes first has a score just above all others.
 
     Args:
         queries: By what ranks.
         exemplars: By the same.
         copies: Both by what recognises.
         threshold: Of the ratio.
+        first: Whether the nearest comes first; of what recognised it, its rank, and the number of exemplars.
 
     Returns:
         Scores, and which queries were taken for copies.
@@ -44,7 +57,7 @@ def gated(
         nearest.append((rows[0], recognised))
     scores = normalize(moved) @ exemplars.T
     for own, (row, recognised) in zip(scores, nearest, strict=True):
-        if comes_first(recognised, int((own > own[row]).sum()), len(exemplars)):
+        if first(recognised, int((own > own[row]).sum()), len(exemplars)):
             own[row] = own.max() + ABOVE
     return scores, np.array([recognised.share >= 0.5 for _, recognised in nearest])
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from tmm_engine.bench.rivals.hashes import HASHES
 from tmm_engine.bench.rivals.parts import CHOSEN, FEATURES, PROBABILITIES, RAW, RECOGNISER, Part
@@ -15,7 +15,10 @@ FEATURE_WEIGHTS, PIXEL_WEIGHTS, PROBABILITY_WEIGHTS = (0.5, 1.0, 2.0), (0.0, 0.5
 MIXED_VIEWS = 4
 WHOLE = 64  # cells a side: every pixel of a small image
 
-Reranking = Literal["gate", "expansion 2", "expansion 5", "k-reciprocal"]
+CONFIDENCES = (0.0, 1.0)  # beside the engine's own
+
+Gate = Literal["gate", "never first", "first by ratio", "first by rank", "always first"]
+Reranking = Gate | Literal["expansion 2", "expansion 5", "k-reciprocal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +104,18 @@ def _mixtures(layers: Sequence[Layer]) -> list[Rival]:
 
 def _ours() -> list[Rival]:
     ways: list[tuple[int, Reranking | None]] = [(views, how) for views in VIEWS for how in (None, "gate")]
-    ways += [(MIXED_VIEWS, "expansion 2"), (MIXED_VIEWS, "expansion 5"), (MIXED_VIEWS, "k-reciprocal")]
+    ways += [(MIXED_VIEWS, how) for how in ("never first", "first by ratio", "first by rank", "always first")]
+    ways += [(MIXED_VIEWS, how) for how in ("expansion 2", "expansion 5", "k-reciprocal")]
     ours = [Rival(_named(views, how), ((1.0, Part(CHOSEN, views)),), how) for views, how in ways]
+    ours += [
+        Rival(f"{_named(MIXED_VIEWS, None)} + confidence {by:g}", ((1.0, Part(CHOSEN, MIXED_VIEWS, confidence=by)),))
+        for by in CONFIDENCES
+    ]
     return ours + [Rival(f"recogniser, {views} views", ((1.0, Part(RECOGNISER, views)),)) for views in (1, MIXED_VIEWS)]
 
 
 def _named(views: int, reranking: Reranking | None) -> str:
     """As mode robust is called elsewhere, where it is that."""
-    if reranking == "gate":
-        return f"robust,views={views}"
-    return f"robust,views={views},recognition=none" + (f" + {reranking}" if reranking else "")
+    recognises = reranking in get_args(Gate)
+    name = f"robust,views={views}" + ("" if recognises else ",recognition=none")
+    return name if reranking in (None, "gate") else f"{name} + {reranking}"

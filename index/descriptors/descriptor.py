@@ -39,12 +39,15 @@ class Part:
         weight: Its share of the similarity; the weights of a descriptor need not add up to 1.
         mean: Subtracted from each view's output before all else; None for probabilities.
         projection: Of the mean over views; None keeps it as it is.
+        confidence: How much less a view counts where the network is less sure, of features and probabilities: by
+            exp(−confidence · entropy), in nats. 0: all views alike.
     """
 
     source: str | Layer
     weight: float
     mean: Float[Tensor, "e"] | None
     projection: Projection | None = None
+    confidence: float = CONFIDENCE
 
     def __call__(self, views: Sequence[Activations], head: torch.nn.Linear) -> Float[Tensor, "n k"]:
         """Of unit length."""
@@ -52,8 +55,14 @@ class Part:
         seen = views[:LAYER_VIEWS] if of_layer else views
         rows = torch.stack([output_of(view, self.source, head) for view in seen])
         units = normalize(rows if self.mean is None else rows - self.mean, dim=2)
-        mean = normalize(units.mean(0) if of_layer else (_confidence(seen, head) * units).sum(0))
+        mean = normalize(units.mean(0) if of_layer else (self._shares(seen, head) * units).sum(0))
         return mean if self.projection is None else self.projection(mean)
+
+    def _shares(self, views: Sequence[Activations], head: torch.nn.Linear) -> Float[Tensor, "views n 1"]:
+        """How much each view counts; they sum to 1 over views."""
+        probabilities = torch.stack([_probabilities(view, head) for view in views])
+        entropy = torch.special.entr(probabilities).sum(2, keepdim=True)
+        return (-self.confidence * entropy).softmax(dim=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,10 +98,3 @@ def output_of(view: Activations, source: str | Layer, head: torch.nn.Linear) -> 
 def _probabilities(view: Activations, head: torch.nn.Linear) -> Float[Tensor, "n classes"]:
     probabilities: Tensor = head(view.features).float().softmax(dim=1)
     return probabilities
-
-
-def _confidence(views: Sequence[Activations], head: torch.nn.Linear) -> Float[Tensor, "views n 1"]:
-    """How much each view counts; sums to 1 over views."""
-    probabilities = torch.stack([_probabilities(view, head) for view in views])
-    entropy = torch.special.entr(probabilities).sum(2, keepdim=True)
-    return (-CONFIDENCE * entropy).softmax(dim=0)
