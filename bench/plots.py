@@ -1,4 +1,4 @@
-"""Curves of several methods in a grid of panels: the one kind of picture that reports of benchmarks need."""
+"""Curves, or points, of several methods in a grid of panels: what reports of benchmarks need of pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ class Panel:
         y_label: What the height is.
         curves: By method.
         falling: Whether x runs from large to small.
+        joined: Whether lines join the points.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Panel:
     y_label: str
     curves: dict[str, Curve]
     falling: bool = False
+    joined: bool = True
 
 
 def styles_of(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -97,7 +99,8 @@ def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> dict[st
     lines = {}
     for method, curve in panel.curves.items():
         style = styles[method]
-        few = {"marker": style["marker"] if len(curve.x) <= 20 else ""}
+        few = {"marker": style["marker"] if len(curve.x) <= 20 or not panel.joined else ""}
+        few |= {} if panel.joined else {"ls": ""}
         (lines[method],) = axes.plot(curve.x, curve.y, **style | few, markersize=4.5, linewidth=1.6)
         if curve.low and curve.high:
             axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.digits import IMAGES, LABELS, make_classifier
-from tmm_engine.bench.benchmarks.rivals import KEY, UNSEEN, VERY_IMAGE, among, measure_rivals
+from tmm_engine.bench.benchmark import Run
+from tmm_engine.bench.benchmarks.rivals import GROUPS, KEY, UNSEEN, VERY_IMAGE, _group, _trade, among, measure_rivals
 from tmm_engine.bench.benchmarks.unseen import KEY as UNSEEN_KEY
 from tmm_engine.bench.benchmarks.unseen import measure_unseen
 from tmm_engine.bench.loading import HeldOut
@@ -114,6 +115,19 @@ def test_the_report_shows_both_jobs_and_what_was_chosen(measured: Path, tmp_path
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert VERY_IMAGE in text and UNSEEN in text and "The engine chose" in text
     assert "| cosine,stretch=true |" in text and "perceptual hash" in text
+
+
+def test_the_picture_has_every_way_once_where_its_records_say(measured: Path, held: HeldOut) -> None:
+    run = Run(measured, read_records(measured))
+    panel = _trade(run)
+    names = [rival.name for rival in roster(find_layers(held.suite.classifier))]
+    assert {_group(name) for name in names} == set(GROUPS)
+    assert sum(len(curve.x) for curve in panel.curves.values()) == len({record["method"] for record in run.records})
+    [mrr], [label] = panel.curves["robust"].x, panel.curves["robust"].y
+    own = [one for one in run.records if one["method"] == "robust,views=4" and one["family"] != "clean"]
+    ranks = [rank for one in own if one["job"] == VERY_IMAGE for rank in one["rank"]]
+    right = [hits for one in own if one["job"] == UNSEEN for hits in one["right"]]
+    assert (mrr, label) == pytest.approx((np.mean([1 / (1 + rank) for rank in ranks]), np.mean(right) / K))
 
 
 def test_means_are_those_of_the_exemplars_and_parts_are_of_unit_length(held: HeldOut, calibrated: Calibrated) -> None:

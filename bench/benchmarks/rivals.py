@@ -20,6 +20,7 @@ from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
 from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few
 from tmm_engine.bench.noise import Family, Perturbation
 from tmm_engine.bench.options import check_folders, held_out_options, k_option, out_option
+from tmm_engine.bench.plots import BASELINES, Curve, Panel, in_rows, styles_of
 from tmm_engine.bench.records import Record, RecordFile
 from tmm_engine.bench.rivals.keeping import Vectors, vectors_of
 from tmm_engine.bench.rivals.parts import RAW, RECOGNISER, SAMPLE, Part, Passes
@@ -266,6 +267,47 @@ def section(run: Run, _: Sheet) -> list[str]:
     ]
 
 
+def across(runs: list[Run], sheet: Sheet) -> list[str]:
+    """Both jobs against each other: every way is a point, further right and higher is better."""
+    panels = [_trade(run) for run in runs]
+    groups = Sheet(sheet.folder, styles_of([name for name in GROUPS if name not in BASELINES]), sheet.pictures)
+    title = "Finding the very image, and the labels of unseen queries, under noise: every way is a point"
+    return ["## Both jobs, all data sets", groups.draw("rivals-trade", title, in_rows(panels, 2))]
+
+
+GROUPS = {  # shown as one, by the pattern of their names; the first that fits, drawn in this order
+    "l2": "l2",
+    "cosine": "cosine",
+    STRETCHED: STRETCHED,
+    "robust": "robust,views=4",
+    "mixtures, views, re-rankings": "*features*|robust*|recogniser*",
+    "pixels": "pixels*",
+    "one layer": "*:?x?*",
+    "perceptual hashes": "*hash*",
+}
+
+
+def _group(method: str) -> str | None:
+    """What it is shown as; None: not at all."""
+    fits = (name for name, some in GROUPS.items() if any(fnmatch.fnmatchcase(method, one) for one in some.split("|")))
+    return next(fits, None)
+
+
+def _trade(run: Run) -> Panel:
+    k = int(run.content.settings["k"])
+    points: dict[str, list[tuple[float, float]]] = {}
+    for (method,), records in grouped(run.records, "method").items():
+        by_job = {job: _noisy(cell) for (job,), cell in grouped(records, "job").items()}
+        found, _ = _over(by_job.get(VERY_IMAGE, []), "rank", lambda rank: 1 / (1 + rank))
+        right, _ = _over(by_job.get(UNSEEN, []), "right", lambda hits: hits / k)
+        group = _group(method)
+        if group is not None and len(found) and len(right):
+            points.setdefault(group, []).append((float(found.mean()), float(right.mean())))
+    in_order = sorted(points, key=[*GROUPS][::-1].index)
+    curves = {group: Curve(*map(list, zip(*points[group], strict=True))) for group in in_order}
+    return Panel(run.data_set, "the very image: MRR", f"unseen: label@{k}", curves, joined=False)
+
+
 def _order(row: dict[str, str]) -> float:
     return float(row["order"])
 
@@ -326,4 +368,4 @@ def _difference(method: str, own: Values, rival: Values) -> str:
 
 
 FIELDS = ("job", "perturbation", "family", "method", "right")
-BENCHMARK = Benchmark(command, Reported("Simple rivals", KEY, FIELDS, section))
+BENCHMARK = Benchmark(command, Reported("Simple rivals", KEY, FIELDS, section, across=across))
