@@ -271,7 +271,7 @@ def across(runs: list[Run], sheet: Sheet) -> list[str]:
     """Both jobs against each other: every way is a point, further right and higher is better."""
     panels = [_trade(run) for run in runs]
     groups = Sheet(sheet.folder, styles_of([name for name in GROUPS if name not in BASELINES]), sheet.pictures)
-    title = "Finding the very image, and the labels of unseen queries, under noise: every way is a point"
+    title = "Both jobs under noise: every way is a point"
     return ["## Both jobs, all data sets", groups.draw("rivals-trade", title, in_rows(panels, 2))]
 
 
