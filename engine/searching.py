@@ -36,6 +36,9 @@ from tmm_engine.rerank.view import QueryView
 from tmm_engine.results import Explanation, Hit, SearchResult
 from tmm_engine.scanning import ByRanking, ByVector, RankedBy
 
+FEW_EXEMPLARS = 100
+"""Among fewer, the second nearest is often far enough for a stranger to be taken for the nearest."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Found:
@@ -401,7 +404,9 @@ class Searcher:
         if found.original is not None and not np.array_equal(
             np.rint(query.pixels * 255.0), shown.image(found.original)
         ):
-            notes.append(f"recognised as {original}: ranked by what is like that exemplar")
+            few = len(self._store) < FEW_EXEMPLARS
+            doubt = f"; with {len(self._store)} exemplars a stranger is easily taken for one" if few else ""
+            notes.append(f"recognised as {original}: ranked by what is like that exemplar{doubt}")
         if found.put_first:
             notes.append(f"{self._store.ids[found.rows[0]]} comes first by what recognises copies, not by its score")
         precision, own = self._nearest.precision, found.ranked_by

@@ -59,6 +59,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+def _spoken(kind: type) -> str:
+    """A class's name as words: ``SearchPrecision`` is "search precision"."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", kind.__name__).lower()
+
+
 def member(kind: type[Choice], value: str, *, name: str | None = None) -> Choice:
     """The member of an enumeration that has this value.
 
@@ -75,6 +80,5 @@ def member(kind: type[Choice], value: str, *, name: str | None = None) -> Choice
     except ValueError:
         known = [str(choice) for choice in kind]
         raise InputError(
-            f"unknown {name or kind.__name__.lower()} {str(value)!r}{nearest(str(value), known)}; "
-            f"known: {', '.join(known)}"
+            f"unknown {name or _spoken(kind)} {str(value)!r}{nearest(str(value), known)}; known: {', '.join(known)}"
         ) from None

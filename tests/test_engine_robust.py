@@ -256,3 +256,9 @@ def test_the_default_number_of_views_is_the_same_everywhere():
 def test_a_query_object_keeps_its_label(engine: Engine):
     result = engine.search(Query("mine", noisy(4), int(LABELS[4])))
     assert (result.query, result.true_label) == ("mine", int(LABELS[4]))
+
+
+def test_among_few_exemplars_a_copy_is_told_of_with_its_doubt():
+    few = Engine.from_arrays(IMAGES[:60], LABELS[:60], make_classifier())
+    [note] = few.search(noisy(12), k=5).notes
+    assert note.endswith("is like that exemplar; with 60 exemplars a stranger is easily taken for one")

@@ -395,3 +395,35 @@ def test_trained_classifiers_load_without_being_described(tmp_path, file, shape,
     read = Classifier.load(tmp_path / "c.safetensors")
     assert read.fingerprint == classifier.fingerprint
     assert read.spec == classifier.spec
+
+
+class OfBatches(nn.Module):
+    """Its logits of an image depend on what is passed with it, or on chance."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.body, self.head = how, nn.Linear(64, 16), nn.Linear(16, 10)
+        self.norm = nn.BatchNorm1d(16, track_running_stats=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.body(images.flatten(1))
+        if self.how == "mean":
+            features = features - features.mean(0)
+        elif self.how == "norm":
+            features = self.norm(features)
+        else:
+            features = nn.functional.dropout(features, training=True)
+        return self.head(features)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("mean", "do not depend on the others it is passed with.* a mean over the batch"),
+        ("norm", "Expected more than 1 value per channel"),  # by PyTorch, of a single image
+        ("dropout", "the same logits for the same images in every pass.*dropout left on"),
+    ],
+)
+def test_networks_that_answer_by_batch_or_by_chance_are_refused(how: str, message: str):
+    with pytest.raises(ModelError, match=message):
+        Classifier.from_module(OfBatches(how), image_shape=(1, 8, 8))

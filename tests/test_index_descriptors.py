@@ -1,16 +1,19 @@
 """Descriptors: views are what they say, layers are found in any network, the choice is measured, files are whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.transforms.functional import gaussian_blur
 
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine.index.columns import load_columns
 from tmm_engine.index.contrast import stretch_contrast
+from tmm_engine.index.descriptors import calibration
 from tmm_engine.index.descriptors.calibration import CHANGES, FEWEST, calibrate, sample_size
 from tmm_engine.index.descriptors.columns import (
     COPY_FEATURE,
@@ -177,6 +180,63 @@ def test_pooling_takes_maps_and_tokens():
     assert torch.equal(pooled(tokens[:, :7], 2), tokens[:, :7].mean(1))  # no square
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 4), (4, 8), (7, 5), (6, 6)])
+@pytest.mark.parametrize("channels", [8, 16])
+def test_the_images_shape_tells_the_axes_of_maps_that_are_no_square(height: int, width: int, channels: int):
+    maps = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    aspect = 16 * height / (16 * width - 3)  # of images whose sides the map's strides do not divide
+    expected = adaptive_avg_pool2d(maps, 2).flatten(1)
+    tokens = maps.flatten(2).transpose(1, 2)
+    for form in (maps, maps.permute(0, 2, 3, 1), tokens, torch.cat([torch.ones(2, 1, channels), tokens], 1)):
+        torch.testing.assert_close(pooled(form, 2, aspect=aspect), expected)
+
+
+class Odd(nn.Module):
+    """Two convolutions, and beside them modules whose outputs say nothing, or have no row for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+            self.adapter, self.tiles = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1)
+            self.positions, self.unused, self.head = nn.Identity(), nn.Conv2d(8, 8, 3), nn.Linear(16, 10)
+        nn.init.zeros_(self.adapter.weight)
+        nn.init.zeros_(self.adapter.bias)
+        self.register_buffer("place", torch.rand(1, 8, 8, 8, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.first(images).relu()
+        maps = maps + self.adapter(maps) + 0.01 * self.positions(self.place)
+        quarters = torch.cat([half for row in maps.chunk(2, 2) for half in row.chunk(2, 3)])
+        tiles = self.tiles(quarters).mean((1, 2, 3)).unflatten(0, (4, -1)).sum(0)
+        return self.head(self.second(maps).relu().mean((2, 3)) + 0.01 * tiles[:, None])
+
+
+@pytest.fixture(scope="module")
+def odd() -> Classifier:
+    return Classifier.from_module(Odd(), image_shape=(1, 8, 8))
+
+
+def test_modules_without_a_row_for_each_image_are_no_layers(odd: Classifier):
+    assert {layer.name for layer in find_layers(odd)} <= {"first", "second", "adapter"}
+    for name in ("positions", "tiles"):
+        with pytest.raises(ModelError, match=f"{name}.*: expected a map .* of n = 3, got"):
+            Taps(odd, [Layer(name)])
+    with pytest.raises(ModelError, match=r"unused.*: expected a module that the network calls, got one that it never"):
+        Taps(odd, [Layer("unused")])
+
+
+def test_a_layer_that_says_nothing_is_not_chosen(odd: Classifier):
+    """Its similarities are all alike: every exemplar would be the nearest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "find_layers", lambda _: [Layer("adapter"), Layer("second")])
+        found = calibrate(DIGITS[:120], None, odd, queries=40)
+    measured = {each["layer"]: each["mrr"] for each in found.report["recognisers"]}
+    assert measured["adapter:4x4"] < 0.05 < measured["second:4x4"]
+    assert found.report["recogniser"] != "adapter:4x4"
+
+
 @pytest.mark.parametrize("text", ["layer2", "layer2:4x4", " layer2:4x4 "])
 def test_a_layer_is_read_from_its_text(text: str):
     assert Layer.parse(text) == Layer("layer2", 4)
@@ -315,7 +375,7 @@ def test_one_image_and_many_are_described_alike(descriptors: Descriptors, classi
     np.testing.assert_allclose(one[0], many[4], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "views", "order", "confidence", "source"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "views", "order", "confidence", "source", "weight"])
 def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Path, damage: str):
     path = tmp_path / DESCRIPTORS
     descriptors.save(path)
@@ -331,7 +391,21 @@ def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Pat
         path.write_bytes(content.replace(b"[0, 0, true]", b"[1, 0, true]"))
     elif damage == "confidence":  # likewise
         path.write_bytes(content.replace(b'\\"confidence\\": 4.0', b'\\"confidence\\": 0.0'))
+    elif damage == "weight":
+        path.write_bytes(content.replace(b'\\"weight\\": 4.0', b'\\"weight\\": -4.'))
     else:
         path.write_bytes(content.replace(b'\\"features\\"', b'\\"feat:res\\"'))
-    with pytest.raises(IndexStateError, match="build the index again"):
+    former = "descriptors of another version" if damage in ("order", "confidence") else "damaged descriptors"
+    with pytest.raises(IndexStateError, match=f"{former}.*build the index again"):
         Descriptors.load(path, device=torch.device("cpu"))
+
+
+def test_descriptors_of_another_network_are_refused(descriptors: Descriptors, classifier: Classifier):
+    part = descriptors.recogniser.parts[0]
+    assert part.mean is not None
+    narrower = replace(part, mean=part.mean[:-1])
+    other = replace(descriptors, recogniser=replace(descriptors.recogniser, parts=(narrower,)))
+    with pytest.raises(
+        IndexStateError, match=rf"{part.source} gives {len(part.mean)} numbers, not {len(part.mean) - 1}"
+    ):
+        Describer(other, classifier)

@@ -217,7 +217,7 @@ def print_descriptors(descriptors: dict[str, Any]) -> None:
     table = Table("ranking by", title="neighbours of a changed image", title_justify="left", box=None)
     for heading in ("the same as before", "of its class, unchanged", "of its class, changed"):
         table.add_column(heading, justify="right")
-    for name, each in (("features alone", plain), ("mode robust, one view", own)):
+    for name, each in (("features alone", plain), ("mode robust", own)):
         table.add_row(name, *(f"{each[key]:.3f}" for key in ("overlap", "label_clean", "label_noisy")))
     console.print(table)
 

@@ -4,6 +4,7 @@ import json
 import threading
 from abc import abstractmethod
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -70,23 +71,26 @@ class Descriptors:
         """The inverse of `save`.
 
         Raises:
-            IndexStateError: the file is missing or damaged.
+            IndexStateError: the file is missing, damaged or another version's.
         """
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 about = json.loads(file.metadata()[METADATA])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             views = int(about["views"])
-            if {name: about.get(name) for name in _of_views(views)} != _of_views(views):
-                raise ValueError("its views are another version's")
             if not 1 <= views <= MAX_VIEWS or not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise ValueError(f"expected finite tensors and 1 to {MAX_VIEWS} views, got {views} views")
+            if {name: about.get(name) for name in _of_views(views)} != _of_views(views):
+                raise IndexStateError(f"{path}: descriptors of another version of tmm-engine; build the index again")
             found = {
                 name: Descriptor(
                     tuple(_part(own, f"{name}.{place}.", tensors) for place, own in enumerate(about["parts"][name]))
                 )
                 for name in ("recogniser", "robust")
             }
+            weights = [part.weight for descriptor in found.values() for part in descriptor.parts]
+            if not all(descriptor.parts for descriptor in found.values()) or not all(0 < one < inf for one in weights):
+                raise ValueError(f"expected parts of positive weight, got {weights}")
             return cls(**found, views=views, report=dict(about["report"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
             raise IndexStateError(f"{path}: damaged descriptors ({error}); build the index again") from error
@@ -129,6 +133,7 @@ class Describer:
 
     Raises:
         InputError: the network has not the layers that the descriptors look at.
+        IndexStateError: their outputs are of another width than the descriptors'.
     """
 
     def __init__(self, descriptors: Descriptors, classifier: Classifier) -> None:
@@ -136,6 +141,8 @@ class Describer:
         layers = (*descriptors.recogniser.layers, *descriptors.robust.layers)
         self._taps = Taps(classifier, tuple(dict.fromkeys(layers)))
         self.classifier = self._taps.classifier
+        for part in (*descriptors.recogniser.parts, *descriptors.robust.parts):
+            self._check(part)
         self._last: tuple[UInt8[np.ndarray, "n c h w"], list[Activations]] | None = None
 
     def views(self, images: Float[Tensor, "n c h w"]) -> list[Activations]:
@@ -154,6 +161,21 @@ class Describer:
             Activations(features, {layer: chunks[place] for layer, chunks in layers.items()})
             for place, features in enumerate(passed.features.chunk(count))
         ]
+
+    def _check(self, part: Part) -> None:
+        """That a part's tensors are as wide as what it looks at."""
+        head = self.classifier.head
+        if isinstance(part.source, Layer):
+            width = self._taps.widths[part.source]
+        else:
+            width = head.in_features if part.source == FEATURES else head.out_features
+        known = [] if part.mean is None else [part.mean]
+        known += [] if part.projection is None else [part.projection.mean, part.projection.matrix]
+        if other := [len(tensor) for tensor in known if len(tensor) != width]:
+            raise IndexStateError(
+                f"descriptors of another network, or of another version of tmm-engine: {part.source} gives {width} "
+                f"numbers, not {other[0]}; build the index again"
+            )
 
     def described(self, views: list[Activations], descriptor: Descriptor) -> Float32[np.ndarray, "n d"]:
         """Unit vectors."""

@@ -19,6 +19,7 @@ GRID = 4
 """Cells in a row and in a column that a map is averaged over."""
 
 PIXELS, PIXEL_GRID = "pixels", 8
+PROBED = 3  # images in a pass that only asks for outputs' shapes
 PER_SHAPE, MAX_LAYERS = 4, 12  # candidates among modules whose outputs are alike, and of a whole network
 
 
@@ -70,13 +71,18 @@ class Activations:
 class Taps:
     """A classifier whose layers can be looked at. It has a copy of the network of its own, with hooks.
 
+    Attributes:
+        classifier: The copy.
+        layers: What is looked at.
+        widths: How many numbers each gives for an image.
+
     Args:
         classifier: Stays as it is.
         layers: What is looked at.
 
     Raises:
         InputError: the network has no module of that name; the message suggests the nearest.
-        ModelError: a module's output is not a map (n, c, h, w) or tokens (n, t, d).
+        ModelError: a module's output is not a map (n, c, h, w) or tokens (n, t, d), or there is none.
     """
 
     def __init__(self, classifier: Classifier, layers: Sequence[Layer]) -> None:
@@ -84,6 +90,7 @@ class Taps:
         self.layers = tuple(layers)
         network = _network(self.classifier)
         self._seen = threading.local()  # searches in several threads do not see each other's
+        self._aspect = _aspect(self.classifier)
         modules = dict(network.named_modules())
         for layer in self.layers:
             if layer.name == PIXELS:
@@ -103,51 +110,81 @@ class Taps:
         Args:
             images: Pixels in [0, 1], on the classifier's device.
         """
-        self._seen.layers = {}
+        self._seen.layers, self._seen.count = {}, len(images)
         try:
             features = self.classifier.features(images)
             seen = self._seen.layers
         finally:
             del self._seen.layers
-        pixels = {layer: pooled(images, layer.grid) for layer in self.layers if layer.name == PIXELS}
+        pixels = {
+            layer: pooled(images, layer.grid, aspect=self._aspect) for layer in self.layers if layer.name == PIXELS
+        }
         return Activations(features, seen | pixels)
 
     def _hook(self, layer: Layer) -> Any:
         def keep(_: nn.Module, __: object, output: object) -> None:
             if (seen := getattr(self._seen, "layers", None)) is not None:
-                if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-                    raise ModelError(f"{layer}: expected a map (n, c, h, w) or tokens (n, t, d), got {_form(output)}")
-                seen[layer] = pooled(output, layer.grid)
+                count = self._seen.count
+                if not isinstance(output, Tensor) or output.ndim not in (3, 4) or len(output) != count:
+                    raise ModelError(
+                        f"{layer}: expected a map (n, c, h, w) or tokens (n, t, d) of n = {count}, got {_form(output)}"
+                    )
+                seen[layer] = pooled(output, layer.grid, aspect=self._aspect)
 
         return keep
 
     def _probe(self) -> None:
         with torch.no_grad():
-            self(torch.zeros(1, *self.classifier.image_shape, device=self.classifier.device))
+            found = self(torch.zeros(PROBED, *self.classifier.image_shape, device=self.classifier.device)).layers
+        for layer in self.layers:
+            if layer not in found:
+                raise ModelError(f"{layer}: expected a module that the network calls, got one that it never does")
+        self.widths = {layer: output.shape[1] for layer, output in found.items()}
 
 
-def pooled(output: Float[Tensor, "n *rest"], grid: int) -> Float[Tensor, "n _"]:
-    """Means over the cells of a grid, as one row for each image; of tokens that are no map the mean of all."""
-    as_map = _map_of(output)
+def pooled(output: Float[Tensor, "n *rest"], grid: int, *, aspect: float = 1.0) -> Float[Tensor, "n _"]:
+    """Means over the cells of a grid, as one row for each image; of tokens that are no map the mean of all.
+
+    Args:
+        output: Of a module.
+        grid: Cells a side.
+        aspect: Height of the images over their width, which tells maps' axes.
+    """
+    as_map = _map_of(output, aspect)
     if as_map is None:
         return output.mean(1).float()
     height, width = as_map.shape[-2:]
     return adaptive_avg_pool2d(as_map, (min(grid, height), min(grid, width))).flatten(1).float()
 
 
-def _map_of(output: Float[Tensor, "n *rest"]) -> Float[Tensor, "n c h w"] | None:
-    """A module's output as a map: (n, c, h, w), or (n, h, w, c) where only the middle two are alike.
+def _map_of(output: Float[Tensor, "n *rest"], aspect: float) -> Float[Tensor, "n c h w"] | None:
+    """A module's output as a map: (n, c, h, w), or (n, h, w, c) where only those are as high and as wide as images are.
 
-    Tokens (n, t, d) are one where they are a square, or a square behind one class token, which is left out.
+    Where both may be, more channels than rows are likelier.
+
+    Tokens (n, t, d) are one where they fill a map of the images' shape, or such a map behind one class token, which is
+    left out.
     """
     if output.ndim == 4:
-        channels_last = output.shape[1] == output.shape[2] != output.shape[3]
+        _, first, second, last = output.shape
+        channels_last = _as_high(first, second, aspect) and (not _as_high(second, last, aspect) or last > first)
         return output.permute(0, 3, 1, 2) if channels_last else output
     for first in (1, 0):
-        side = math.isqrt(output.shape[1] - first)
-        if side > 0 and side * side == output.shape[1] - first:
-            return output[:, first:].transpose(1, 2).unflatten(2, (side, side))
+        count = output.shape[1] - first
+        height = round(math.sqrt(count * aspect))
+        if height > 0 and count % height == 0 and _as_high(height, count // height, aspect):
+            return output[:, first:].transpose(1, 2).unflatten(2, (height, count // height))
     return None
+
+
+def _as_high(height: int, width: int, aspect: float) -> bool:
+    """Whether a map of images of this aspect may have these sides: each may be rounded."""
+    return abs(height - width * aspect) < max(1.0, aspect)
+
+
+def _aspect(classifier: Classifier) -> float:
+    height, width = classifier.image_shape[-2:]
+    return height / width
 
 
 def find_layers(classifier: Classifier) -> list[Layer]:
@@ -189,8 +226,10 @@ def _outputs(classifier: Classifier, names: Sequence[str]) -> dict[str, tuple[in
 
     def watch(name: str) -> Any:
         def note(_: nn.Module, __: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.ndim in (3, 4) and output.is_floating_point():
-                as_map = _map_of(output)
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return
+            if output.ndim in (3, 4) and len(output) == PROBED:  # not of tiles, nor one for all, as of positions
+                as_map = _map_of(output, _aspect(classifier))
                 if max(output.shape[1:2] if as_map is None else as_map.shape[2:]) > 1:
                     found[name] = tuple(output.shape[1:])
 
@@ -200,7 +239,7 @@ def _outputs(classifier: Classifier, names: Sequence[str]) -> dict[str, tuple[in
     hooks = [network.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
         with torch.no_grad():
-            classifier.features(torch.zeros(2, *classifier.image_shape, device=classifier.device))
+            classifier.features(torch.zeros(PROBED, *classifier.image_shape, device=classifier.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -32,6 +32,7 @@ from tmm_engine.index.models.preprocessing import Target
 from tmm_engine.index.types import ImageShape
 
 LISTED = 10
+DRIFT = 1e-3  # of the largest logit: what rounding may change from one pass to another, and is nothing else
 TOLERANCE = 1e-4  # of the largest logit; the two ways to compute it normally agree bit for bit
 
 
@@ -321,6 +322,7 @@ def _assemble(
     probe = torch.rand(2, *draft.image_shape, generator=torch.Generator().manual_seed(0))
     images = normalise(probe.to(device))
     logits = _forward(network, images)
+    _require_own_logits(network, images, logits)
     if num_classes not in (None, logits.shape[1]):
         raise ModelError(f"expected {num_classes} classes, got a model of {logits.shape[1]} (correct num_classes)")
     spec = replace(draft, num_classes=logits.shape[1])
@@ -365,6 +367,28 @@ def _forward(network: nn.Module, images: Float[Tensor, "n c h w"]) -> Float[Tens
     if not torch.isfinite(logits).all():
         raise ModelError("expected finite logits for images in [0, 1], got NaN or infinity (check weights and std)")
     return logits
+
+
+@torch.no_grad()
+def _require_own_logits(
+    network: nn.Module, images: Float[Tensor, "n c h w"], logits: Float[Tensor, "n classes"]
+) -> None:
+    """Refuse a network whose logits of an image are others in another pass, or beside other images."""
+
+    def differs(others: Float[Tensor, "n classes"]) -> float:
+        difference = (others - logits).abs().max().item()
+        return difference if difference > DRIFT * max(1e-3, logits.abs().max().item()) else 0.0
+
+    if difference := differs(network(images)):
+        raise ModelError(
+            f"expected the same logits for the same images in every pass, got some that differ by {difference:.3g} "
+            "(dropout left on in its forward, other randomness, or a state that a pass changes)"
+        )
+    if difference := differs(torch.cat([_forward(network, image[None]) for image in images])):
+        raise ModelError(
+            f"expected logits of an image that do not depend on the others it is passed with, got some that differ by "
+            f"{difference:.3g} (a batch norm with track_running_stats=False, or a mean over the batch in its forward)"
+        )
 
 
 def _advice(network: nn.Module, images: Float[Tensor, "n c h w"]) -> str:
