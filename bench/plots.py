@@ -1,5 +1,6 @@
 """Curves, or points, of several methods in a grid of panels: what reports of benchmarks need of pictures."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from tmm_engine.index.errors import InputError
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F24")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BASELINES = {"l2": "#000000", "cosine": "#0072B2"}
-PANEL_INCHES = (3.4, 2.9)
+PANEL_INCHES, TITLE_CHARACTERS = (3.4, 2.9), 36
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> dict[st
         if curve.low and curve.high:
             axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, ylim=(-0.03, 1.03))
-    axes.set_title(panel.title, fontsize="medium")
+    axes.set_title(textwrap.fill(panel.title, TITLE_CHARACTERS), fontsize="medium")
     axes.grid(visible=True, alpha=0.25)
     if panel.falling:
         axes.invert_xaxis()
