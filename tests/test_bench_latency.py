@@ -27,6 +27,7 @@ from tmm_engine.bench.latency_robust import SEARCHES, counted_passes
 from tmm_engine.bench.machine import describe_machine, memory_mib, peak_memory_mib, reset_peak_memory
 from tmm_engine.bench.peak import RandomImages, peak_of_build
 from tmm_engine.cli.main import main
+from tmm_engine.describing import DEFAULT_VIEWS
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
 from tmm_engine.index.sources.arrays import ArraySource
@@ -238,6 +239,7 @@ def test_figures_are_what_the_records_say(measured):
     assert 0.0 <= figures["bf16_agreement"] <= 1.0
     assert figures["trigger_loss"] == pytest.approx(figures["trigger_loss_eager"], rel=1e-2)  # of the same steps
     assert all(figures[name] > 0.0 for name in figures if "mib" in name)
+    assert 1 + DEFAULT_VIEWS <= figures["build_passes"]  # all of the exemplars plainly and in each view, and a sample
 
 
 @pytest.mark.slow

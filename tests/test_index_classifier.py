@@ -404,14 +404,15 @@ class OfBatches(nn.Module):
         super().__init__()
         self.how, self.body, self.head = how, nn.Linear(64, 16), nn.Linear(16, 10)
         self.norm = nn.BatchNorm1d(16, track_running_stats=False)
+        self.maps = nn.BatchNorm2d(1, track_running_stats=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.body(images.flatten(1))
+        features = self.body((self.maps(images) if self.how == "maps" else images).flatten(1))
         if self.how == "mean":
             features = features - features.mean(0)
         elif self.how == "norm":
             features = self.norm(features)
-        else:
+        elif self.how == "dropout":
             features = nn.functional.dropout(features, training=True)
         return self.head(features)
 
@@ -420,7 +421,8 @@ class OfBatches(nn.Module):
     ("how", "message"),
     [
         ("mean", "do not depend on the others it is passed with.* a mean over the batch"),
-        ("norm", "Expected more than 1 value per channel"),  # by PyTorch, of a single image
+        ("maps", "do not depend on the others it is passed with.* a batch norm with track_running_stats=False"),
+        ("norm", "takes a single image as well as several, got: .*Expected more than 1 value per channel"),
         ("dropout", "the same logits for the same images in every pass.*dropout left on"),
     ],
 )

@@ -21,6 +21,7 @@ from tmm_engine.index.descriptors.columns import (
     ROBUST_FEATURE,
     Describer,
     Descriptors,
+    describer_of,
     descriptor_columns,
 )
 from tmm_engine.index.descriptors.descriptor import CONFIDENCE, FEATURES, LAYER_VIEWS, PROBABILITIES, Part
@@ -189,6 +190,39 @@ def test_the_images_shape_tells_the_axes_of_maps_that_are_no_square(height: int,
     tokens = maps.flatten(2).transpose(1, 2)
     for form in (maps, maps.permute(0, 2, 3, 1), tokens, torch.cat([torch.ones(2, 1, channels), tokens], 1)):
         torch.testing.assert_close(pooled(form, 2, aspect=aspect), expected)
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 64), (64, 128, 256), (3, 32, 320), (8, 64, 64)])
+def test_maps_with_channels_first_are_taken_as_such_where_both_may_be(shape: tuple[int, int, int]):
+    maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    expected = adaptive_avg_pool2d(maps, 4).flatten(1)
+    torch.testing.assert_close(pooled(maps, 4, aspect=shape[1] / shape[2]), expected)
+
+
+@pytest.mark.parametrize(("count", "aspect", "cells"), [(8, 1 / 8, 8), (9, 1 / 8, 8), (8, 8.0, 8), (9, 8.0, 8)])
+def test_tokens_of_a_single_row_or_column_keep_all_but_a_class_token(count: int, aspect: float, cells: int):
+    tokens = torch.rand(2, count, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pooled(tokens, 1, aspect=aspect), tokens[:, count - cells :].mean(1))
+
+
+class Shared(nn.Module):
+    """One ReLU for maps and for rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.relu, self.rows, self.head = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.relu(self.rows(self.relu(self.maps(images)).mean((2, 3)))))
+
+
+def test_a_module_that_gives_rows_as_well_is_no_layer_and_pixels_are_images():
+    shared = Classifier.from_module(Shared(), image_shape=(1, 8, 64))
+    assert [layer.name for layer in find_layers(shared)] == ["maps"]
+    wide = torch.rand(2, 1, 8, 64, generator=torch.Generator().manual_seed(0))
+    found = Taps(shared, [PIXEL_LAYER])(wide).layers[PIXEL_LAYER]
+    torch.testing.assert_close(found, adaptive_avg_pool2d(wide, 8).flatten(1))
+    assert calibrate(np.repeat(DIGITS[:60], 8, axis=3), None, shared, queries=20).recogniser.layers
 
 
 class Odd(nn.Module):
@@ -400,7 +434,7 @@ def test_damaged_descriptors_are_refused(descriptors: Descriptors, tmp_path: Pat
         Descriptors.load(path, device=torch.device("cpu"))
 
 
-def test_descriptors_of_another_network_are_refused(descriptors: Descriptors, classifier: Classifier):
+def test_descriptors_of_another_network_are_refused(descriptors: Descriptors, classifier: Classifier, tmp_path: Path):
     part = descriptors.recogniser.parts[0]
     assert part.mean is not None
     narrower = replace(part, mean=part.mean[:-1])

@@ -275,7 +275,7 @@ def across(runs: list[Run], sheet: Sheet) -> list[str]:
     return ["## Both jobs, all data sets", groups.draw("rivals-trade", title, in_rows(panels, 2))]
 
 
-GROUPS = {  # shown as one, by the pattern of their names; the first that fits, drawn in this order
+GROUPS = {  # shown as one, by the pattern of their names; the first that fits; the first lie on top
     "l2": "l2",
     "cosine": "cosine",
     STRETCHED: STRETCHED,

@@ -4,6 +4,7 @@ All take unit vectors and give a score for every exemplar; larger is nearer.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from tmm_engine.rerank.recognise import FIRST_RATIO, TIED, Recognised, chord, co
 ABOVE = 1e-3  # of all other scores, whose largest is at most 1
 K1, K2, OWN = 20, 6, 0.3  # of Zhong et al.: neighbours, neighbours averaged, share of the first ranking
 
-GATES: dict[str, Callable[[Recognised, int, int], bool]] = {
+Gate = Literal["gate", "never first", "first by ratio", "first by rank", "always first"]
+GATES: dict[Gate, Callable[[Recognised, int, int], bool]] = {
     "gate": comes_first,
     "never first": lambda recognised, rank, exemplars: False,
     "first by ratio": lambda recognised, rank, exemplars: recognised.ratio < FIRST_RATIO,

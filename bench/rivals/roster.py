@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, get_args
+from typing import Literal
 
 from tmm_engine.bench.rivals.hashes import HASHES
 from tmm_engine.bench.rivals.parts import CHOSEN, FEATURES, PROBABILITIES, RAW, RECOGNISER, Part
+from tmm_engine.bench.rivals.reranking import GATES, Gate
 from tmm_engine.index.descriptors.layers import PIXEL_LAYER, PIXELS, Layer
 
 GRIDS = (1, 2, 4)
@@ -17,7 +18,6 @@ WHOLE = 64  # cells a side: every pixel of a small image
 
 CONFIDENCES = (0.0, 1.0)  # beside the engine's own
 
-Gate = Literal["gate", "never first", "first by ratio", "first by rank", "always first"]
 Reranking = Gate | Literal["expansion 2", "expansion 5", "k-reciprocal"]
 
 
@@ -116,6 +116,6 @@ def _ours() -> list[Rival]:
 
 def _named(views: int, reranking: Reranking | None) -> str:
     """As mode robust is called elsewhere, where it is that."""
-    recognises = reranking in get_args(Gate)
+    recognises = reranking in GATES
     name = f"robust,views={views}" + ("" if recognises else ",recognition=none")
     return name if reranking in (None, "gate") else f"{name} + {reranking}"

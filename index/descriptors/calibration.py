@@ -39,7 +39,9 @@ NEIGHBOURS = 10
 SHARE, LEAST_IMAGES = 0.1, 200  # of what building takes, that measuring may take; or what so many images take
 RECOGNISING, RANKING = 0.5, 0.25  # powers of the variance: whitened, and half so
 RANKING_DIMENSIONS = 256  # of the layer that ranks, at most; the recogniser's are `DIMENSIONS`
-TIED = 1e-6  # similarities nearer than that are alike, and count against a layer: one that says nothing ties all
+SAME_SIMILARITY = (
+    1e-6  # similarities nearer than that are alike, and count against a layer: one that says nothing ties all
+)
 PER_DIMENSION = 2  # exemplars of the sample for each: whitened in as many as there are, all would be equally far apart
 # Of the similarity; no fewer of features and probabilities: images that a network was trained on keep their class more
 # easily than those that it has never seen, so that a sample of them would let both go (docs/ROBUST.md).
@@ -228,7 +230,7 @@ def _recogniser(
         for changed in sample.changed.values():
             similarity = part(changed, sample.head) @ own.T
             right = similarity.diagonal()[:, None]
-            ranks.append((similarity > right - TIED).sum(1) - 1)
+            ranks.append((similarity > right - SAME_SIMILARITY).sum(1) - 1)
             others = similarity.masked_fill(torch.eye(*similarity.shape, dtype=torch.bool, device=own.device), -1.0)
             distances = [(1.0 - one).clamp(min=1e-6).sqrt() for one in (right[:, 0], others.amax(1))]
             ratios.append((distances[0] / distances[1]).clamp(max=1.0))

@@ -29,7 +29,7 @@ from tmm_engine.index.descriptors.descriptor import (
 from tmm_engine.index.descriptors.layers import Activations, Layer, Taps
 from tmm_engine.index.descriptors.projection import Projection
 from tmm_engine.index.descriptors.views import MAX_VIEWS, ORDER, symmetric_views
-from tmm_engine.index.errors import IndexStateError, InputError
+from tmm_engine.index.errors import IndexStateError, InputError, ModelError
 from tmm_engine.index.models.classifier import Classifier
 
 COPY_FEATURE = "copy_feature"
@@ -59,7 +59,10 @@ class Descriptors:
         tensors: dict[str, Tensor] = {}
         parts: dict[str, list[dict[str, Any]]] = {}
         for name, descriptor in (("recogniser", self.recogniser), ("robust", self.robust)):
-            parts[name] = [{"source": str(part.source), "weight": part.weight} for part in descriptor.parts]
+            parts[name] = [
+                {"source": str(part.source), "weight": part.weight, "confidence": part.confidence}
+                for part in descriptor.parts
+            ]
             for place, part in enumerate(descriptor.parts):
                 tensors |= {f"{name}.{place}.{what}": tensor for what, tensor in _tensors(part).items()}
         about = {"parts": parts, "views": self.views, "report": self.report} | _of_views(self.views)
@@ -121,6 +124,7 @@ def _part(about: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Par
         float(about["weight"]),
         own.get("mean"),
         projection,
+        float(about.get("confidence", CONFIDENCE)),
     )
 
 
@@ -132,8 +136,8 @@ class Describer:
         classifier: The index's.
 
     Raises:
-        InputError: the network has not the layers that the descriptors look at.
-        IndexStateError: their outputs are of another width than the descriptors'.
+        InputError: the network has not the layers that the descriptors look at, or they are of another width.
+        ModelError: their outputs are no maps or tokens.
     """
 
     def __init__(self, descriptors: Descriptors, classifier: Classifier) -> None:
@@ -172,9 +176,9 @@ class Describer:
         known = [] if part.mean is None else [part.mean]
         known += [] if part.projection is None else [part.projection.mean, part.projection.matrix]
         if other := [len(tensor) for tensor in known if len(tensor) != width]:
-            raise IndexStateError(
+            raise InputError(
                 f"descriptors of another network, or of another version of tmm-engine: {part.source} gives {width} "
-                f"numbers, not {other[0]}; build the index again"
+                f"numbers, not {other[0]}"
             )
 
     def described(self, views: list[Activations], descriptor: Descriptor) -> Float32[np.ndarray, "n d"]:
@@ -290,6 +294,6 @@ def describer_of(index: Path, classifier: Classifier) -> Describer:
         ):
             try:
                 known = _describers[classifier] = Describer(descriptors, classifier)
-            except InputError as error:
+            except (InputError, ModelError) as error:
                 raise IndexStateError(f"{index / DESCRIPTORS}: {error}; build the index again") from error
         return known

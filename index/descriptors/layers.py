@@ -151,30 +151,34 @@ def pooled(output: Float[Tensor, "n *rest"], grid: int, *, aspect: float = 1.0) 
         aspect: Height of the images over their width, which tells maps' axes.
     """
     as_map = _map_of(output, aspect)
-    if as_map is None:
-        return output.mean(1).float()
-    height, width = as_map.shape[-2:]
-    return adaptive_avg_pool2d(as_map, (min(grid, height), min(grid, width))).flatten(1).float()
+    return output.mean(1).float() if as_map is None else _in_cells(as_map, grid)
+
+
+def _in_cells(maps: Float[Tensor, "n c h w"], grid: int) -> Float[Tensor, "n _"]:
+    height, width = maps.shape[-2:]
+    return adaptive_avg_pool2d(maps, (min(grid, height), min(grid, width))).flatten(1).float()
 
 
 def _map_of(output: Float[Tensor, "n *rest"], aspect: float) -> Float[Tensor, "n c h w"] | None:
-    """A module's output as a map: (n, c, h, w), or (n, h, w, c) where only those are as high and as wide as images are.
-
-    Where both may be, more channels than rows are likelier.
+    """A module's output as a map: (n, c, h, w), or (n, h, w, c) where only those sides may be an image's.
 
     Tokens (n, t, d) are one where they fill a map of the images' shape, or such a map behind one class token, which is
-    left out.
+    left out; where both may be, the one that is nearer to that shape.
     """
     if output.ndim == 4:
         _, first, second, last = output.shape
-        channels_last = _as_high(first, second, aspect) and (not _as_high(second, last, aspect) or last > first)
+        channels_last = _as_high(first, second, aspect) and not _as_high(second, last, aspect)
         return output.permute(0, 3, 1, 2) if channels_last else output
-    for first in (1, 0):
-        count = output.shape[1] - first
+    found: list[tuple[float, int, int, int]] = []
+    for class_tokens in (1, 0):
+        count = output.shape[1] - class_tokens
         height = round(math.sqrt(count * aspect))
         if height > 0 and count % height == 0 and _as_high(height, count // height, aspect):
-            return output[:, first:].transpose(1, 2).unflatten(2, (height, count // height))
-    return None
+            found.append((abs(height - count // height * aspect), -class_tokens, height, count // height))
+    if not found:
+        return None
+    _, left_out, *sides = min(found)
+    return output[:, -left_out:].transpose(1, 2).unflatten(2, tuple(sides))
 
 
 def _as_high(height: int, width: int, aspect: float) -> bool:
@@ -221,17 +225,19 @@ def _blocks(module: nn.Module, name: str, *, within_sequence: bool) -> Iterator[
 
 
 def _outputs(classifier: Classifier, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """In the order in which they are computed: the shape of one image's output of each module that gives a map."""
+    """In the order in which they are computed: the shape of one image's output of each module that gives maps only."""
     found: dict[str, tuple[int, ...]] = {}
+    others: set[str] = set()
 
     def watch(name: str) -> Any:
-        def note(_: nn.Module, __: object, output: object) -> None:
-            if not isinstance(output, Tensor) or not output.is_floating_point():
+        def note(_: nn.Module, __: object, output: Any) -> None:
+            usable = isinstance(output, Tensor) and output.is_floating_point() and output.ndim in (3, 4)
+            if not usable or len(output) != PROBED:  # of tiles, or one for all, as of positions
+                others.add(name)
                 return
-            if output.ndim in (3, 4) and len(output) == PROBED:  # not of tiles, nor one for all, as of positions
-                as_map = _map_of(output, _aspect(classifier))
-                if max(output.shape[1:2] if as_map is None else as_map.shape[2:]) > 1:
-                    found[name] = tuple(output.shape[1:])
+            as_map = _map_of(output, _aspect(classifier))
+            if max(output.shape[1:2] if as_map is None else as_map.shape[2:]) > 1:
+                found[name] = tuple(output.shape[1:])
 
         return note
 
@@ -243,7 +249,7 @@ def _outputs(classifier: Classifier, names: Sequence[str]) -> dict[str, tuple[in
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return {name: shape for name, shape in found.items() if name not in others}
 
 
 def _network(classifier: Classifier) -> nn.Module:
