@@ -239,7 +239,7 @@ def test_figures_are_what_the_records_say(measured):
     assert 0.0 <= figures["bf16_agreement"] <= 1.0
     assert figures["trigger_loss"] == pytest.approx(figures["trigger_loss_eager"], rel=1e-2)  # of the same steps
     assert all(figures[name] > 0.0 for name in figures if "mib" in name)
-    assert 1 + DEFAULT_VIEWS <= figures["build_passes"]  # all of the exemplars plainly and in each view, and a sample
+    assert figures["build_passes"] > 1 + DEFAULT_VIEWS  # all exemplars, plainly and in each view, and a sample
 
 
 @pytest.mark.slow

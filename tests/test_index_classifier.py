@@ -421,7 +421,7 @@ class OfBatches(nn.Module):
     ("how", "message"),
     [
         ("mean", "do not depend on the others it is passed with.* a mean over the batch"),
-        ("maps", "do not depend on the others it is passed with.* a batch norm with track_running_stats=False"),
+        ("maps", "do not depend on the others it is passed with.*a batch norm with track_running_stats=False"),
         ("norm", "takes a single image as well as several, got: .*Expected more than 1 value per channel"),
         ("dropout", "the same logits for the same images in every pass.*dropout left on"),
     ],

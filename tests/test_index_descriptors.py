@@ -182,7 +182,7 @@ def test_pooling_takes_maps_and_tokens():
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 4), (4, 8), (7, 5), (6, 6)])
-@pytest.mark.parametrize("channels", [8, 16])
+@pytest.mark.parametrize("channels", [8, 12])
 def test_the_images_shape_tells_the_axes_of_maps_that_are_no_square(height: int, width: int, channels: int):
     maps = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
     aspect = 16 * height / (16 * width - 3)  # of images whose sides the map's strides do not divide
@@ -439,7 +439,17 @@ def test_descriptors_of_another_network_are_refused(descriptors: Descriptors, cl
     assert part.mean is not None
     narrower = replace(part, mean=part.mean[:-1])
     other = replace(descriptors, recogniser=replace(descriptors.recogniser, parts=(narrower,)))
-    with pytest.raises(
-        IndexStateError, match=rf"{part.source} gives {len(part.mean)} numbers, not {len(part.mean) - 1}"
-    ):
+    wide = len(part.mean)
+    with pytest.raises(InputError, match=rf"{part.source} gives {wide} numbers, not {wide - 1}"):
         Describer(other, classifier)
+    other.save(tmp_path / DESCRIPTORS)
+    with pytest.raises(IndexStateError, match=rf"{DESCRIPTORS}: .* not {wide - 1}; build the index again"):
+        describer_of(tmp_path, make_classifier())
+
+
+def test_how_much_a_view_counts_is_kept_with_the_descriptors(descriptors: Descriptors, tmp_path: Path):
+    parts = tuple(replace(part, confidence=1.5) for part in descriptors.robust.parts)
+    replace(descriptors, robust=replace(descriptors.robust, parts=parts)).save(tmp_path / DESCRIPTORS)
+    loaded = Descriptors.load(tmp_path / DESCRIPTORS, device=torch.device("cpu"))
+    assert {part.confidence for part in loaded.robust.parts} == {1.5}
+    assert {part.confidence for part in loaded.recogniser.parts} == {CONFIDENCE}

@@ -320,6 +320,7 @@ def _assemble(
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     normalise = Normalise(draft.mean, draft.std, bgr=draft.bgr).to(device)
     probe = torch.rand(2, *draft.image_shape, generator=torch.Generator().manual_seed(0))
+    probe[1] *= 0.25  # unlike the first, so that it shows where one image's logits depend on the other
     images = normalise(probe.to(device))
     logits = _forward(network, images)
     _require_own_logits(network, images, logits)
