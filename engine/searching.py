@@ -37,7 +37,7 @@ from tmm_engine.results import Explanation, Hit, SearchResult
 from tmm_engine.scanning import ByRanking, ByVector, RankedBy
 
 FEW_EXEMPLARS = 100
-"""Among fewer, the second nearest is often far enough for a stranger to be taken for the nearest."""
+"""Among fewer, mode robust often finds the second nearest far enough to take a stranger for the nearest."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -404,7 +404,7 @@ class Searcher:
         if found.original is not None and not np.array_equal(
             np.rint(query.pixels * 255.0), shown.image(found.original)
         ):
-            few = len(self._store) < FEW_EXEMPLARS
+            few = options.mode == Mode.ROBUST and len(self._store) < FEW_EXEMPLARS
             doubt = f"; with {len(self._store)} exemplars a stranger is easily taken for one" if few else ""
             notes.append(f"recognised as {original}: ranked by what is like that exemplar{doubt}")
         if found.put_first:

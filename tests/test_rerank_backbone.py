@@ -288,19 +288,13 @@ def with_weight_norm() -> nn.Module:
     return net
 
 
-def with_batch_statistics() -> nn.Module:
-    net = Net(plain)
-    net.norm = nn.BatchNorm2d(6, track_running_stats=False)
-    return net
-
-
 def with_a_weight_of_five_axes() -> nn.Module:
     net = Net(plain)
     net.register_parameter("scale", nn.Parameter(torch.ones(1, 1, 1, 1, 1)))
     return net
 
 
-@pytest.mark.parametrize("make", [with_weight_norm, with_batch_statistics, with_a_weight_of_five_axes])
+@pytest.mark.parametrize("make", [with_weight_norm, with_a_weight_of_five_axes])
 def test_what_cannot_be_rewritten_is_used_as_it_is(make):
     classifier = Classifier.from_module(make(), image_shape=SHAPE)
     before = everything_in(classifier.backbone)
