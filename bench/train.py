@@ -1,5 +1,6 @@
 """The paper's classifiers (§4.1): a torchvision architecture trained from nothing on a source of labelled images."""
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ def train_classifier(
 ) -> Classifier:
     """Train; in bf16 where the arithmetic allows it, with the channels' means and deviations inside φ.
 
+    A step whose gradients are not finite is left out, as is usual in mixed precision.
+
     Args:
         data: Training images.
         config: Architecture and schedule.
@@ -152,7 +155,9 @@ def _fit(
             loss = F.cross_entropy(logits.float(), labels.to(device))
             optimiser.zero_grad()
             loss.backward()
-            optimiser.step()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), math.inf)
+            if norm.isfinite():  # bf16 on a CPU gives NaN now and then on maps of one cell
+                optimiser.step()
             schedule.step()
             progress("training", epoch * len(batches) + step + 1, steps)
 
