@@ -88,8 +88,8 @@ def train_classifier(
 ) -> Classifier:
     """Train; in bf16 where the arithmetic allows it, with the channels' means and deviations inside φ.
 
-    A step whose gradients are not finite is left out, as is usual in mixed precision. On a CPU images below 16 pixels are
-    passed in float32: bf16 gives NaN there now and then.
+    A step whose gradients are not finite is left out, as is usual in mixed precision. On a CPU images below 16 pixels
+    are passed in float32: bf16 gives NaN there now and then.
 
     Args:
         data: Training images.
