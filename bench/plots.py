@@ -99,10 +99,12 @@ def _draw(axes: Any, panel: Panel, styles: dict[str, dict[str, Any]]) -> dict[st
     """The line of each method."""
     lines = {}
     for method, curve in panel.curves.items():
-        style = styles[method]
-        few = {"marker": style["marker"] if len(curve.x) <= 20 or not panel.joined else ""}
-        few |= {} if panel.joined else {"ls": ""}
-        (lines[method],) = axes.plot(curve.x, curve.y, **style | few, markersize=4.5, linewidth=1.6)
+        style = dict(styles[method])
+        if not panel.joined:
+            style["ls"] = ""
+        elif len(curve.x) > 20:
+            style["marker"] = ""
+        (lines[method],) = axes.plot(curve.x, curve.y, **style, markersize=4.5, linewidth=1.6)
         if curve.low and curve.high:
             axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, ylim=(-0.03, 1.03))

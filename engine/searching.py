@@ -36,8 +36,8 @@ from tmm_engine.rerank.view import QueryView
 from tmm_engine.results import Explanation, Hit, SearchResult
 from tmm_engine.scanning import ByRanking, ByVector, RankedBy
 
-FEW_EXEMPLARS = 100
-"""Among fewer, mode robust often finds the second nearest far enough to take a stranger for the nearest."""
+FEW_EXEMPLARS = 300
+"""Among fewer, mode robust takes strangers for copies more often than one time in fifty (docs/ROBUST.md)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -405,7 +405,7 @@ class Searcher:
             np.rint(query.pixels * 255.0), shown.image(found.original)
         ):
             few = options.mode == Mode.ROBUST and len(self._store) < FEW_EXEMPLARS
-            doubt = f"; with {len(self._store)} exemplars a stranger is easily taken for one" if few else ""
+            doubt = f"; with {len(self._store)} exemplars a stranger is sometimes taken for one" if few else ""
             notes.append(f"recognised as {original}: ranked by what is like that exemplar{doubt}")
         if found.put_first:
             notes.append(f"{self._store.ids[found.rows[0]]} comes first by what recognises copies, not by its score")

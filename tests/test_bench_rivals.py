@@ -29,6 +29,7 @@ from tmm_engine.index.descriptors.calibration import Calibrated, calibrate
 from tmm_engine.index.descriptors.layers import Layer, find_layers
 from tmm_engine.index.errors import InputError
 from tmm_engine.index.models.classifier import Classifier
+from tmm_engine.rerank.recognise import Recognised
 
 N, Q, K = 120, 4, 5
 NOISE = [parse("brightness 0.5"), parse("gaussian 1")]
@@ -166,6 +167,15 @@ def test_what_comes_first_is_what_the_rule_says() -> None:
         assert not taken[0]
         first[name] = int(scores[0].argmax())
     assert first == {"gate": 7, "never first": 0, "first by ratio": 0, "first by rank": 7, "always first": 7}
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.95, 0.9995])
+@pytest.mark.parametrize("rank", [0, 20, 300])
+def test_the_engines_rule_is_either_of_its_halves(ratio: float, rank: int) -> None:
+    recognised = Recognised(7, ratio, 0.0)
+    by = {name: rule(recognised, rank, 2000) for name, rule in GATES.items()}
+    assert by["gate"] == (by["first by ratio"] or by["first by rank"])
+    assert by["never first"] <= by["gate"] <= by["always first"]
 
 
 def test_expansion_is_the_weighted_sum_with_the_nearest() -> None:

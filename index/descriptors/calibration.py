@@ -39,9 +39,7 @@ NEIGHBOURS = 10
 SHARE, LEAST_IMAGES = 0.1, 200  # of what building takes, that measuring may take; or what so many images take
 RECOGNISING, RANKING = 0.5, 0.25  # powers of the variance: whitened, and half so
 RANKING_DIMENSIONS = 256  # of the layer that ranks, at most; the recogniser's are `DIMENSIONS`
-SAME_SIMILARITY = (
-    1e-6  # similarities nearer than that are alike, and count against a layer: one that says nothing ties all
-)
+SAME_SIMILARITY = 1e-6  # nearer ones are alike, and count against a layer: one that says nothing ties all
 PER_DIMENSION = 2  # exemplars of the sample for each: whitened in as many as there are, all would be equally far apart
 # Of the similarity; no fewer of features and probabilities: images that a network was trained on keep their class more
 # easily than those that it has never seen, so that a sample of them would let both go (docs/ROBUST.md).

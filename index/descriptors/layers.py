@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -116,9 +117,7 @@ class Taps:
             seen = self._seen.layers
         finally:
             del self._seen.layers
-        pixels = {
-            layer: pooled(images, layer.grid, aspect=self._aspect) for layer in self.layers if layer.name == PIXELS
-        }
+        pixels = {layer: _in_cells(images, layer.grid) for layer in self.layers if layer.name == PIXELS}
         return Activations(features, seen | pixels)
 
     def _hook(self, layer: Layer) -> Any:
@@ -169,16 +168,14 @@ def _map_of(output: Float[Tensor, "n *rest"], aspect: float) -> Float[Tensor, "n
         _, first, second, last = output.shape
         channels_last = _as_high(first, second, aspect) and not _as_high(second, last, aspect)
         return output.permute(0, 3, 1, 2) if channels_last else output
-    found: list[tuple[float, int, int, int]] = []
+    maps = []
     for class_tokens in (1, 0):
         count = output.shape[1] - class_tokens
         height = round(math.sqrt(count * aspect))
         if height > 0 and count % height == 0 and _as_high(height, count // height, aspect):
-            found.append((abs(height - count // height * aspect), -class_tokens, height, count // height))
-    if not found:
-        return None
-    _, left_out, *sides = min(found)
-    return output[:, -left_out:].transpose(1, 2).unflatten(2, tuple(sides))
+            as_map = output[:, class_tokens:].transpose(1, 2).unflatten(2, (height, count // height))
+            maps.append((abs(height - count // height * aspect), as_map))
+    return min(maps, key=itemgetter(0))[1] if maps else None
 
 
 def _as_high(height: int, width: int, aspect: float) -> bool:
