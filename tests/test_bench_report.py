@@ -208,6 +208,36 @@ def test_the_summary_compares_with_the_better_baseline_the_best_first(reported):
     ]
 
 
+def test_methods_are_compared_over_what_all_of_them_met(tmp_path: Path):
+    few = ("clean 0", "gaussian 2.5")  # a slow method, on fewer queries and perturbations
+    records = [
+        record
+        for record in robustness()
+        if record["method"] != "tmm" or (record["query"] in ("q0", "q1") and record["perturbation"] in few)
+    ]
+    write(tmp_path, "uneven", "robustness", records)
+    page = write_report(tmp_path, tmp_path / "out")[0].read_text()
+    rows = rows_of(page, "method", "queries", "MRR, clean")
+    assert {row["queries"] for row in rows} == {"2"}
+    of_both = [r for r in records if r["query"] in ("q0", "q1") and r["perturbation"] == "gaussian 2.5"]
+    expected = {
+        method: f"{np.mean([r['reciprocal_rank'] for r in of_both if r['method'] == method]):.2f}" for method in METHODS
+    }
+    assert {row["method"]: row["MRR, noise"].split()[0] for row in rows} == expected
+    assert "measured with every method count here: gaussian 2.5." in page
+    levels = [row for row in rows_of(page, "level", "method") if row["method"] == "l2"]
+    assert {row["queries"] for row in levels} == {"6"}, "the tables by level keep all that was measured"
+
+
+def test_without_common_noise_every_method_counts_as_it_was_measured(tmp_path: Path):
+    own = {"cosine": "gaussian 2.5", "l2": "brightness 0.4", "tmm": "brightness 0.8"}
+    records = [r for r in robustness() if r["perturbation"] in ("clean 0", own[r["method"]])]
+    write(tmp_path, "apart", "robustness", records)
+    page = write_report(tmp_path, tmp_path / "out")[0].read_text()
+    assert {row["queries"] for row in rows_of(page, "method", "queries", "MRR, clean")} == {"6"}
+    assert "each counts over what it met" in page
+
+
 def test_each_family_has_a_table_by_level_and_method(reported):
     page, _ = reported
     section = page.split("<summary>Brightness</summary>")[1]

@@ -67,7 +67,7 @@ def command(source: str, **options: Any) -> None:
 def section(run: Run, sheet: Sheet) -> list[str]:
     """Means over all noise, curves over each family, tables of all levels."""
     noisy = [record for record in run.records if record["family"] != "clean"]
-    blocks = ["### Over all noise", *_summary(run.records, noisy)]
+    blocks = ["### Over all noise", *_summary(run.records)]
     if panels := [_mrr_panel(run, family) for (family,) in grouped(noisy, "family")]:
         title = f"{run.data_set}: mean reciprocal rank of the true exemplar"
         blocks.append(sheet.draw(f"{run.path.stem}-mrr", title, in_rows(panels, 4)))
@@ -107,15 +107,19 @@ def across(runs: list[Run], sheet: Sheet) -> list[str]:
     return [title, sheet.draw("fig3-robustness", "Mean reciprocal rank of the true exemplar", rows)]
 
 
-def _summary(records: list[Record], noisy: list[Record]) -> list[str]:
-    """A row for each method, the best first."""
+def _summary(records: list[Record]) -> list[str]:
+    """A row for each method, the best first, over what was measured of every method."""
+    common = _of_all_methods(records)
+    comparable = any(record["family"] != "clean" for record in common)
+    common = common if comparable else records
+    noisy = [record for record in common if record["family"] != "clean"]
     by_method = {method: group for (method,), group in grouped(noisy, "method").items()}
     scores = {method: by_query(*values_of(group, "reciprocal_rank")).mean() for method, group in by_method.items()}
     baseline = max((method for method in BASELINES if method in scores), key=scores.__getitem__, default=None)
     rows = []
     for method in sorted(scores, key=scores.__getitem__, reverse=True):
         group = by_method[method]
-        clean = [record for record in records if (record["method"], record["family"]) == (method, "clean")]
+        clean = [record for record in common if (record["method"], record["family"]) == (method, "clean")]
         rows.append(
             {
                 "method": method,
@@ -134,7 +138,20 @@ def _summary(records: list[Record], noisy: list[Record]) -> list[str]:
         "in MRR under noise, paired by query, with the better of l2 and cosine. Overlap is with the method's own "
         "answer to the clean query."
     )
+    if not comparable:
+        note += " No query met the same noise with every method: each counts over what it met."
+    elif len(common) < len(records):
+        kinds = ", ".join(perturbation for (perturbation,) in grouped(noisy, "perturbation"))
+        note += f" Only queries and perturbations that were measured with every method count here: {kinds}."
     return [table(rows), note]
+
+
+def _of_all_methods(records: list[Record]) -> list[Record]:
+    """Those of queries and perturbations that every method met."""
+    methods = len(grouped(records, "method"))
+    met = grouped(records, "query", "perturbation")
+    common = {key for key, group in met.items() if len({record["method"] for record in group}) == methods}
+    return [record for record in records if (record["query"], record["perturbation"]) in common]
 
 
 def _noise(family: str) -> Noise:
