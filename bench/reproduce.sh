@@ -4,17 +4,18 @@
 # for example
 #   bench/reproduce.sh MNIST mnist mnist.safetensors resnet18 --root data
 # Records go to bench/results, where `fast` is still called `robust`, as it was when they were made; an interrupted run goes on where it stopped.
-# STAGES, QUERIES and FEW choose and size the runs; the galleries it draws show images of the data sets: never commit those.
+# STAGES, QUERIES and FEW choose and size the runs, WHOLE says how many exemplars there are, for stage `whole`; the galleries it draws show images of the data sets: never commit those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 source=$2 weights=$3 model=$4
 shift 4
 file=$(echo "$name" | tr 'A-Z ' 'a-z-')
-out=bench/results/reproduction few_out=bench/results/paper
-mkdir -p "$out" "$few_out"
+out=bench/results/reproduction few_out=bench/results/paper whole_out=bench/results/whole
+mkdir -p "$out" "$few_out" "$whole_out"
 common=("$source" --weights "$weights" --model "$model" --seed 1 "$@")
 main=("${common[@]}" --exemplars 5000 --name "$name")
 held=("${common[@]}" --exemplars 5000 --name "$name, held-out queries")
+whole=("${common[@]}" --exemplars "${WHOLE:-5000}" --name "$name")
 small=("${common[@]}" --exemplars 1000 --name "$name, 1,000 exemplars")
 noise=(--families brightness,gaussian,contrast,blur,jpeg,shift,pgd,adaptive
   --levels brightness=0.9,0.7,0.5,0.3,0.1 --levels gaussian=0.5,1,2.5,5 --levels contrast=0.6,0.3
@@ -22,6 +23,7 @@ noise=(--families brightness,gaussian,contrast,blur,jpeg,shift,pgd,adaptive
 few=(--families brightness,gaussian,blur,shift --levels brightness=0.7,0.5,0.3 --levels gaussian=1,2.5,5
   --levels blur=1 --levels shift=1)
 recognising="cosine,stretch=true,recognition=0.8" # the baseline with what `fast` has beside its trigger
+rivals="l2;cosine;cosine,stretch=true;layer,recogniser=pixels;layer,recogniser=layer2:4x4;robust;fast"
 all="l2;cosine;l2,stretch=true;cosine,stretch=true;$recognising;fast"
 
 for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation}; do
@@ -43,6 +45,12 @@ for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation}; 
       --out "$few_out/paper-$file.jsonl"
     engine bench radius "${small[@]}" --methods "l2;cosine;paper;fast" --queries "${FEW:-8}" --directions 1 \
       --kinds gaussian,brightness --out "$few_out/paper-radius-$file.jsonl"
+    ;;
+  whole) # all exemplars: few queries with triggers of their own, more with what passes no exemplar for a query
+    engine bench robustness "${whole[@]}" --families "${FAMILIES:-brightness,gaussian,shift}" --levels brightness=0.4 \
+      --levels gaussian=2.5 --levels shift=2 --methods "$rivals;paper" --queries 20 --out "$whole_out/robustness-$file.jsonl"
+    engine bench robustness "${whole[@]}" --families brightness,gaussian --levels brightness=0.7,0.4,0.2,0.1 \
+      --levels gaussian=1,2.5,5 --methods "$rivals" --queries 200 --out "$whole_out/robustness-$file.jsonl"
     ;;
   semantic)
     engine bench semantic "${main[@]}" --methods "l2;cosine;cosine,stretch=true;fast" --queries 200 \

@@ -5,11 +5,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine.bench.benchmark import Run
-from tmm_engine.bench.benchmarks.rivals import GROUPS, KEY, UNSEEN, VERY_IMAGE, _group, _trade, among, measure_rivals
+from tmm_engine.bench.benchmarks.rivals import (
+    GROUPS,
+    KEY,
+    UNSEEN,
+    VERY_IMAGE,
+    _group,
+    _parse_presets,
+    _trade,
+    among,
+    measure_presets,
+    measure_rivals,
+)
 from tmm_engine.bench.benchmarks.unseen import KEY as UNSEEN_KEY
 from tmm_engine.bench.benchmarks.unseen import measure_unseen
 from tmm_engine.bench.loading import HeldOut
@@ -33,6 +45,7 @@ from tmm_engine.rerank.recognise import Recognised
 
 N, Q, K = 120, 4, 5
 NOISE = [parse("brightness 0.5"), parse("gaussian 1")]
+FAST = Method.parse("fast,trigger.steps=5")
 QUERIES = (IMAGES[N : N + Q, None] / np.float32(255)).astype(np.float32)
 
 
@@ -50,14 +63,15 @@ def calibrated(held: HeldOut) -> Calibrated:
 @pytest.fixture(scope="module")
 def measured(held: HeldOut, calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rivals") / "rivals.jsonl"
-    with held.suite.records(path, "rivals", [], KEY, k=K, chosen=calibrated.report) as file:
+    with held.suite.records(path, "rivals", [FAST], KEY, k=K, chosen=calibrated.report) as file:
         measure_rivals(held, calibrated, file, perturbations=NOISE, k=K)
+        measure_presets(held, held.suite.retrievers([FAST]), file, perturbations=NOISE, k=K)
     return path
 
 
 def test_every_way_is_measured_on_both_jobs(held: HeldOut, measured: Path) -> None:
     records = read_records(measured).records
-    names = {rival.name for rival in roster(find_layers(held.suite.classifier))}
+    names = {FAST.name} | {rival.name for rival in roster(find_layers(held.suite.classifier))}
     missing = names - {record["method"] for record in records}
     assert not missing
     assert len(records) == 2 * 3 * len(names)
@@ -111,6 +125,43 @@ def test_a_rerun_goes_on(held: HeldOut, calibrated: Calibrated, measured: Path) 
     assert measured.read_bytes() == before
 
 
+def test_presets_go_on_too_and_are_the_retrievers_answers(held: HeldOut, measured: Path, tmp_path: Path) -> None:
+    [fast] = held.suite.retrievers([FAST])
+    calls = []
+
+    class Counted:
+        name = fast.name
+
+        def scores(self, query: np.ndarray, *, seed: int = 0) -> np.ndarray:
+            calls.append(query)
+            return fast.scores(query, seed=seed)
+
+        def embedding(self, pixels: Tensor) -> Tensor:
+            return fast.embedding(pixels)
+
+    path = tmp_path / "rivals.jsonl"
+    path.write_bytes(measured.read_bytes())
+    more = [*NOISE, parse("blur 1")]
+    settings = read_records(path).settings
+    with RecordFile.open(path, settings, KEY, ()) as file:
+        measure_presets(held, [Counted()], file, perturbations=NOISE, k=K)
+        assert not calls, "all of it is there"
+        measure_presets(held, [Counted()], file, perturbations=more, k=K)
+        assert len(calls) == 2 * 2 * Q, "the clean queries and the new perturbation, of both jobs"
+        record = file.find(job=UNSEEN, perturbation="blur 1", method=FAST.name)
+    assert record is not None
+    clean, blurred = ([fast.scores(query) for query in calls[start : start + 2 * Q]] for start in (0, 2 * Q))
+    best = [[set(np.argsort(-scores, kind="stable")[:K]) for scores in part[Q:]] for part in (clean, blurred)]
+    assert record["kept"] == [len(before & after) for before, after in zip(*best, strict=True)]
+
+
+def test_what_is_no_reading_of_tmm_is_no_preset() -> None:
+    assert [preset.name for preset in _parse_presets("fast; paper,head.epochs=2")] == ["fast", "paper,head.epochs=2"]
+    assert _parse_presets(None) == []
+    with pytest.raises(InputError, match="'cosine' is no reading of TMM-NN"):
+        _parse_presets("fast;cosine")
+
+
 def test_the_report_shows_both_jobs_and_what_was_chosen(measured: Path, tmp_path: Path) -> None:
     write_report(measured.parent, tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -121,7 +172,7 @@ def test_the_report_shows_both_jobs_and_what_was_chosen(measured: Path, tmp_path
 def test_the_picture_has_every_way_once_where_its_records_say(measured: Path, held: HeldOut) -> None:
     run = Run(measured, read_records(measured))
     panel = _trade(run)
-    names = [rival.name for rival in roster(find_layers(held.suite.classifier))]
+    names = [FAST.name, *(rival.name for rival in roster(find_layers(held.suite.classifier)))]
     assert {_group(name) for name in names} == set(GROUPS)
     assert sum(len(curve.x) for curve in panel.curves.values()) == len({record["method"] for record in run.records})
     [mrr], [label] = panel.curves["robust"].x, panel.curves["robust"].y

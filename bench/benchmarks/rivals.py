@@ -17,11 +17,13 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
-from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few
+from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few, parse_methods
+from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Family, Perturbation
 from tmm_engine.bench.options import check_folders, held_out_options, k_option, out_option
 from tmm_engine.bench.plots import BASELINES, Curve, Panel, in_rows, styles_of
 from tmm_engine.bench.records import Record, RecordFile
+from tmm_engine.bench.retrievers import Recogniser, Retriever
 from tmm_engine.bench.rivals.keeping import Vectors, vectors_of
 from tmm_engine.bench.rivals.parts import RAW, RECOGNISER, SAMPLE, Part, Passes
 from tmm_engine.bench.rivals.reranking import GATES, expanded, gated, k_reciprocal
@@ -51,6 +53,11 @@ DEFAULT = (
 @k_option
 @click.option("--perturbations", default=DEFAULT, show_default=True, help="Each a family and a level, by commas.")
 @click.option("--recognition", type=click.FloatRange(0.01, 1.0), help="Threshold of robust's gate instead of its own.")
+@click.option(
+    "--presets",
+    help="Readings of TMM-NN as well, by semicolons, as for bench robustness: 'fast;paper'. Slow: one query at a time, "
+    "and paper passes every exemplar through the network for each.",
+)
 @click.option("--ways", help="Only these, by semicolons; * is anything: 'l2;cosine*;layer?:4x4 whitened;robust,*'.")
 @click.option(
     "--keep",
@@ -67,17 +74,21 @@ def command(source: str, **options: Any) -> None:
       engine bench rivals cifar10/ --weights c.safetensors --model resnet18 --queries 100 --out runs/rivals.jsonl
       engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --exemplars 60000 \\
           --ways 'l2;cosine;cosine,stretch=true;pixels*;robust,views=?' --keep runs/vectors --out runs/whole.jsonl
+      engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --queries 20 \
+          --ways 'cosine*;robust,views=4' --presets 'fast;paper' --perturbations 'gaussian 2.5' --out runs/tmm.jsonl
     """
     perturbations = parse_few(options["perturbations"])
+    presets = _parse_presets(options["presets"])
     check_folders(options["out"])
     with progress_bar() as progress:
-        held = load_held_out(source, options, progress, embedded=False)
+        held = load_held_out(source, options, progress, embedded=bool(presets))
         ways = among(roster(find_layers(held.suite.classifier)), options["ways"])
         calibrated = _calibrated(held.suite, progress)
         settings = {"k": options["k"], "query_source": held.source, "queries": options["queries"]}
         if options["recognition"] is not None:
             settings["recognition"] = options["recognition"]
-        with held.suite.records(options["out"], "rivals", [], KEY, **settings, chosen=calibrated.report) as records:
+        file = held.suite.records(options["out"], "rivals", presets, KEY, **settings, chosen=calibrated.report)
+        with file as records:
             measure_rivals(
                 held,
                 calibrated,
@@ -89,7 +100,24 @@ def command(source: str, **options: Any) -> None:
                 keep=options["keep"],
                 progress=progress,
             )
+            if presets:
+                measure_presets(
+                    held,
+                    held.suite.retrievers(presets, progress=progress),
+                    records,
+                    perturbations=perturbations,
+                    k=options["k"],
+                    progress=progress,
+                )
     click.echo(f"{options['out']}: {options['queries']} exemplars and as many queries from {held.source}")
+
+
+def _parse_presets(text: str | None) -> list[Method]:
+    """Of --presets."""
+    presets = parse_methods(text) if text is not None else []
+    if others := [method.name for method in presets if method.config is None]:
+        raise InputError(f"--presets: {others[0]!r} is no reading of TMM-NN (try 'fast;paper', or --ways)")
+    return presets
 
 
 def among(rivals: Sequence[Rival], patterns: str | None) -> list[Rival]:
@@ -143,7 +171,7 @@ def measure_rivals(
         keep: The folder that keeps what is looked at in the exemplars (`bench.rivals.keeping`), if any does.
         progress: Told of images embedded and perturbations done.
     """
-    suite, count = held.suite, len(held.queries)
+    suite = held.suite
     rivals = roster(find_layers(suite.classifier)) if rivals is None else rivals
     looked_at = [part for rival in rivals for _, part in rival.parts]
     looked_at += [
@@ -151,32 +179,101 @@ def measure_rivals(
     ]
     passes = Passes(suite.classifier, calibrated, looked_at)
     rivals = [rival for rival in rivals if all(passes.available(part) for _, part in rival.parts)]
-    rows = suite.queries(count)
     everything = np.arange(len(suite.store))
     passes.fit(_pixels(suite, suite.order[::-1][:SAMPLE].copy()))
     of_exemplars = vectors_of(passes, suite.store.images(everything), folder=keep, progress=progress)
-    both = np.concatenate([_pixels(suite, rows), held.queries])
-    answers: dict[str, Int64[np.ndarray, "q k"]] = {}
-    ordered = [CLEAN, *(one for one in perturbations if one != CLEAN)]
+    results = _Results(held, record_file, k)
+    ordered = _clean_first(perturbations)
     for done, perturbation in enumerate(ordered, start=1):
-        seeds = [int(np.random.SeedSequence((suite.seed, place)).generate_state(1)[0]) for place in range(len(both))]
-        changed = np.stack([perturbation.apply(image, seed=seed) for image, seed in zip(both, seeds, strict=True)])
-        of_queries = passes(changed)
-        similarities = _Similarities(of_queries, of_exemplars, threshold=recognition)
+        similarities = _Similarities(passes(results.queries(perturbation)), of_exemplars, threshold=recognition)
         for rival in rivals:
-            scores, taken = similarities.of(rival)
-            about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
-            about |= {"method": rival.name}
-            best = _best(scores, k + 1)
-            found = best[count:, :k]
-            kept = answers.setdefault(rival.name, found)
-            for job, measured in (
-                (VERY_IMAGE, _very_image(scores[:count], best[:count], suite.store.labels, rows)),
-                (UNSEEN, _unseen(found, kept, suite.store.labels, held.labels, taken and taken[count:])),
-            ):
-                if not record_file.done(job=job, perturbation=perturbation.name, method=rival.name):
-                    record_file.append({"job": job} | about | measured)
+            results.add(rival.name, perturbation, *similarities.of(rival))
         progress("comparing", done, len(ordered))
+
+
+def measure_presets(
+    held: HeldOut,
+    presets: Sequence[Retriever],
+    record_file: RecordFile,
+    *,
+    perturbations: Sequence[Perturbation],
+    k: int = 10,
+    progress: Progress = silent,
+) -> None:
+    """The same of readings of TMM-NN, on the same changed images.
+
+    Args:
+        held: As `measure_rivals`; the exemplars have features.
+        presets: Of its exemplars.
+        record_file: As `measure_rivals`; of what it has only clean queries are answered again, to be compared with.
+        perturbations: As `measure_rivals`.
+        k: As `measure_rivals`.
+        progress: Told of queries answered.
+    """
+    results = _Results(held, record_file, k)
+    to_do = []
+    for preset in presets:
+        missing = [one for one in _clean_first(perturbations) if not results.known(preset.name, one)]
+        to_do += [(preset, one) for one in _clean_first(missing) if missing]
+    for number, (preset, perturbation) in enumerate(to_do):
+        images = results.queries(perturbation)
+        scores, taken = [], []
+        for done, image in enumerate(images, start=1):
+            scores.append(preset.scores(image))
+            copy_of = preset.recognised(image) if isinstance(preset, Recogniser) else None
+            taken += [] if copy_of is None else [copy_of.share >= 0.5]
+            progress("ranking", number * len(images) + done, len(to_do) * len(images))
+        results.add(preset.name, perturbation, torch.from_numpy(np.stack(scores)), taken or None)
+
+
+def _clean_first(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
+    return [CLEAN, *(one for one in perturbations if one != CLEAN)]
+
+
+class _Results:
+    """Of both jobs: exemplars as queries, then queries nobody has seen, under one perturbation after the other.
+
+    Args:
+        held: Exemplars and queries; the clean ones must be the first that `add` is told of.
+        record_file: Opened with KEY.
+        k: Neighbours looked at.
+    """
+
+    def __init__(self, held: HeldOut, record_file: RecordFile, k: int) -> None:
+        self._held, self._file, self._k = held, record_file, k
+        self._count = len(held.queries)
+        self._rows = held.suite.queries(self._count)
+        self._plain = np.concatenate([_pixels(held.suite, self._rows), held.queries])
+        self._clean: dict[str, Int64[np.ndarray, "q k"]] = {}
+
+    def queries(self, perturbation: Perturbation) -> Float32[np.ndarray, "q2 c h w"]:
+        """Of both jobs, changed."""
+        places = range(len(self._plain))
+        seeds = [int(np.random.SeedSequence((self._held.suite.seed, place)).generate_state(1)[0]) for place in places]
+        return np.stack([perturbation.apply(image, seed=seed) for image, seed in zip(self._plain, seeds, strict=True)])
+
+    def known(self, method: str, perturbation: Perturbation) -> bool:
+        """Whether both records are there."""
+        return all(self._done(job, method, perturbation) for job in (VERY_IMAGE, UNSEEN))
+
+    def add(
+        self, method: str, perturbation: Perturbation, scores: Float[Tensor, "q2 n"], taken: list[bool] | None
+    ) -> None:
+        """The records of both jobs that are not there yet."""
+        count, k, labels = self._count, self._k, self._held.suite.store.labels
+        about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
+        best = _best(scores, k + 1)
+        found = best[count:, :k]
+        clean = self._clean.setdefault(method, found)
+        for job, measured in (
+            (VERY_IMAGE, _very_image(scores[:count], best[:count], labels, self._rows)),
+            (UNSEEN, _unseen(found, clean, labels, self._held.labels, taken and taken[count:])),
+        ):
+            if not self._done(job, method, perturbation):
+                self._file.append({"job": job} | about | {"method": method} | measured)
+
+    def _done(self, job: str, method: str, perturbation: Perturbation) -> bool:
+        return self._file.done(job=job, perturbation=perturbation.name, method=method)
 
 
 def _pixels(suite: Suite, rows: Int64[np.ndarray, "rows"]) -> Float32[np.ndarray, "rows c h w"]:
@@ -280,6 +377,7 @@ GROUPS = {  # shown as one, by the pattern of their names; the first that fits; 
     "cosine": "cosine",
     STRETCHED: STRETCHED,
     "robust": "robust,views=4",
+    "TMM-NN": "fast|fast,*|paper|paper,*",
     "mixtures, views, re-rankings": "*features*|robust*|recogniser*",
     "pixels": "pixels*",
     "one layer": "*:?x?*",
