@@ -3,8 +3,9 @@
 #   bench/reproduce.sh NAME SOURCE WEIGHTS MODEL [options of the source and the model …]
 # for example
 #   bench/reproduce.sh MNIST mnist mnist.safetensors resnet18 --root data
-# Records go to bench/results, where `fast` is still called `robust`, as it was when they were made; an interrupted run goes on where it stopped.
-# STAGES, QUERIES and FEW choose and size the runs, WHOLE says how many exemplars there are, for stage `whole`; the galleries it draws show images of the data sets: never commit those.
+# Records go to bench/results, an interrupted run goes on where it stopped. In those of reproduction/ and paper/ `fast` is still called
+# `robust`, as it was when they were made.
+# STAGES, QUERIES and FEW choose and size the runs; stage `whole`, all exemplars, is 20 and 200 queries and OWN kinds of noise. The galleries it draws show images of the data sets: never commit those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 source=$2 weights=$3 model=$4
@@ -15,7 +16,7 @@ mkdir -p "$out" "$few_out" "$whole_out"
 common=("$source" --weights "$weights" --model "$model" --seed 1 "$@")
 main=("${common[@]}" --exemplars 5000 --name "$name")
 held=("${common[@]}" --exemplars 5000 --name "$name, held-out queries")
-whole=("${common[@]}" --exemplars "${WHOLE:-5000}" --name "$name")
+whole=("${common[@]}" --exemplars 1000000 --name "$name") # all there are
 small=("${common[@]}" --exemplars 1000 --name "$name, 1,000 exemplars")
 noise=(--families brightness,gaussian,contrast,blur,jpeg,shift,pgd,adaptive
   --levels brightness=0.9,0.7,0.5,0.3,0.1 --levels gaussian=0.5,1,2.5,5 --levels contrast=0.6,0.3
@@ -26,7 +27,7 @@ recognising="cosine,stretch=true,recognition=0.8" # the baseline with what `fast
 rivals="l2;cosine;cosine,stretch=true;layer,recogniser=pixels;layer,recogniser=layer2:4x4;robust;fast"
 all="l2;cosine;l2,stretch=true;cosine,stretch=true;$recognising;fast"
 
-for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation}; do
+for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation whole}; do
   case $stage in
   robustness)
     engine bench robustness "${main[@]}" "${noise[@]}" --methods "$all" --queries "${QUERIES:-40}" \
@@ -46,11 +47,11 @@ for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation}; 
     engine bench radius "${small[@]}" --methods "l2;cosine;paper;fast" --queries "${FEW:-8}" --directions 1 \
       --kinds gaussian,brightness --out "$few_out/paper-radius-$file.jsonl"
     ;;
-  whole) # all exemplars: few queries with triggers of their own, more with what passes no exemplar for a query
-    engine bench robustness "${whole[@]}" --families "${FAMILIES:-brightness,gaussian,shift}" --levels brightness=0.4 \
-      --levels gaussian=2.5 --levels shift=2 --methods "$rivals;paper" --queries 20 --out "$whole_out/robustness-$file.jsonl"
-    engine bench robustness "${whole[@]}" --families brightness,gaussian --levels brightness=0.7,0.4,0.2,0.1 \
-      --levels gaussian=1,2.5,5 --methods "$rivals" --queries 200 --out "$whole_out/robustness-$file.jsonl"
+  whole) # few queries with triggers of their own, more with what passes no exemplar for a query
+    engine bench robustness "${whole[@]}" --families "${OWN:-brightness,gaussian,shift}" --levels brightness=0.4 \
+      --levels gaussian=2.5 --levels shift=2 --methods paper --queries 20 --out "$whole_out/robustness-$file.jsonl"
+    engine bench robustness "${whole[@]}" --families brightness,gaussian,shift --levels brightness=0.7,0.4,0.2,0.1 \
+      --levels gaussian=1,2.5,5 --levels shift=2 --methods "$rivals" --queries 200 --out "$whole_out/robustness-$file.jsonl"
     ;;
   semantic)
     engine bench semantic "${main[@]}" --methods "l2;cosine;cosine,stretch=true;fast" --queries 200 \

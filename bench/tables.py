@@ -1,6 +1,6 @@
 """Records as cells and tables of Markdown: groups, means and shares with their intervals."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,45 @@ def grouped(records: Iterable[Record], *fields: str) -> dict[tuple[Any, ...], li
     for record in records:
         groups.setdefault(tuple(record[field] for field in fields), []).append(record)
     return groups
+
+
+def compared(records: list[Record], summary: Callable[[list[Record]], list[str]], *, met: tuple[str, ...]) -> list[str]:
+    """Methods over what every one of them met and, where some met more, those that met the most over all of that.
+
+    Args:
+        records: Of any methods.
+        summary: Its blocks, of records of methods that met the same.
+        met: The fields whose values tell what a method met, ``perturbation`` among them.
+    """
+    common, most = over_the_same(records, *met)
+    if len(common) == len(records):
+        return summary(records)
+    full = {record["method"] for record in most}
+    others = dict.fromkeys(record["method"] for record in records if record["method"] not in full)
+    blocks = [f"Over more, without {', '.join(others)}, which met less:", *summary(most)]
+    kinds = [name for name, family in grouped(common, "perturbation", "family") if family != "clean"]
+    if not kinds:
+        return ["Under no noise have all methods met the same.", *blocks]
+    over = ([f"{count(common)} queries"] if "query" in met else []) + kinds
+    return [f"All methods, over what every one of them met ({', '.join(over)}):", *summary(common), *blocks]
+
+
+def over_the_same(records: list[Record], *met: str) -> tuple[list[Record], list[Record]]:
+    """Those of all methods, over what every one of them met; and those of the methods that met the most, over that."""
+    keys: dict[str, set[tuple[Any, ...]]] = {}
+    for record in records:
+        keys.setdefault(record["method"], set()).add(tuple(record[field] for field in met))
+    most = max(keys.values(), key=len, default=set())
+    full = {method for method, own in keys.items() if own >= most}
+    common = set.intersection(*keys.values()) if keys else set()
+
+    def among(record: Record, some: set[tuple[Any, ...]]) -> bool:
+        return tuple(record[field] for field in met) in some
+
+    return (
+        [record for record in records if among(record, common)],
+        [record for record in records if record["method"] in full and among(record, most)],
+    )
 
 
 def count(records: list[Record]) -> int:

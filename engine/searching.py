@@ -37,7 +37,8 @@ from tmm_engine.results import Explanation, Hit, SearchResult
 from tmm_engine.scanning import ByRanking, ByVector, RankedBy
 
 FEW_EXEMPLARS = 300
-"""Among fewer, mode robust takes strangers for copies more often than one time in fifty (docs/ROBUST.md)."""
+"""Among fewer, mode robust takes more than one stranger in fifty for a copy, on the mean of four data sets
+(docs/ROBUST.md)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -224,18 +224,24 @@ def test_methods_are_compared_over_what_all_of_them_met(tmp_path: Path):
         method: f"{np.mean([r['reciprocal_rank'] for r in of_both if r['method'] == method]):.2f}" for method in METHODS
     }
     assert {row["method"]: row["MRR, noise"].split()[0] for row in rows} == expected
-    assert "measured with every method count here: gaussian 2.5." in page
+    assert "All methods, over what every one of them met (2 queries, gaussian 2.5):" in page
+    more = page.split("Over more, without tmm, which met less:")[1]
+    assert {(row["method"], row["queries"]) for row in rows_of(more, "method", "queries", "MRR, clean")} == {
+        ("l2", "6"),
+        ("cosine", "6"),
+    }
+    assert "Curves over fewer queries: digits: tmm 2 (the others 6)." in page
     levels = [row for row in rows_of(page, "level", "method") if row["method"] == "l2"]
     assert {row["queries"] for row in levels} == {"6"}, "the tables by level keep all that was measured"
 
 
-def test_without_common_noise_every_method_counts_as_it_was_measured(tmp_path: Path):
+def test_without_common_noise_nothing_is_compared(tmp_path: Path):
     own = {"cosine": "gaussian 2.5", "l2": "brightness 0.4", "tmm": "brightness 0.8"}
     records = [r for r in robustness() if r["perturbation"] in ("clean 0", own[r["method"]])]
     write(tmp_path, "apart", "robustness", records)
     page = write_report(tmp_path, tmp_path / "out")[0].read_text()
-    assert {row["queries"] for row in rows_of(page, "method", "queries", "MRR, clean")} == {"6"}
-    assert "each counts over what it met" in page
+    assert "Under no noise have all methods met the same." in page
+    assert len(rows_of(page, "method", "queries", "MRR, clean")) == 1
 
 
 def test_each_family_has_a_table_by_level_and_method(reported):

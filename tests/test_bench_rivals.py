@@ -1,11 +1,11 @@
 """The rivals of mode robust: each is what its name says, all see the same queries, and none is told the answer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.digits import IMAGES, LABELS, make_classifier
@@ -29,6 +29,7 @@ from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import parse
 from tmm_engine.bench.records import RecordFile, read_records
 from tmm_engine.bench.report import write_report
+from tmm_engine.bench.retrievers import Recogniser, TmmRetriever
 from tmm_engine.bench.rivals.hashes import HASHES, hashed
 from tmm_engine.bench.rivals.images import median_filtered, with_own_statistics
 from tmm_engine.bench.rivals.keeping import vectors_of
@@ -125,41 +126,88 @@ def test_a_rerun_goes_on(held: HeldOut, calibrated: Calibrated, measured: Path) 
     assert measured.read_bytes() == before
 
 
-def test_presets_go_on_too_and_are_the_retrievers_answers(held: HeldOut, measured: Path, tmp_path: Path) -> None:
+def test_figures_of_presets_are_the_retrievers_own(held: HeldOut, measured: Path) -> None:
     [fast] = held.suite.retrievers([FAST])
-    calls = []
+    rows, labels = held.suite.queries(Q), held.suite.store.labels
+    exemplars = held.suite.store.images(rows) / np.float32(255)
+    dark = parse("brightness 0.5")  # which draws nothing
+    found: dict[str, list[np.ndarray]] = {
+        kind: [fast.scores(dark.apply(image, seed=0) if kind == "dark" else image) for image in images]
+        for kind, images in (("clean", QUERIES), ("dark", QUERIES), ("own", exemplars))
+    }
+    own = [fast.scores(dark.apply(image, seed=0)) for image in exemplars]
+    best = {kind: [np.argsort(-scores, kind="stable")[:K] for scores in some] for kind, some in found.items()}
+    with RecordFile.open(measured, read_records(measured).settings, KEY, ()) as file:
+        very, unseen = (file.find(job=job, perturbation=dark.name, method=FAST.name) for job in (VERY_IMAGE, UNSEEN))
+    assert very is not None and unseen is not None
+    assert very["rank"] == [int((scores > scores[row]).sum()) for scores, row in zip(own, rows, strict=True)]
+    others = [
+        [place for place in np.argsort(-scores, kind="stable") if place != row][:K]
+        for scores, row in zip(own, rows, strict=True)
+    ]
+    assert very["right"] == [int((labels[own] == labels[row]).sum()) for own, row in zip(others, rows, strict=True)]
+    pairs = list(zip(best["clean"], best["dark"], strict=True))
+    assert unseen["kept"] == [len(set(before) & set(after)) for before, after in pairs]
+    assert unseen["right"] == [
+        int((labels[after] == label).sum()) for after, label in zip(best["dark"], held.labels, strict=True)
+    ]
+    assert isinstance(fast, Recogniser)
+    copies = [fast.recognised(dark.apply(image, seed=0)) for image in QUERIES]
+    assert unseen["taken"] == [copy_of is not None and copy_of.share >= 0.5 for copy_of in copies]
 
-    class Counted:
-        name = fast.name
 
-        def scores(self, query: np.ndarray, *, seed: int = 0) -> np.ndarray:
-            calls.append(query)
-            return fast.scores(query, seed=seed)
-
-        def embedding(self, pixels: Tensor) -> Tensor:
-            return fast.embedding(pixels)
-
-    path = tmp_path / "rivals.jsonl"
+def test_presets_go_on_too(held: HeldOut, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [fast] = held.suite.retrievers([FAST])
+    path, asked = tmp_path / "rivals.jsonl", []
     path.write_bytes(measured.read_bytes())
-    more = [*NOISE, parse("blur 1")]
-    settings = read_records(path).settings
-    with RecordFile.open(path, settings, KEY, ()) as file:
-        measure_presets(held, [Counted()], file, perturbations=NOISE, k=K)
-        assert not calls, "all of it is there"
-        measure_presets(held, [Counted()], file, perturbations=more, k=K)
-        assert len(calls) == 2 * 2 * Q, "the clean queries and the new perturbation, of both jobs"
-        record = file.find(job=UNSEEN, perturbation="blur 1", method=FAST.name)
-    assert record is not None
-    clean, blurred = ([fast.scores(query) for query in calls[start : start + 2 * Q]] for start in (0, 2 * Q))
-    best = [[set(np.argsort(-scores, kind="stable")[:K]) for scores in part[Q:]] for part in (clean, blurred)]
-    assert record["kept"] == [len(before & after) for before, after in zip(*best, strict=True)]
+    plain = TmmRetriever.scores_beside
+
+    def counted(self: TmmRetriever, others: Sequence[TmmRetriever], query: np.ndarray) -> list[np.ndarray]:
+        asked.append(query)
+        return plain(self, others, query)
+
+    monkeypatch.setattr(TmmRetriever, "scores_beside", counted)
+    with RecordFile.open(path, read_records(path).settings, KEY, ()) as file:
+        measure_presets(held, [fast], file, perturbations=NOISE, k=K)
+        assert not asked, "all of it is there"
+        measure_presets(held, [fast], file, perturbations=[*NOISE, parse("brightness 1")], k=K)
+        record = file.find(job=UNSEEN, perturbation="brightness 1", method=FAST.name)
+    assert len(asked) == 2 * Q, "of both jobs; the clean queries are not answered again"
+    assert record is not None and record["kept"] == [K] * Q, "compared with the clean answers of the file"
 
 
-def test_what_is_no_reading_of_tmm_is_no_preset() -> None:
+def test_presets_are_checked_at_once() -> None:
     assert [preset.name for preset in _parse_presets("fast; paper,head.epochs=2")] == ["fast", "paper,head.epochs=2"]
     assert _parse_presets(None) == []
-    with pytest.raises(InputError, match="'cosine' is no reading of TMM-NN"):
-        _parse_presets("fast;cosine")
+    for text, problem in (
+        ("fast;cosine", "--presets: nothing is called 'cosine'.*known: paper, fast"),
+        (" ; ", "--presets: expected different ones"),
+        ("fast;fast", "--presets: expected different ones"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            _parse_presets(text)
+
+
+def test_ways_are_compared_over_the_same_noise(measured: Path, tmp_path: Path) -> None:
+    lines = measured.read_text(encoding="utf-8").splitlines()
+    easy = [line.replace('"cosine"', '"easy"') for line in lines if '"cosine"' in line and '"gaussian' not in line]
+    (tmp_path / "rivals.jsonl").write_text("\n".join([*lines, *easy]) + "\n", encoding="utf-8")
+    text = write_report(tmp_path, tmp_path / "out")[0].read_text(encoding="utf-8")
+    assert text.count("All methods, over what every one of them met (brightness 0.5):") == 2, "of each job"
+    assert text.count("Over more, without easy, which met less:") == 2
+    common, more = text.split("**Job")[1].split("Over more")
+    row = next(line for line in common.splitlines() if line.startswith("| easy |"))
+    assert row.replace("easy", "cosine") in common, "the same figures under the same noise"
+    assert "| easy |" not in more and "| cosine |" in more
+
+
+def test_ways_without_noise_have_a_report_too(measured: Path, tmp_path: Path) -> None:
+    lines = measured.read_text(encoding="utf-8").splitlines()
+    clean = [line for line in lines if '"settings"' in line or '"family": "clean"' in line]
+    (tmp_path / "rivals.jsonl").write_text("\n".join(clean) + "\n", encoding="utf-8")
+    text = write_report(tmp_path, tmp_path / "out")[0].read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| cosine |"))
+    assert row.split(" | ")[1].strip() == "–", "no noise, no figure under noise"
 
 
 def test_the_report_shows_both_jobs_and_what_was_chosen(measured: Path, tmp_path: Path) -> None:

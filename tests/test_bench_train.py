@@ -94,3 +94,18 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path):
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(ModelError, match="resnet81"):
         train_classifier(read(slice(0, 4)), TrainConfig(architecture="resnet81"), device=CPU)
+
+
+def test_a_cpu_trains_in_float32(monkeypatch: pytest.MonkeyPatch):
+    """Its gradients in bf16 are garbage now and then, where a convolution with stride 2 meets a map of one cell."""
+    seen, plain = set(), torch.nn.functional.conv2d
+
+    def watched(*args, **kwargs):
+        found = plain(*args, **kwargs)
+        seen.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    small = LabelledImages.read(ArraySource(IMAGES[:32], LABELS[:32], class_names=list("0123456789")))
+    train_classifier(small, TrainConfig(architecture="resnet18", epochs=1, batch=16), device=CPU)
+    assert seen == {torch.float32}

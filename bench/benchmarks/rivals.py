@@ -1,12 +1,13 @@
 """Every simple rival of mode robust on both jobs: finding the very image, and what is like a query nobody has seen.
 
-All rivals are computed from the same passes of the network over the same perturbed images, so that none costs more than
+All ways are computed from the same passes of the network over the same perturbed images, so that none costs more than
 a matrix product and hundreds can be compared: layers, poolings, whitenings, pixels, hashes, views, mixtures,
-re-rankings.
+re-rankings. Readings of TMM-NN (`measure_presets`) meet the same images, one query at a time.
 """
 
 import fnmatch
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,27 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from tmm_engine.bench.benchmark import Benchmark, Reported, Run, Sheet
-from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few, parse_methods
+from tmm_engine.bench.loading import HeldOut, load_held_out, parse_few
 from tmm_engine.bench.methods import Method
 from tmm_engine.bench.noise import Family, Perturbation
 from tmm_engine.bench.options import check_folders, held_out_options, k_option, out_option
 from tmm_engine.bench.plots import BASELINES, Curve, Panel, in_rows, styles_of
 from tmm_engine.bench.records import Record, RecordFile
-from tmm_engine.bench.retrievers import Recogniser, Retriever
+from tmm_engine.bench.retrievers import Recogniser, Retriever, scores_of_all
 from tmm_engine.bench.rivals.keeping import Vectors, vectors_of
 from tmm_engine.bench.rivals.parts import RAW, RECOGNISER, SAMPLE, Part, Passes
 from tmm_engine.bench.rivals.reranking import GATES, expanded, gated, k_reciprocal
 from tmm_engine.bench.rivals.roster import STRETCHED, Rival, roster
 from tmm_engine.bench.statistics import bootstrap_interval, by_query, paired_difference
 from tmm_engine.bench.suite import Suite
-from tmm_engine.bench.tables import NONE, folded, grouped, table
+from tmm_engine.bench.tables import NONE, compared, folded, grouped, over_the_same, table
 from tmm_engine.cli.display import progress_bar
 from tmm_engine.index.descriptors.calibration import QUERIES, Calibrated, calibrate
 from tmm_engine.index.descriptors.layers import find_layers
 from tmm_engine.index.errors import InputError, nearest
 from tmm_engine.index.progress import Progress, silent
 from tmm_engine.options import RECOGNITION
+from tmm_engine.rerank.settings import PRESETS
 
 KEY = ("job", "perturbation", "method")
 VERY_IMAGE, UNSEEN = "the very image", "unseen"
@@ -74,7 +76,7 @@ def command(source: str, **options: Any) -> None:
       engine bench rivals cifar10/ --weights c.safetensors --model resnet18 --queries 100 --out runs/rivals.jsonl
       engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --exemplars 60000 \\
           --ways 'l2;cosine;cosine,stretch=true;pixels*;robust,views=?' --keep runs/vectors --out runs/whole.jsonl
-      engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --queries 20 \
+      engine bench rivals mnist --root data --model resnet18 --weights mnist.safetensors --queries 20 \\
           --ways 'cosine*;robust,views=4' --presets 'fast;paper' --perturbations 'gaussian 2.5' --out runs/tmm.jsonl
     """
     perturbations = parse_few(options["perturbations"])
@@ -89,6 +91,7 @@ def command(source: str, **options: Any) -> None:
             settings["recognition"] = options["recognition"]
         file = held.suite.records(options["out"], "rivals", presets, KEY, **settings, chosen=calibrated.report)
         with file as records:
+            retrievers = held.suite.retrievers(presets, progress=progress)
             measure_rivals(
                 held,
                 calibrated,
@@ -100,24 +103,23 @@ def command(source: str, **options: Any) -> None:
                 keep=options["keep"],
                 progress=progress,
             )
-            if presets:
-                measure_presets(
-                    held,
-                    held.suite.retrievers(presets, progress=progress),
-                    records,
-                    perturbations=perturbations,
-                    k=options["k"],
-                    progress=progress,
-                )
+            measure_presets(held, retrievers, records, perturbations=perturbations, k=options["k"], progress=progress)
     click.echo(f"{options['out']}: {options['queries']} exemplars and as many queries from {held.source}")
 
 
 def _parse_presets(text: str | None) -> list[Method]:
     """Of --presets."""
-    presets = parse_methods(text) if text is not None else []
-    if others := [method.name for method in presets if method.config is None]:
-        raise InputError(f"--presets: {others[0]!r} is no reading of TMM-NN (try 'fast;paper', or --ways)")
-    return presets
+    if text is None:
+        return []
+    names = [part.strip() for part in text.split(";") if part.strip()]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--presets: expected different ones, as in 'fast;paper', got {text!r}")
+    for kind in (name.split(",")[0] for name in names):
+        if kind not in PRESETS:
+            raise InputError(
+                f"--presets: nothing is called {kind!r}{nearest(kind, PRESETS)}; known: {', '.join(PRESETS)}"
+            )
+    return [Method.parse(name) for name in names]
 
 
 def among(rivals: Sequence[Rival], patterns: str | None) -> list[Rival]:
@@ -182,12 +184,13 @@ def measure_rivals(
     everything = np.arange(len(suite.store))
     passes.fit(_pixels(suite, suite.order[::-1][:SAMPLE].copy()))
     of_exemplars = vectors_of(passes, suite.store.images(everything), folder=keep, progress=progress)
-    results = _Results(held, record_file, k)
+    jobs = _BothJobs(held, record_file, k)
     ordered = _clean_first(perturbations)
     for done, perturbation in enumerate(ordered, start=1):
-        similarities = _Similarities(passes(results.queries(perturbation)), of_exemplars, threshold=recognition)
+        similarities = _Similarities(passes(jobs.queries(perturbation)), of_exemplars, threshold=recognition)
         for rival in rivals:
-            results.add(rival.name, perturbation, *similarities.of(rival))
+            scores, taken = similarities.of(rival)
+            jobs.add(rival.name, perturbation, scores, taken and taken[len(held.queries) :])
         progress("comparing", done, len(ordered))
 
 
@@ -205,46 +208,54 @@ def measure_presets(
     Args:
         held: As `measure_rivals`; the exemplars have features.
         presets: Of its exemplars.
-        record_file: As `measure_rivals`; of what it has only clean queries are answered again, to be compared with.
+        record_file: As `measure_rivals`.
         perturbations: As `measure_rivals`.
         k: As `measure_rivals`.
         progress: Told of queries answered.
     """
-    results = _Results(held, record_file, k)
-    to_do = []
-    for preset in presets:
-        missing = [one for one in _clean_first(perturbations) if not results.known(preset.name, one)]
-        to_do += [(preset, one) for one in _clean_first(missing) if missing]
-    for number, (preset, perturbation) in enumerate(to_do):
-        images = results.queries(perturbation)
-        scores, taken = [], []
+    jobs = _BothJobs(held, record_file, k)
+    ordered, step = _clean_first(perturbations), 2 * len(held.queries)
+    for number, perturbation in enumerate(ordered):
+        missing = [preset for preset in presets if not jobs.known(preset.name, perturbation)]
+        if not missing:
+            continue
+        images = jobs.queries(perturbation)
+        scores: dict[str, list[Float[np.ndarray, "n"]]] = {preset.name: [] for preset in missing}
         for done, image in enumerate(images, start=1):
-            scores.append(preset.scores(image))
-            copy_of = preset.recognised(image) if isinstance(preset, Recogniser) else None
-            taken += [] if copy_of is None else [copy_of.share >= 0.5]
-            progress("ranking", number * len(images) + done, len(to_do) * len(images))
-        results.add(preset.name, perturbation, torch.from_numpy(np.stack(scores)), taken or None)
+            for preset, found in scores_of_all(missing, image):
+                scores[preset.name].append(found)
+            progress("ranking", number * step + done, len(ordered) * step)
+        for preset in missing:
+            taken = _taken(preset, images[len(held.queries) :])
+            jobs.add(preset.name, perturbation, torch.from_numpy(np.stack(scores[preset.name])), taken, keep=True)
+
+
+def _taken(preset: Retriever, unseen: Float32[np.ndarray, "q c h w"]) -> list[bool] | None:
+    """Which of them are taken for copies; None where the reading does not recognise any."""
+    copies = [preset.recognised(image) if isinstance(preset, Recogniser) else None for image in unseen]
+    flags = [copy_of.share >= 0.5 for copy_of in copies if copy_of is not None]
+    return flags or None
 
 
 def _clean_first(perturbations: Sequence[Perturbation]) -> list[Perturbation]:
     return [CLEAN, *(one for one in perturbations if one != CLEAN)]
 
 
-class _Results:
-    """Of both jobs: exemplars as queries, then queries nobody has seen, under one perturbation after the other.
+class _BothJobs:
+    """Exemplars as queries, then queries nobody has seen, under one perturbation after the other; and their records.
 
     Args:
-        held: Exemplars and queries; the clean ones must be the first that `add` is told of.
+        held: Exemplars and queries.
         record_file: Opened with KEY.
         k: Neighbours looked at.
     """
 
     def __init__(self, held: HeldOut, record_file: RecordFile, k: int) -> None:
         self._held, self._file, self._k = held, record_file, k
-        self._count = len(held.queries)
-        self._rows = held.suite.queries(self._count)
+        self._rows = held.suite.queries(len(held.queries))
         self._plain = np.concatenate([_pixels(held.suite, self._rows), held.queries])
-        self._clean: dict[str, Int64[np.ndarray, "q k"]] = {}
+        kept = [record for record in record_file.records if "neighbours" in record]
+        self._clean = {record["method"]: np.array(record["neighbours"], dtype=np.int64) for record in kept}
 
     def queries(self, perturbation: Perturbation) -> Float32[np.ndarray, "q2 c h w"]:
         """Of both jobs, changed."""
@@ -253,24 +264,40 @@ class _Results:
         return np.stack([perturbation.apply(image, seed=seed) for image, seed in zip(self._plain, seeds, strict=True)])
 
     def known(self, method: str, perturbation: Perturbation) -> bool:
-        """Whether both records are there."""
-        return all(self._done(job, method, perturbation) for job in (VERY_IMAGE, UNSEEN))
+        """Whether both records are there, and what later ones are compared with."""
+        return method in self._clean and all(self._done(job, method, perturbation) for job in (VERY_IMAGE, UNSEEN))
 
     def add(
-        self, method: str, perturbation: Perturbation, scores: Float[Tensor, "q2 n"], taken: list[bool] | None
+        self,
+        method: str,
+        perturbation: Perturbation,
+        scores: Float[Tensor, "q2 n"],
+        taken: list[bool] | None,
+        *,
+        keep: bool = False,
     ) -> None:
-        """The records of both jobs that are not there yet."""
-        count, k, labels = self._count, self._k, self._held.suite.store.labels
+        """The records of both jobs that are not there yet; the clean ones come first.
+
+        Args:
+            method: Its name.
+            perturbation: What was done to the queries.
+            scores: Of all queries.
+            taken: Of the unseen ones: whether each was taken for a copy.
+            keep: Whether the record of clean unseen queries holds their ``neighbours`` too, the rows of the top k: then
+                a later run need not answer them again.
+        """
+        count, k, labels = len(self._rows), self._k, self._held.suite.store.labels
         about = {"perturbation": perturbation.name, "family": str(perturbation.family), "level": perturbation.level}
         best = _best(scores, k + 1)
         found = best[count:, :k]
         clean = self._clean.setdefault(method, found)
         for job, measured in (
             (VERY_IMAGE, _very_image(scores[:count], best[:count], labels, self._rows)),
-            (UNSEEN, _unseen(found, clean, labels, self._held.labels, taken and taken[count:])),
+            (UNSEEN, _unseen(found, clean, labels, self._held.labels, taken)),
         ):
             if not self._done(job, method, perturbation):
-                self._file.append({"job": job} | about | {"method": method} | measured)
+                kept = {"neighbours": found.tolist()} if keep and (job, perturbation) == (UNSEEN, CLEAN) else {}
+                self._file.append({"job": job} | about | {"method": method} | measured | kept)
 
     def _done(self, job: str, method: str, perturbation: Perturbation) -> bool:
         return self._file.done(job=job, perturbation=perturbation.name, method=method)
@@ -351,17 +378,21 @@ def section(run: Run, _: Sheet) -> list[str]:
     weights = " + ".join(f"{weight:g} · {source}" for source, weight in chosen["robust"].items())
     blocks = [f"The engine chose {weights}; copies are recognised by {chosen['recogniser']}."]
     for (job,), records in by_job.items():
-        by_method = {method: cell for (method,), cell in grouped(records, "method").items()}
-        summary = _very_image_row if job == VERY_IMAGE else _unseen_row
-        rival = by_method.get(STRETCHED, [])
-        rows = sorted((summary(method, cell, rival, k) for method, cell in by_method.items()), key=_order, reverse=True)
-        shown = [{name: cell for name, cell in row.items() if name != "order"} for row in rows]
-        blocks += [f"**Job: {job}** ({len(shown)} ways)", table(shown[:20])]
-        blocks += folded("All ways", table(shown)) if len(shown) > 20 else []
+        blocks += [f"**Job: {job}** ({len(grouped(records, 'method'))} ways)"]
+        blocks += compared(records, partial(_summary, job=job, k=k), met=("perturbation",))
     return [
         *blocks,
         f"Differences are to {STRETCHED}, paired by query and perturbation. Kept: of the top {k} for the clean query.",
     ]
+
+
+def _summary(records: list[Record], *, job: str, k: int) -> list[str]:
+    """A row for each way, the best first."""
+    by_method = {method: cell for (method,), cell in grouped(records, "method").items()}
+    row_of, rival = _very_image_row if job == VERY_IMAGE else _unseen_row, by_method.get(STRETCHED, [])
+    rows = sorted((row_of(method, cell, rival, k) for method, cell in by_method.items()), key=_order, reverse=True)
+    shown = [{name: cell for name, cell in row.items() if name != "order"} for row in rows]
+    return [table(shown[:20]), *(folded("All ways", table(shown)) if len(shown) > 20 else [])]
 
 
 def across(runs: list[Run], sheet: Sheet) -> list[str]:
@@ -394,7 +425,8 @@ def _group(method: str) -> str | None:
 def _trade(run: Run) -> Panel:
     k = int(run.content.settings["k"])
     points: dict[str, list[tuple[float, float]]] = {}
-    for (method,), records in grouped(run.records, "method").items():
+    _, comparable = over_the_same(run.records, "job", "perturbation")
+    for (method,), records in grouped(comparable, "method").items():
         by_job = {job: _noisy(cell) for (job,), cell in grouped(records, "job").items()}
         found, _ = _over(by_job.get(VERY_IMAGE, []), "rank", lambda rank: 1 / (1 + rank))
         right, _ = _over(by_job.get(UNSEEN, []), "right", lambda hits: hits / k)
@@ -413,12 +445,11 @@ def _order(row: dict[str, str]) -> float:
 def _very_image_row(method: str, cell: list[Record], rival: list[Record], _: int) -> dict[str, str]:
     noisy = _noisy(cell)
     reciprocal = _over(noisy, "rank", lambda rank: 1 / (1 + rank))
-    found = bootstrap_interval(by_query(*reciprocal))
     return {
         "method": method,
-        "MRR, noise": str(found),
+        "MRR, noise": _interval(reciprocal),
         "difference": _difference(method, reciprocal, _over(_noisy(rival), "rank", lambda rank: 1 / (1 + rank))),
-        "order": str(found.estimate),
+        "order": _place(reciprocal),
     }
 
 
@@ -427,18 +458,17 @@ def _unseen_row(method: str, cell: list[Record], rival: list[Record], k: int) ->
     kept, right = (_over(noisy, field, lambda hits: hits / k) for field in ("kept", "right"))
     clean = _over([record for record in cell if record["family"] == "clean"], "right", lambda hits: hits / k)
     clean_rival = [record for record in rival if record["family"] == "clean"]
-    found = bootstrap_interval(by_query(*kept))
     taken = [record for record in cell if record["taken"] is not None]
     return {
         "method": method,
-        "overlap, noise": str(found),
+        "overlap, noise": _interval(kept),
         "difference": _difference(method, kept, _over(_noisy(rival), "kept", lambda hits: hits / k)),
-        "label precision, clean": f"{bootstrap_interval(by_query(*clean)):.3f}",
+        "label precision, clean": _interval(clean, ".3f"),
         "difference, clean": _difference(method, clean, _over(clean_rival, "right", lambda hits: hits / k)),
-        "label precision, noise": f"{bootstrap_interval(by_query(*right)):.3f}",
+        "label precision, noise": _interval(right, ".3f"),
         "difference, noise": _difference(method, right, _over(_noisy(rival), "right", lambda hits: hits / k)),
         "taken for copies": f"{np.mean([flag for record in taken for flag in record['taken']]):.1%}" if taken else NONE,
-        "order": str(found.estimate),
+        "order": _place(kept),
     }
 
 
@@ -459,8 +489,17 @@ def _over(records: list[Record], field: str, of: Any) -> Values:
     return np.array(values, dtype=np.float64).ravel(), np.concatenate(queries)
 
 
+def _interval(values: Values, spec: str = "") -> str:
+    return format(bootstrap_interval(by_query(*values)), spec) if len(values[0]) else NONE
+
+
+def _place(values: Values) -> str:
+    """What rows are sorted by; those without a value come last."""
+    return str(values[0].mean()) if len(values[0]) else "-1"
+
+
 def _difference(method: str, own: Values, rival: Values) -> str:
-    if method == STRETCHED or len(own[0]) != len(rival[0]):
+    if method == STRETCHED or not len(own[0]) or len(own[0]) != len(rival[0]):
         return NONE
     return f"{paired_difference(own[0], rival[0], own[1]):+z.3f}"
 

@@ -14,10 +14,26 @@ from tmm_engine.bench.plots import BASELINES, Curve, Panel, in_rows
 from tmm_engine.bench.records import Record
 from tmm_engine.bench.self_retrieval import KEY, measure_self_retrieval
 from tmm_engine.bench.statistics import bootstrap_interval, by_query
-from tmm_engine.bench.tables import count, difference, folded, grouped, mean, plain_text, rate, table, values_of
+from tmm_engine.bench.tables import (
+    compared,
+    count,
+    difference,
+    folded,
+    grouped,
+    mean,
+    plain_text,
+    rate,
+    table,
+    values_of,
+)
 from tmm_engine.cli.display import progress_bar
 
 FIG3 = ("brightness", "gaussian")
+NOTE = (
+    "Noise: the mean over queries of each query's mean over all perturbations but the clean one. The difference is in "
+    "MRR under noise, paired by query, with the better of l2 and cosine. Overlap is with the method's own answer to "
+    "the clean query."
+)
 
 
 @click.command("robustness")
@@ -67,10 +83,10 @@ def command(source: str, **options: Any) -> None:
 def section(run: Run, sheet: Sheet) -> list[str]:
     """Means over all noise, curves over each family, tables of all levels."""
     noisy = [record for record in run.records if record["family"] != "clean"]
-    blocks = ["### Over all noise", *_summary(run.records)]
+    blocks = ["### Over all noise", *compared(run.records, _summary, met=("query", "perturbation")), NOTE]
     if panels := [_mrr_panel(run, family) for (family,) in grouped(noisy, "family")]:
         title = f"{run.data_set}: mean reciprocal rank of the true exemplar"
-        blocks.append(sheet.draw(f"{run.path.stem}-mrr", title, in_rows(panels, 4)))
+        blocks += [sheet.draw(f"{run.path.stem}-mrr", title, in_rows(panels, 4)), *_fewer_queries([run])]
     for (family,), group in grouped(run.records, "family").items():
         rows = [
             {
@@ -104,22 +120,34 @@ def across(runs: list[Run], sheet: Sheet) -> list[str]:
     if not rows:
         return []
     title = "## Brightness and Gaussian noise, all data sets (the paper's Fig. 3)"
-    return [title, sheet.draw("fig3-robustness", "Mean reciprocal rank of the true exemplar", rows)]
+    return [
+        title,
+        sheet.draw("fig3-robustness", "Mean reciprocal rank of the true exemplar", rows),
+        *_fewer_queries(runs),
+    ]
+
+
+def _fewer_queries(runs: list[Run]) -> list[str]:
+    """Says which curves are over fewer queries than others of their panel."""
+    said = []
+    for run in runs:
+        queries = {method: count(group) for (method,), group in grouped(run.records, "method").items()}
+        most = max(queries.values(), default=0)
+        fewer = [f"{method} {number}" for method, number in queries.items() if number < most]
+        said += [f"{run.data_set}: {', '.join(fewer)} (the others {most})"] if fewer else []
+    return [f"Curves over fewer queries: {'; '.join(said)}."] if said else []
 
 
 def _summary(records: list[Record]) -> list[str]:
-    """A row for each method, the best first, over what was measured of every method."""
-    common = _of_all_methods(records)
-    comparable = any(record["family"] != "clean" for record in common)
-    common = common if comparable else records
-    noisy = [record for record in common if record["family"] != "clean"]
+    """A row for each method, the best first."""
+    noisy = [record for record in records if record["family"] != "clean"]
     by_method = {method: group for (method,), group in grouped(noisy, "method").items()}
     scores = {method: by_query(*values_of(group, "reciprocal_rank")).mean() for method, group in by_method.items()}
     baseline = max((method for method in BASELINES if method in scores), key=scores.__getitem__, default=None)
     rows = []
     for method in sorted(scores, key=scores.__getitem__, reverse=True):
         group = by_method[method]
-        clean = [record for record in common if (record["method"], record["family"]) == (method, "clean")]
+        clean = [record for record in records if (record["method"], record["family"]) == (method, "clean")]
         rows.append(
             {
                 "method": method,
@@ -133,25 +161,7 @@ def _summary(records: list[Record]) -> list[str]:
                 "label precision, noise": mean(group, "label_precision"),
             }
         )
-    note = (
-        "Noise: the mean over queries of each query's mean over all perturbations but the clean one. The difference is "
-        "in MRR under noise, paired by query, with the better of l2 and cosine. Overlap is with the method's own "
-        "answer to the clean query."
-    )
-    if not comparable:
-        note += " No query met the same noise with every method: each counts over what it met."
-    elif len(common) < len(records):
-        kinds = ", ".join(perturbation for (perturbation,) in grouped(noisy, "perturbation"))
-        note += f" Only queries and perturbations that were measured with every method count here: {kinds}."
-    return [table(rows), note]
-
-
-def _of_all_methods(records: list[Record]) -> list[Record]:
-    """Those of queries and perturbations that every method met."""
-    methods = len(grouped(records, "method"))
-    met = grouped(records, "query", "perturbation")
-    common = {key for key, group in met.items() if len({record["method"] for record in group}) == methods}
-    return [record for record in records if (record["query"], record["perturbation"]) in common]
+    return [table(rows)]
 
 
 def _noise(family: str) -> Noise:
