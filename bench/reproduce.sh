@@ -5,7 +5,7 @@
 #   bench/reproduce.sh MNIST mnist mnist.safetensors resnet18 --root data
 # Records go to bench/results, an interrupted run goes on where it stopped. In those of reproduction/ and paper/ `fast` is still called
 # `robust`, as it was when they were made.
-# STAGES, QUERIES and FEW choose and size the runs; stage `whole`, all exemplars, is 20 and 200 queries and OWN kinds of noise. The galleries it draws show images of the data sets: never commit those.
+# STAGES, QUERIES and FEW choose and size the runs; PAPER_NOISE is what `paper` meets in stage `whole`, which searches all exemplars. The galleries it draws show images of the data sets: never commit those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 source=$2 weights=$3 model=$4
@@ -48,10 +48,10 @@ for stage in ${STAGES:-robustness radius held-out paper semantic ood ablation wh
       --kinds gaussian,brightness --out "$few_out/paper-radius-$file.jsonl"
     ;;
   whole) # few queries with triggers of their own, more with what passes no exemplar for a query
-    engine bench robustness "${whole[@]}" --families "${OWN:-brightness,gaussian,shift}" --levels brightness=0.4 \
+    engine bench robustness "${whole[@]}" --families "${PAPER_NOISE:-brightness,gaussian,shift}" --levels brightness=0.4 \
       --levels gaussian=2.5 --levels shift=2 --methods paper --queries 20 --out "$whole_out/robustness-$file.jsonl"
     engine bench robustness "${whole[@]}" --families brightness,gaussian,shift --levels brightness=0.7,0.4,0.2,0.1 \
-      --levels gaussian=1,2.5,5 --levels shift=2 --methods "$rivals" --queries 200 --out "$whole_out/robustness-$file.jsonl"
+      --levels gaussian=1,2.5,5 --levels shift=2 --methods "$rivals" --queries "${QUERIES:-40}" --out "$whole_out/robustness-$file.jsonl"
     ;;
   semantic)
     engine bench semantic "${main[@]}" --methods "l2;cosine;cosine,stretch=true;fast" --queries 200 \
