@@ -8,7 +8,7 @@ from typing import Any
 
 from tmm_engine.index.errors import InputError
 
-# Okabe and Ito's colours, told apart by colour-blind eyes, a brown and a grey; without their yellow, too faint on white.
+# Okabe and Ito's colours, told apart by colour-blind eyes, a brown and a grey; their yellow is too faint on white.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F24", "#808080")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BASELINES = {"l2": "#000000", "cosine": "#0072B2"}

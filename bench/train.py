@@ -87,8 +87,8 @@ def train_classifier(
 ) -> Classifier:
     """Train, on a GPU in bf16, with the channels' means and deviations inside φ.
 
-    On a CPU in float32: there PyTorch's bf16 gives NaN or garbage now and then as the weights' gradient of a convolution
-    with stride 2 on a map of one cell, as in a ResNet with torchvision's stem on images of 16 pixels and fewer.
+    On a CPU in float32: there PyTorch's bf16 gives NaN or garbage now and then as the weights' gradient of a
+    convolution with stride 2 on a map of one cell, as in a ResNet with torchvision's stem on images of 16 pixels.
 
     Args:
         data: Training images.
