@@ -44,14 +44,18 @@ def compared(records: list[Record], summary: Callable[[list[Record]], list[str]]
     common, most = over_the_same(records, *met)
     if len(common) == len(records):
         return summary(records)
-    full = {record["method"] for record in most}
-    others = dict.fromkeys(record["method"] for record in records if record["method"] not in full)
-    blocks = [f"Over more, without {', '.join(others)}, which met less:", *summary(most)]
     kinds = [name for name, family in grouped(common, "perturbation", "family") if family != "clean"]
     if not kinds:
-        return ["Under no noise have all methods met the same.", *blocks]
+        left_out = {record["method"] for record in records} - {record["method"] for record in most}
+        said = f"Under no noise have all methods met the same. Not in this table: {', '.join(sorted(left_out))}."
+        return [said, *summary(most)]
     over = ([f"{count(common)} queries"] if "query" in met else []) + kinds
-    return [f"All methods, over what every one of them met ({', '.join(over)}):", *summary(common), *blocks]
+    return [
+        f"All methods, over what every one of them met ({', '.join(over)}):",
+        *summary(common),
+        "Those that met the most, over all of that:",
+        *summary(most),
+    ]
 
 
 def over_the_same(records: list[Record], *met: str) -> tuple[list[Record], list[Record]]:

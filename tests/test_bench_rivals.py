@@ -194,8 +194,8 @@ def test_ways_are_compared_over_the_same_noise(measured: Path, tmp_path: Path) -
     (tmp_path / "rivals.jsonl").write_text("\n".join([*lines, *easy]) + "\n", encoding="utf-8")
     text = write_report(tmp_path, tmp_path / "out")[0].read_text(encoding="utf-8")
     assert text.count("All methods, over what every one of them met (brightness 0.5):") == 2, "of each job"
-    assert text.count("Over more, without easy, which met less:") == 2
-    common, more = text.split("**Job")[1].split("Over more")
+    assert text.count("Those that met the most, over all of that:") == 2
+    common, more = text.split("**Job")[1].split("Those that met the most")
     row = next(line for line in common.splitlines() if line.startswith("| easy |"))
     assert row.replace("easy", "cosine") in common, "the same figures under the same noise"
     assert "| easy |" not in more and "| cosine |" in more

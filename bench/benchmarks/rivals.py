@@ -8,6 +8,7 @@ re-rankings. Readings of TMM-NN (`measure_presets`) meet the same images, one qu
 import fnmatch
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -390,8 +391,8 @@ def _summary(records: list[Record], *, job: str, k: int) -> list[str]:
     """A row for each way, the best first."""
     by_method = {method: cell for (method,), cell in grouped(records, "method").items()}
     row_of, rival = _very_image_row if job == VERY_IMAGE else _unseen_row, by_method.get(STRETCHED, [])
-    rows = sorted((row_of(method, cell, rival, k) for method, cell in by_method.items()), key=_order, reverse=True)
-    shown = [{name: cell for name, cell in row.items() if name != "order"} for row in rows]
+    rows = [row_of(method, cell, rival, k) for method, cell in by_method.items()]
+    shown = [row for _, row in sorted(rows, key=itemgetter(0), reverse=True)]
     return [table(shown[:20]), *(folded("All ways", table(shown)) if len(shown) > 20 else [])]
 
 
@@ -438,28 +439,27 @@ def _trade(run: Run) -> Panel:
     return Panel(run.data_set, "the very image: MRR", f"unseen: label@{k}", curves, joined=False)
 
 
-def _order(row: dict[str, str]) -> float:
-    return float(row["order"])
+Row = tuple[float, dict[str, str]]
+"""What a row is sorted by, and its cells."""
 
 
-def _very_image_row(method: str, cell: list[Record], rival: list[Record], _: int) -> dict[str, str]:
+def _very_image_row(method: str, cell: list[Record], rival: list[Record], _: int) -> Row:
     noisy = _noisy(cell)
     reciprocal = _over(noisy, "rank", lambda rank: 1 / (1 + rank))
-    return {
+    return _place(reciprocal), {
         "method": method,
         "MRR, noise": _interval(reciprocal),
         "difference": _difference(method, reciprocal, _over(_noisy(rival), "rank", lambda rank: 1 / (1 + rank))),
-        "order": _place(reciprocal),
     }
 
 
-def _unseen_row(method: str, cell: list[Record], rival: list[Record], k: int) -> dict[str, str]:
+def _unseen_row(method: str, cell: list[Record], rival: list[Record], k: int) -> Row:
     noisy = _noisy(cell)
     kept, right = (_over(noisy, field, lambda hits: hits / k) for field in ("kept", "right"))
     clean = _over([record for record in cell if record["family"] == "clean"], "right", lambda hits: hits / k)
     clean_rival = [record for record in rival if record["family"] == "clean"]
     taken = [record for record in cell if record["taken"] is not None]
-    return {
+    return _place(kept), {
         "method": method,
         "overlap, noise": _interval(kept),
         "difference": _difference(method, kept, _over(_noisy(rival), "kept", lambda hits: hits / k)),
@@ -468,7 +468,6 @@ def _unseen_row(method: str, cell: list[Record], rival: list[Record], k: int) ->
         "label precision, noise": _interval(right, ".3f"),
         "difference, noise": _difference(method, right, _over(_noisy(rival), "right", lambda hits: hits / k)),
         "taken for copies": f"{np.mean([flag for record in taken for flag in record['taken']]):.1%}" if taken else NONE,
-        "order": _place(kept),
     }
 
 
@@ -493,9 +492,9 @@ def _interval(values: Values, spec: str = "") -> str:
     return format(bootstrap_interval(by_query(*values)), spec) if len(values[0]) else NONE
 
 
-def _place(values: Values) -> str:
-    """What rows are sorted by; those without a value come last."""
-    return str(values[0].mean()) if len(values[0]) else "-1"
+def _place(values: Values) -> float:
+    """The mean; without values below all others."""
+    return float(values[0].mean()) if len(values[0]) else -1.0
 
 
 def _difference(method: str, own: Values, rival: Values) -> str:
