@@ -10,18 +10,7 @@ from torch.nn.functional import normalize
 
 from tests.digits import IMAGES, LABELS, make_classifier
 from tmm_engine.bench.benchmark import Run
-from tmm_engine.bench.benchmarks.rivals import (
-    GROUPS,
-    KEY,
-    UNSEEN,
-    VERY_IMAGE,
-    _group,
-    _parse_presets,
-    _trade,
-    among,
-    measure_presets,
-    measure_rivals,
-)
+from tmm_engine.bench.benchmarks.rivals import GROUPS, _group, _parse_presets, _trade, among
 from tmm_engine.bench.benchmarks.unseen import KEY as UNSEEN_KEY
 from tmm_engine.bench.benchmarks.unseen import measure_unseen
 from tmm_engine.bench.loading import HeldOut
@@ -33,6 +22,7 @@ from tmm_engine.bench.retrievers import Recogniser, TmmRetriever
 from tmm_engine.bench.rivals.hashes import HASHES, hashed
 from tmm_engine.bench.rivals.images import median_filtered, with_own_statistics
 from tmm_engine.bench.rivals.keeping import vectors_of
+from tmm_engine.bench.rivals.measuring import KEY, UNSEEN, VERY_IMAGE, measure_presets, measure_rivals
 from tmm_engine.bench.rivals.parts import RECOGNISER, Part, Passes
 from tmm_engine.bench.rivals.reranking import GATES, K1, OWN, expanded, gated, k_reciprocal
 from tmm_engine.bench.rivals.roster import roster
